@@ -1,0 +1,26 @@
+"""Canonical forms: what a quantized tensor is, independent of any file or kernel."""
+
+from quantmill.forms.affine import Affine
+from quantmill.forms.base import Form, FormValue, value_of
+from quantmill.forms.codebook import Codebook, register_table, table_values
+from quantmill.forms.codes import Codes
+from quantmill.forms.grouping import Blocks, Channel, Flat, Group, Grouping, PerTensor
+from quantmill.forms.scaled_float import ScaledFloat
+
+__all__ = [
+    "Affine",
+    "Blocks",
+    "Channel",
+    "Codebook",
+    "Codes",
+    "Flat",
+    "Form",
+    "FormValue",
+    "Group",
+    "Grouping",
+    "PerTensor",
+    "ScaledFloat",
+    "register_table",
+    "table_values",
+    "value_of",
+]

@@ -1,0 +1,91 @@
+"""The protocol of forms.
+
+A form is immutable, holds tensors (or, for nested scales, other forms), and defines what it
+means: ``dequantize`` in plain torch, with a stated order and dtype of evaluation. Everything
+else (kernels, codecs, linears) is proved against that. A form on the ``meta`` device has no data
+but an exact size: plans are made of such forms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from quantmill.forms.codes import Codes
+
+__all__ = ["Form", "FormValue", "value_of"]
+
+
+class Form(ABC):
+    """A quantized tensor. Subclasses are frozen dataclasses."""
+
+    kind: ClassVar[str]
+    """Name of the kind, as kernels and codecs register for it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    """Dtype of the tensor it stands for, given by ``dequantize`` by default."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float tensor ``[*shape]`` this form stands for: the definition."""
+
+    @abstractmethod
+    def traits(self) -> Mapping[str, Any]:
+        """Facts that kernels' constraints refer to: ``bits``, ``grouping``, ``block``, ..."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T + bias`` for ``x [..., in]``: the reference, in the dtype of ``x``."""
+        return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same form with every tensor (nested ones too) replaced by ``function(tensor)``."""
+        changes: dict[str, Any] = {}
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changes[item.name] = function(value)
+            elif isinstance(value, Codes):
+                changes[item.name] = dataclasses.replace(value, data=function(value.data))
+            elif isinstance(value, Form):
+                changes[item.name] = value.map_tensors(function)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Every tensor of the form by its path, for example ``scale.codes``."""
+        found: dict[str, Tensor] = {}
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            name = prefix + item.name
+            if isinstance(value, Tensor):
+                found[name] = value
+            elif isinstance(value, Codes):
+                found[name] = value.data
+            elif isinstance(value, Form):
+                found.update(value.tensors(name + "."))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes in memory of all tensors of the form."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def to(self, device: str | torch.device) -> Self:
+        """The same form on another device."""
+        return self.map_tensors(lambda tensor: tensor.to(device))
+
+
+FormValue = Tensor | Form
+"""A scale or an offset: a tensor, or itself a form (double quantization, K-quants)."""
+
+
+def value_of(value: FormValue) -> Tensor:
+    """The float32 tensor of a scale or offset, dequantizing a nested form."""
+    if isinstance(value, Form):
+        return value.dequantize(torch.float32)
+    return value.to(torch.float32)

@@ -1,0 +1,112 @@
+"""Codebook form: ``value = table[code] * scale + offset``.
+
+Evaluation in float32 and in this order: look up, multiply by the group's scale, add the offset
+where there is one, round once to the asked dtype. The scale may itself be a codebook form: that
+is the double quantization of QLoRA (arXiv 2305.14314), whose offset is the mean of the scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantmill.forms.base import Form, FormValue, value_of
+from quantmill.forms.codes import Codes
+from quantmill.forms.grouping import Blocks, Flat, Group, Grouping
+
+__all__ = ["Codebook", "register_table", "table_values"]
+
+_TABLES: dict[str, Callable[[], Tensor]] = {}
+
+
+def register_table(name: str, values: Callable[[], Tensor]) -> None:
+    """Name a table: ``values()`` gives a float32 tensor of 2**bits entries in order of code."""
+    _TABLES[name] = values
+
+
+def table_values(name: str) -> Tensor:
+    """The float32 entries of a named table.
+
+    Raises:
+        KeyError: no table of that name is registered.
+    """
+    return _TABLES[name]()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Codebook(Form):
+    """Codes that index a table of float32 values."""
+
+    kind: ClassVar[str] = "codebook"
+
+    codes: Codes
+    table: Tensor
+    """float32 ``[2**bits]``."""
+    scale: FormValue
+    """One per group, float32; or a form of that shape."""
+    grouping: Grouping
+    offset: Tensor | None = None
+    """A float32 scalar added to every value."""
+    table_name: str = ""
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.codes.shape
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        values = self.table.to(torch.float32)[self.codes.unpack().to(torch.int64)]
+        values = values * self.grouping.expand(value_of(self.scale), self.shape)
+        if self.offset is not None:
+            values = values + self.offset.to(torch.float32)
+        return values.to(dtype or self.dtype)
+
+    def traits(self) -> Mapping[str, Any]:
+        block = self.grouping.size if isinstance(self.grouping, Flat | Group) else None
+        return {
+            "bits": self.codes.bits,
+            "packing": self.codes.packing,
+            "table": self.table_name,
+            "grouping": self.grouping.kind,
+            "group_size": block,
+            "nested": isinstance(self.scale, Form),
+            "blocks": isinstance(self.grouping, Blocks),
+        }
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: Tensor,
+        table: Tensor,
+        block: int,
+        *,
+        bits: int,
+        packing: str,
+        table_name: str = "",
+    ) -> Codebook:
+        """Quantize over flat blocks: each value scaled by its block's absmax goes to the nearest
+        table entry (the lower code on a tie, in order of the sorted table). Reference; float32.
+        """
+        flat = weight.reshape(-1).to(torch.float32)
+        grouping = Flat(block)
+        pad = -flat.numel() % block
+        padded = torch.nn.functional.pad(flat, (0, pad)).reshape(-1, block)
+        absmax = padded.abs().amax(dim=1)
+        safe = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
+        scaled = (padded / safe.unsqueeze(1)).reshape(-1)[: flat.numel()]
+        order = torch.argsort(table, stable=True)
+        ordered = table[order]
+        edges = (ordered[1:] + ordered[:-1]) / 2
+        codes = order[torch.bucketize(scaled, edges)]
+        return cls(
+            Codes.pack(codes.reshape(weight.shape), bits, packing),
+            table,
+            absmax,
+            grouping,
+            table_name=table_name,
+            dtype=weight.dtype,
+        )
