@@ -1,0 +1,130 @@
+"""What a backend implements: a quantizer, a codec and, optionally, a linear.
+
+These are the abstract classes behind the import strings of a
+:class:`~quantmill.registrations.Method`. A quantizer turns weights into a form; a codec maps that
+form to the tensors of one disk layout, both ways; a linear factory makes the module that computes
+with it. None of them knows the model, the checkpoint or the other stages.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from quantmill.checkpoint.headers import TensorHeader
+    from quantmill.config import MethodConfig
+    from quantmill.findings import Finding
+    from quantmill.forms import Form
+    from quantmill.kernels import KernelRegistry
+    from quantmill.targeting.types import Target
+
+__all__ = ["Codec", "LinearFactory", "Quantizer", "WeightSource"]
+
+ConfigT = TypeVar("ConfigT", bound="MethodConfig")
+
+
+class WeightSource(Protocol):
+    """A float weight that streams: ``[out, in]``, or ``[experts, out, in]`` for stacked ones."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        """The whole weight. Costs its full size: prefer :meth:`row_blocks`."""
+        ...
+
+    def row_blocks(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """``(first row, rows [n, in])`` in order, ``n`` a multiple of ``multiple`` but at the end.
+
+        Each block is valid until the next one is asked for.
+        """
+        ...
+
+
+class Quantizer(ABC, Generic[ConfigT]):
+    """Turns float weights into forms."""
+
+    def __init__(self, config: ConfigT, *, device: torch.device, kernels: KernelRegistry) -> None:
+        self.config = config
+        self.device = device
+        self.kernels = kernels
+
+    @abstractmethod
+    def abstract(self, target: Target, dtype: torch.dtype) -> Form:
+        """The form this target will have, on the meta device: exact bytes without data."""
+
+    @abstractmethod
+    def quantize(self, target: Target, weight: WeightSource) -> Form:
+        """Quantize one weight; the form lives on ``self.device``.
+
+        Raises:
+            QuantmillError: the weight can't be quantized (NaN, infinity), naming it.
+        """
+
+    def check(self, target: Target) -> Iterable[Finding]:
+        """Findings about this target's shape; called while planning."""
+        return ()
+
+    def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
+        """Memory used while quantizing ``target``, beyond the form and the row buffers."""
+        return 0
+
+
+class Codec(ABC, Generic[ConfigT]):
+    """Maps a form to and from the tensors of one disk layout, bit for bit."""
+
+    suffixes: ClassVar[tuple[str, ...]]
+    """Names of all tensors of a module in this layout, relative to it (``weight.absmax``)."""
+    stacked: ClassVar[str] = "stacked"
+    """How stacked experts lie on disk: ``stacked`` (one tensor) or ``per-expert`` names."""
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    @abstractmethod
+    def encode(self, form: Form) -> dict[str, Tensor]:
+        """Tensors to write, by name relative to the module. Works on the meta device too."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
+        """The form that ``tensors`` hold. Takes over the tensors without a copy where it can.
+
+        Raises:
+            QuantmillError: shapes, dtypes or metadata contradict each other.
+        """
+
+    @abstractmethod
+    def describe(
+        self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
+    ) -> Form | None:
+        """The form on the meta device as the headers tell it, or None when these tensors are not
+        of this layout (a float weight, for example)."""
+
+
+class LinearFactory(ABC, Generic[ConfigT]):
+    """Makes the modules that compute with a method's forms."""
+
+    def __init__(self, config: ConfigT, codec: Codec[Any], kernels: KernelRegistry) -> None:
+        self.config = config
+        self.codec = codec
+        self.kernels = kernels
+
+    @abstractmethod
+    def build(
+        self, target: Target, form: Form, bias: Tensor | None, compute_dtype: torch.dtype
+    ) -> nn.Module:
+        """The module for ``target``. Its ``state_dict`` gives what the codec encodes."""
+
+    @abstractmethod
+    def form_of(self, module: nn.Module) -> Form | None:
+        """The exact form inside a module this factory made, or None if it made another kind."""
+
+    def resident_bytes(self, form: Form) -> int:
+        """Bytes the module keeps in memory for ``form``."""
+        return form.nbytes

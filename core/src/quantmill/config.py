@@ -1,0 +1,163 @@
+"""Base of the typed configurations that methods declare.
+
+A config is a frozen pydantic model with the peer's own field names. It is read in two ways:
+*strict* for what a user gives (every unknown key is an error with a suggestion) and *lenient* for
+what a checkpoint brings (unknown keys are findings and survive a round trip).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quantmill.findings import Finding, FindingsError, Severity, declare
+
+__all__ = ["MethodConfig", "dtype_name", "suggestion"]
+
+UNKNOWN_KEY = declare("QM-CONFIG-001", "A config has a key the method does not know")
+INVALID_VALUE = declare("QM-CONFIG-002", "A config field has an invalid value")
+EXCLUSIVE = declare("QM-CONFIG-003", "A config sets options that exclude each other")
+UNKNOWN_KEPT = declare(
+    "QM-CONFIG-004", "A checkpoint's config has a key nobody knows; it is kept", Severity.WARNING
+)
+INVALID_STORED = declare(
+    "QM-CONFIG-005", "A checkpoint's config has an invalid value", Severity.ERROR
+)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """``did you mean ...?``, or nothing when no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def dtype_name(value: Any) -> Any:
+    """``"bfloat16"`` for ``torch.bfloat16``, ``"torch.bfloat16"`` or itself."""
+    text = str(value) if type(value).__module__ == "torch" else value
+    return text.removeprefix("torch.") if isinstance(text, str) else text
+
+
+class MethodConfig(BaseModel):
+    """What a method can be told. Subclasses declare the fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a user may set differently from a checkpoint, because they say how to compute
+    and not what is stored."""
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Groups of flags of which at most one may be true."""
+
+    unknown: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+    """Keys of a checkpoint's config that this version does not know, kept for a round trip."""
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Names accepted in a config, aliases included."""
+        names = []
+        for name, info in cls.model_fields.items():
+            if name == "unknown":
+                continue
+            names.append(name)
+            if isinstance(info.alias, str):
+                names.append(info.alias)
+        return names
+
+    @classmethod
+    def normalise(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Peers' spellings to ours, before validation. Override to drop derived keys."""
+        return {key: value for key, value in raw.items() if key not in ("quant_method", "method")}
+
+    @classmethod
+    def exclusive_findings(cls, raw: Mapping[str, Any]) -> list[Finding]:
+        """Findings for flags that exclude each other; override for richer relations."""
+        found = []
+        for group in cls.exclusive:
+            given = [name for name in group if raw.get(name)]
+            if len(given) > 1:
+                found.append(
+                    EXCLUSIVE(
+                        " and ".join(given),
+                        f"{' and '.join(given)} are both set, and only one can be",
+                        f"keep one of {', '.join(given)}",
+                    )
+                )
+        return found
+
+    @classmethod
+    def from_user(cls, raw: Mapping[str, Any]) -> Self:
+        """Read strictly.
+
+        Raises:
+            FindingsError: with every unknown key, invalid value and exclusion at once.
+        """
+        data = cls.normalise(raw)
+        findings = cls.exclusive_findings(data)
+        try:
+            config = cls.model_validate(data)
+        except ValidationError as error:
+            findings += [cls._finding(item, INVALID_VALUE) for item in error.errors()]
+        if findings:
+            raise FindingsError(findings)
+        return config
+
+    @classmethod
+    def from_checkpoint(cls, raw: Mapping[str, Any]) -> tuple[Self, list[Finding]]:
+        """Read leniently: unknown keys are kept and reported.
+
+        Raises:
+            FindingsError: a known field has a value that can't be right.
+        """
+        data = cls.normalise(raw)
+        known = set(cls.field_names())
+        unknown = {key: value for key, value in data.items() if key not in known}
+        findings = [
+            UNKNOWN_KEPT(
+                f"quantization_config.{key}",
+                f"{key!r} is not a field that {cls.__name__} knows",
+                "nothing to do; it is written back unchanged",
+            )
+            for key in sorted(unknown)
+        ]
+        data = {key: value for key, value in data.items() if key in known}
+        errors = cls.exclusive_findings(data)
+        try:
+            config = cls.model_validate({**data, "unknown": unknown})
+        except ValidationError as error:
+            errors += [cls._finding(item, INVALID_STORED) for item in error.errors()]
+        if errors:
+            raise FindingsError(errors)
+        return config, findings
+
+    @classmethod
+    def _finding(cls, error: Any, code: Any) -> Finding:
+        path = ".".join(str(part) for part in error["loc"]) or cls.__name__
+        if error["type"] == "extra_forbidden":
+            hint = suggestion(path, cls.field_names())
+            return UNKNOWN_KEY(
+                path,
+                f"{path}: {hint}" if hint else f"{path} is not a field of {cls.__name__}",
+                f"use one of: {', '.join(cls.field_names())}" if not hint else "correct the name",
+            )
+        message = error["msg"].removeprefix("Value error, ")
+        finding: Finding = code(
+            path, f"{path}={error.get('input')!r}: {message}", "give a value the field allows"
+        )
+        return finding
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """The ``quantization_config`` to write, in the peer's dialect."""
+        return {**self.model_dump(mode="json", by_alias=True), **self.unknown}
+
+    def to_json(self) -> str:
+        """The same as text; byte-stable: reading and writing it again gives the same bytes."""
+        return json.dumps(self.to_checkpoint(), indent=2, sort_keys=True, ensure_ascii=False)
+
+    def summary(self) -> str:
+        """One line for tables."""
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        return ", ".join(f"{key}={value}" for key, value in sorted(changed.items()))

@@ -1,0 +1,508 @@
+"""The plugin host: finds plugins, keeps each in isolation, says what became of it.
+
+Discovery reads entry points of the group ``quantmill.plugins`` from installed metadata. For each
+plugin, in this order and stopping at the first failure:
+
+1. the disable and allow lists (arguments, then ``QUANTMILL_DISABLE`` and ``QUANTMILL_ALLOW``);
+2. the requirements its distribution declares, from metadata, before anything is imported;
+3. two distributions that claim one plugin name: a conflict, naming both;
+4. import of the entry module, with any exception caught;
+5. its hook API version; 6. its hook implementations against the specs; 7. its requirements hook;
+8. its registrations, and names already taken by another plugin.
+
+A failure gives that plugin a status and a reason, and touches no other plugin. Strict mode turns
+every status but ``ok`` and ``disabled`` into an error. The host imports neither torch, pydantic
+nor a vendor library.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import importlib.metadata as metadata
+import os
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import pluggy
+
+from quantmill import hookspecs
+from quantmill.findings import Finding, FindingsError, Severity, declare
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from quantmill.registrations import (
+        CodecRegistration,
+        ConfigReader,
+        Finalizer,
+        Kernel,
+        Method,
+        ModelSource,
+        Preset,
+        Requirement,
+        TargetingRule,
+        Validator,
+    )
+
+__all__ = ["Host", "PluginInfo", "Status", "default_host", "missing_requirements"]
+
+BUILTIN: Final = "quantmill"
+
+PLUGIN_BROKEN = declare("QM-PLUGIN-001", "A plugin can't be used", Severity.WARNING)
+NAME_CONFLICT = declare("QM-PLUGIN-002", "Two plugins claim one name")
+STRICT_STATUS = declare("QM-PLUGIN-003", "Strict mode: a plugin is not ok")
+
+
+class Status(enum.StrEnum):
+    """What became of a plugin."""
+
+    OK = "ok"
+    DISABLED = "disabled"
+    MISSING = "missing requirement"
+    WRONG_API = "wrong API version"
+    CONFLICT = "conflict"
+    BROKEN = "broken"
+
+
+@dataclass(slots=True)
+class PluginInfo:
+    """One plugin that discovery found, and its fate."""
+
+    name: str
+    distribution: str
+    version: str
+    entry: str
+    status: Status = Status.OK
+    reason: str = ""
+    fix: str = ""
+    module: ModuleType | None = field(default=None, repr=False)
+    provides: dict[str, list[str]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plugin as JSON-able data."""
+        return {
+            "name": self.name,
+            "distribution": self.distribution,
+            "version": self.version,
+            "entry": self.entry,
+            "status": self.status.value,
+            "reason": self.reason,
+            "fix": self.fix,
+            "provides": self.provides,
+        }
+
+
+REGISTRIES: Final = {
+    "methods": "quantmill_methods",
+    "dialects": "quantmill_dialects",
+    "codecs": "quantmill_codecs",
+    "kernels": "quantmill_kernels",
+    "model_sources": "quantmill_model_sources",
+    "validators": "quantmill_validators",
+    "targeting_rules": "quantmill_targeting_rules",
+    "finalizers": "quantmill_finalizers",
+}
+
+
+def missing_requirements(requirements: Iterable[Requirement]) -> list[tuple[Requirement, str]]:
+    """The requirements this environment does not meet, each with what is there instead.
+
+    Metadata only: nothing is imported.
+    """
+    unmet: list[tuple[Requirement, str]] = []
+    for requirement in requirements:
+        if not requirement.distribution:
+            continue
+        found = _version(requirement.distribution)
+        if found is None:
+            unmet.append((requirement, "it is not installed"))
+        elif requirement.versions and not _satisfies(found, requirement.versions):
+            unmet.append((requirement, f"version {found} is installed"))
+    return unmet
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _satisfies(version: str, versions: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(versions).contains(version, prereleases=True)
+
+
+def _unmet_metadata(distribution: metadata.Distribution) -> list[str]:
+    """Requirements in a distribution's metadata that are not installed; extras are left out."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    unmet = []
+    for text in distribution.requires or ():
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        if found is None:
+            unmet.append(f"{requirement} (it is not installed)")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            unmet.append(f"{requirement} (version {found} is installed)")
+    return unmet
+
+
+def _names_from_environment(variable: str) -> list[str]:
+    return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+
+
+class Host:
+    """Holds the plugins of one process and calls their hooks."""
+
+    def __init__(
+        self,
+        *,
+        disable: Collection[str] = (),
+        allow: Collection[str] | None = None,
+        strict: bool = False,
+        discover: bool = True,
+    ) -> None:
+        """
+        Args:
+            disable: names of plugins or distributions not to use.
+            allow: if given, only these plugins or distributions are used.
+            strict: raise if any plugin is neither ok nor disabled.
+            discover: look for installed plugins; otherwise only :meth:`add` brings some.
+
+        Raises:
+            FindingsError: in strict mode, with one finding per plugin that is not ok.
+        """
+        self.plugins: dict[str, PluginInfo] = {}
+        self.conflicts: list[PluginInfo] = []
+        self.disable = {*disable, *_names_from_environment("QUANTMILL_DISABLE")}
+        allowed = list(allow) if allow is not None else _names_from_environment("QUANTMILL_ALLOW")
+        self.allow = set(allowed) if allow is not None or allowed else None
+        self.manager = pluggy.PluginManager("quantmill")
+        self.manager.add_hookspecs(hookspecs)
+        self._known_hooks = {
+            name for name in dir(hookspecs) if name.startswith("quantmill_")
+        }
+        self._registered: dict[str, list[tuple[str, Any]]] = {kind: [] for kind in REGISTRIES}
+        self._add_builtin()
+        if discover:
+            self._discover()
+        if strict:
+            self.require_ok()
+
+    # -- discovery -----------------------------------------------------------------------------
+
+    def _add_builtin(self) -> None:
+        from quantmill import builtin
+
+        self.manager.register(builtin, BUILTIN)
+
+    def _discover(self) -> None:
+        found: dict[str, list[tuple[PluginInfo, metadata.EntryPoint, metadata.Distribution]]] = {}
+        seen: set[tuple[str, str, str]] = set()
+        for entry in metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
+            distribution = entry.dist
+            if distribution is None:
+                continue
+            # One distribution can be on the path twice (an editable one and a wheel).
+            key = (entry.name, distribution.name, entry.value)
+            if key in seen:
+                continue
+            seen.add(key)
+            info = PluginInfo(entry.name, distribution.name, distribution.version, entry.value)
+            found.setdefault(entry.name, []).append((info, entry, distribution))
+        for name in sorted(found):
+            usable = []
+            for info, entry, distribution in found[name]:
+                if self._listed(info):
+                    usable.append((info, entry, distribution))
+                else:
+                    self.plugins.setdefault(info.name, info)
+            if len(usable) > 1:
+                owners = " and ".join(sorted(item[0].distribution for item in usable))
+                for info, _, _ in usable:
+                    self._fail(
+                        info,
+                        Status.CONFLICT,
+                        f"plugin name {name!r} is claimed by {owners}",
+                        "uninstall one, or disable one by its distribution's name",
+                    )
+                    self.conflicts.append(info)
+                self.plugins[name] = usable[0][0]
+            elif usable:
+                info, entry, distribution = usable[0]
+                self.plugins[name] = info
+                unmet = _unmet_metadata(distribution)
+                if unmet:
+                    self._fail(
+                        info,
+                        Status.MISSING,
+                        "needs " + "; ".join(unmet),
+                        f"pip install --upgrade {info.distribution}",
+                    )
+                    continue
+                self._load(info, lambda entry=entry: importlib.import_module(entry.module))
+
+    def _listed(self, info: PluginInfo) -> bool:
+        names = {info.name, info.distribution}
+        if names & self.disable:
+            self._fail(info, Status.DISABLED, "on the disable list", "take it off the list")
+            return False
+        if self.allow is not None and not names & self.allow:
+            self._fail(info, Status.DISABLED, "not on the allow list", "add it to the list")
+            return False
+        return True
+
+    def add(self, module: Any, name: str, *, distribution: str = "", version: str = "") -> PluginInfo:
+        """Add a plugin that no entry point names (tests, notebooks). Returns its fate."""
+        info = PluginInfo(name, distribution or name, version, getattr(module, "__name__", name))
+        if name in self.plugins:
+            self._fail(
+                info,
+                Status.CONFLICT,
+                f"plugin name {name!r} is claimed by {self.plugins[name].distribution}"
+                f" and {info.distribution}",
+                "disable one of them",
+            )
+            self.conflicts.append(info)
+            return info
+        self.plugins[name] = info
+        if self._listed(info):
+            self._load(info, lambda: module)
+        return info
+
+    def _load(self, info: PluginInfo, load: Callable[[], Any]) -> None:
+        try:
+            module = load()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may even call sys.exit: nobody else may suffer
+            self._fail(
+                info,
+                Status.BROKEN,
+                f"importing {info.entry} raised {type(error).__name__}: {error}",
+                f"reinstall or update {info.distribution}",
+            )
+            return
+        version = getattr(module, "QUANTMILL_API", None)
+        if version not in hookspecs.SUPPORTED_API_VERSIONS:
+            supported = ", ".join(map(str, hookspecs.SUPPORTED_API_VERSIONS))
+            stated = "states no QUANTMILL_API" if version is None else f"was made for API {version}"
+            newer = isinstance(version, int) and version > hookspecs.HOOK_API_VERSION
+            self._fail(
+                info,
+                Status.WRONG_API,
+                f"{stated}; this quantmill takes {supported}",
+                "update quantmill" if newer else f"update {info.distribution}",
+            )
+            return
+        unknown = sorted(
+            name
+            for name in dir(module)
+            if hasattr(getattr(module, name, None), "quantmill_impl")
+            and name not in self._known_hooks
+        )
+        if unknown:
+            self._fail(
+                info,
+                Status.BROKEN,
+                f"implements unknown hooks: {', '.join(unknown)}",
+                f"update {info.distribution} or quantmill",
+            )
+            return
+        try:
+            self.manager.register(module, info.name)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            self._fail(info, Status.BROKEN, str(error), f"update {info.distribution}")
+            return
+        info.module = module
+        self._take_registrations(info, module)
+
+    def _take_registrations(self, info: PluginInfo, module: Any) -> None:
+        try:
+            unmet = [
+                (requirement, there)
+                for requirement, there in missing_requirements(
+                    self._call(module, "quantmill_requirements")
+                )
+                if not requirement.optional
+            ]
+            given = {kind: self._call(module, hook) for kind, hook in REGISTRIES.items()}
+        except Exception as error:
+            self._drop(info)
+            self._fail(
+                info,
+                Status.BROKEN,
+                f"registration raised {type(error).__name__}: {error}",
+                f"update {info.distribution}",
+            )
+            return
+        if unmet:
+            self._drop(info)
+            wants = "; ".join(
+                f"{item.distribution}{item.versions} ({there})" for item, there in unmet
+            )
+            packages = " ".join(f'"{item.distribution}{item.versions}"' for item, _ in unmet)
+            self._fail(info, Status.MISSING, f"needs {wants}", f"pip install {packages}")
+            return
+        for kind in ("methods", "codecs", "kernels", "model_sources"):
+            for item in given[kind]:
+                owner = self._owner(kind, item)
+                if owner is not None:
+                    self._drop(info)
+                    self._fail(
+                        info,
+                        Status.CONFLICT,
+                        f"{kind[:-1].replace('_', ' ')} {item.name!r} is registered by"
+                        f" {owner.distribution} and {info.distribution}",
+                        f"disable {owner.name} or {info.name}",
+                    )
+                    self.conflicts.append(info)
+                    return
+        for kind, items in given.items():
+            self._registered[kind].extend((info.name, item) for item in items)
+            info.provides[kind] = [getattr(item, "name", getattr(item, "pattern", "")) for item in items]
+
+    def _call(self, module: Any, hook: str) -> list[Any]:
+        implementation = getattr(module, hook, None)
+        if implementation is None or not hasattr(implementation, "quantmill_impl"):
+            return []
+        return list(implementation() or ())
+
+    def _owner(self, kind: str, item: Any) -> PluginInfo | None:
+        names = _claimed_names(item)
+        for plugin, other in self._registered[kind]:
+            if names & _claimed_names(other):
+                return self.plugins[plugin]
+        return None
+
+    def _drop(self, info: PluginInfo) -> None:
+        self.manager.unregister(name=info.name)
+        info.module = None
+
+    @staticmethod
+    def _fail(info: PluginInfo, status: Status, reason: str, fix: str) -> None:
+        info.status, info.reason, info.fix = status, reason, fix
+
+    # -- what is there -------------------------------------------------------------------------
+
+    def require_ok(self) -> None:
+        """Raise one finding per plugin that is neither ok nor disabled."""
+        problems = [
+            STRICT_STATUS(f"plugin {info.name}", f"{info.status}: {info.reason}", info.fix)
+            for info in self.plugins.values()
+            if info.status not in (Status.OK, Status.DISABLED)
+        ]
+        if problems:
+            raise FindingsError(problems)
+
+    def findings(self) -> list[Finding]:
+        """One finding per plugin that can't be used; conflicts are errors."""
+        found = []
+        for info in self.plugins.values():
+            if info.status in (Status.OK, Status.DISABLED):
+                continue
+            code = NAME_CONFLICT if info.status is Status.CONFLICT else PLUGIN_BROKEN
+            found.append(code(f"plugin {info.name}", f"{info.status}: {info.reason}", info.fix))
+        return found
+
+    def check_pending(self) -> None:
+        """Verify that every hook implementation belongs to a spec (pluggy's own check)."""
+        self.manager.check_pending()
+
+    def trace(self, before: Callable[[str, dict[str, Any]], None]) -> Callable[[], None]:
+        """Call ``before(hook name, arguments)`` at every hook call. Returns a function to undo."""
+        return self.manager.add_hookcall_monitoring(
+            lambda name, impls, kwargs: before(name, dict(kwargs)),
+            lambda outcome, name, impls, kwargs: None,
+        )
+
+    @property
+    def hook(self) -> Any:
+        """The hooks, callable with keyword arguments."""
+        return self.manager.hook
+
+    def registered(self, kind: str) -> list[tuple[str, Any]]:
+        """``(plugin name, registration)`` for a kind of :data:`REGISTRIES`."""
+        return list(self._registered[kind])
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """Registered methods by name."""
+        return {item.name: item for _, item in self._registered["methods"]}
+
+    @property
+    def presets(self) -> dict[str, tuple[Method, Preset]]:
+        """Short names, with the method and options each stands for."""
+        return {
+            preset.name: (method, preset)
+            for method in self.methods.values()
+            for preset in method.presets
+        }
+
+    @property
+    def dialects(self) -> list[ConfigReader]:
+        """Registered configuration dialects."""
+        return [item for _, item in self._registered["dialects"]]
+
+    @property
+    def codecs(self) -> dict[str, CodecRegistration]:
+        """Registered codecs by name."""
+        return {item.name: item for _, item in self._registered["codecs"]}
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Registered kernels."""
+        return [item for _, item in self._registered["kernels"]]
+
+    @property
+    def model_sources(self) -> list[ModelSource]:
+        """Registered model sources, the one to ask first first."""
+        sources: list[ModelSource] = [item for _, item in self._registered["model_sources"]]
+        return sorted(sources, key=lambda item: -item.priority)
+
+    @property
+    def validators(self) -> list[Validator]:
+        """Registered validators."""
+        return [item for _, item in self._registered["validators"]]
+
+    @property
+    def targeting_rules(self) -> list[tuple[str, TargetingRule]]:
+        """Registered targeting rules with the plugin each comes from."""
+        return list(self._registered["targeting_rules"])
+
+    @property
+    def finalizers(self) -> list[Finalizer]:
+        """Registered finalizers."""
+        return [item for _, item in self._registered["finalizers"]]
+
+    def plugin_of(self, kind: str, name: str) -> str | None:
+        """Name of the plugin that registered ``name``."""
+        for plugin, item in self._registered[kind]:
+            if name in _claimed_names(item):
+                return plugin
+        return None
+
+
+def _claimed_names(item: Any) -> set[str]:
+    names = {item.name, *getattr(item, "aliases", ())}
+    return names | {preset.name for preset in getattr(item, "presets", ())}
+
+
+_default: Host | None = None
+
+
+def default_host() -> Host:
+    """The host of this process, made on first use."""
+    global _default
+    if _default is None:
+        _default = Host()
+    return _default

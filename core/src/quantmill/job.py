@@ -1,0 +1,137 @@
+"""The job: the explicit object that stages pass along.
+
+Nothing about a run is kept anywhere else. A framework may make a job and call the stages it
+wants, in order; each reads what earlier ones put here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from quantmill.findings import Findings
+
+if TYPE_CHECKING:
+    from quantmill.architecture import Architecture
+    from quantmill.checkpoint.headers import CheckpointHeaders
+    from quantmill.config import MethodConfig
+    from quantmill.host import Host
+    from quantmill.kernels import KernelRegistry
+    from quantmill.plan import Plan
+    from quantmill.registrations import Method
+
+__all__ = ["Job", "Options", "Request", "Selection"]
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a user asked for: the grammar of METHOD, parsed but not yet typed."""
+
+    raw: Mapping[str, Any] | None = None
+    """Raw config, or None to take what the checkpoint says."""
+    method: str | None = None
+    """Name of the method when a short name said it."""
+    text: str = ""
+    """How the user wrote it, for messages."""
+    skip: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    assign: Mapping[str, Request] = field(default_factory=dict)
+    """Pattern to another method, for several methods in one model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A method with the config it runs with."""
+
+    label: str
+    method: Method
+    config: MethodConfig
+    plugin: str = ""
+
+
+@dataclass(slots=True)
+class Options:
+    """How to run, as opposed to what to make."""
+
+    strict: bool = False
+    """Fallbacks are errors."""
+    non_finite: str = "error"
+    """``error`` stops at NaN or infinity in a weight and names it; ``keep`` leaves such a module
+    float, with a finding."""
+    allow_unmatched: bool = False
+    """A user's pattern may match nothing."""
+    max_memory: Mapping[str, int] | None = None
+    """Bytes allowed by device type; checked before anything is loaded."""
+    training: bool = False
+    """Prepare for adapters on top of a frozen base (QLoRA)."""
+    gradient_checkpointing: bool = True
+    force_kernels: tuple[str, ...] = ()
+    disable_kernels: tuple[str, ...] = ()
+    dequantize: bool = False
+    """Load a quantized checkpoint as a float model."""
+    output: str | None = None
+    """Folder to be written, for the disk space check."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One run. Fields below ``progress`` are filled by the stages."""
+
+    host: Host
+    headers: CheckpointHeaders
+    request: Request
+    device: str = "cpu"
+    dtype: str | None = None
+    """Dtype of unquantized weights and activations; None for the checkpoint's own."""
+    options: Options = field(default_factory=Options)
+    progress: Progress | None = None
+
+    findings: Findings = field(default_factory=Findings)
+    checkpoint_config: Selection | None = None
+    """What a pre-quantized checkpoint says of itself."""
+    selections: dict[str, Selection] = field(default_factory=dict)
+    """Methods in use by label; the first is the main one."""
+    architecture: Architecture | None = None
+    plan: Plan | None = None
+    _kernels: KernelRegistry | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    """For plugins that implement several stages: keyed by plugin name."""
+
+    @property
+    def prequantized(self) -> bool:
+        """The checkpoint's weights are quantized already."""
+        return self.checkpoint_config is not None
+
+    @property
+    def kernels(self) -> KernelRegistry:
+        """The kernels this job may use."""
+        if self._kernels is None:
+            from quantmill.kernels import KernelRegistry
+
+            self._kernels = KernelRegistry.of(
+                self.host,
+                force=self.options.force_kernels,
+                disable=self.options.disable_kernels,
+            )
+        return self._kernels
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage to the observation hooks."""
+        self.host.hook.quantmill_stage_started(job=self, stage=name)
+        start = perf_counter()
+        yield
+        self.host.hook.quantmill_stage_finished(
+            job=self, stage=name, seconds=perf_counter() - start
+        )
+
+    def advance(self, done: int, total: int, what: str) -> None:
+        """Report progress in bytes to the caller and to plugins."""
+        if self.progress is not None:
+            self.progress(done, total, what)
+        self.host.hook.quantmill_progress(job=self, done=done, total=total, what=what)
