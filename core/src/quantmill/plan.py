@@ -1,0 +1,100 @@
+"""The plan: what happens to every module, in bytes, before a byte of weights is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantmill.findings import Findings
+from quantmill.targeting.types import Target
+
+__all__ = ["ModulePlan", "Plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """The fate of one module. Bytes count its weight and bias with scales, zero points and all."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    action: str
+    """``quantize``, ``keep`` or ``not-a-target``."""
+    method: str | None
+    """Label of the method."""
+    form: str
+    """The form in words, ``BF16`` for a kept one."""
+    reason: str
+    origin: str
+    parameters: int
+    bytes_before: int
+    """In the source checkpoint."""
+    bytes_after: int
+    """In a written checkpoint."""
+    bytes_memory: int
+    """In the live model."""
+    working_bytes: int = 0
+    """While it is being made, beyond ``bytes_memory``."""
+    target: Target | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        data = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name != "target"
+        }
+        return {**data, "shape": list(self.shape)}
+
+
+@dataclass(slots=True)
+class Plan:
+    """Decisions for every module of a model and what they cost."""
+
+    source: str
+    device: str
+    dtype: str
+    methods: Mapping[str, str]
+    """Label to the method's name and options in words."""
+    modules: list[ModulePlan]
+    findings: Findings = field(default_factory=Findings)
+    buffer_bytes: int = 32 << 20
+    """Read-ahead and staging buffers of the streaming loader."""
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over the modules; ``bits_per_weight`` is over the quantized ones, on disk."""
+        quantized = [item for item in self.modules if item.action == "quantize"]
+        weights = sum(item.parameters for item in quantized)
+        memory = sum(item.bytes_memory for item in self.modules)
+        working = max((item.working_bytes for item in self.modules), default=0)
+        bits = 8 * sum(item.bytes_after for item in quantized) / weights if weights else 0.0
+        return {
+            "parameters": sum(item.parameters for item in self.modules),
+            "bytes_before": sum(item.bytes_before for item in self.modules),
+            "bytes_after": sum(item.bytes_after for item in self.modules),
+            "bytes_memory": memory,
+            "peak_bytes": memory + working + self.buffer_bytes,
+            "bits_per_weight": bits,
+            "quantized": len(quantized),
+            "kept": sum(1 for item in self.modules if item.action == "keep"),
+        }
+
+    def raise_errors(self) -> None:
+        """Raise every finding of severity error."""
+        self.findings.raise_errors()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return {
+            "source": self.source,
+            "device": self.device,
+            "dtype": self.dtype,
+            "methods": dict(self.methods),
+            "totals": self.totals,
+            "modules": [item.to_dict() for item in self.modules],
+            "findings": self.findings.to_list(),
+        }
+
+

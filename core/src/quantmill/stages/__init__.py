@@ -1,0 +1,1 @@
+"""The seven stages. Each is a function on a :class:`quantmill.job.Job` and callable alone."""

@@ -1,0 +1,221 @@
+"""Stage 2, selection: from METHOD as a user writes it to registered methods with configs.
+
+One grammar everywhere. METHOD is one of
+
+- a short name: ``bnb-nf4``, with options after a colon: ``bnb-nf4:bnb_4bit_blocksize=128``;
+- JSON text of a config: ``{"quant_method": "bitsandbytes", "load_in_4bit": true}``;
+- a path to a JSON or YAML file with such a config;
+- in Python also a dict, or a config object.
+
+A dict may hold, besides the config, ``method`` (a short name), ``skip`` and ``include`` (lists of
+patterns) and ``assign`` (pattern to METHOD, for several methods in one model).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantmill.config import MethodConfig, suggestion
+from quantmill.findings import QuantmillError, declare
+from quantmill.host import Host, missing_requirements
+from quantmill.job import Job, Request, Selection
+from quantmill.registrations import Method
+from quantmill.stages.configure import configure, merge
+
+__all__ = ["parse_method", "select"]
+
+UNKNOWN_METHOD = declare("QM-SELECT-001", "No installed plugin has this method")
+UNREADABLE_METHOD = declare("QM-SELECT-002", "METHOD can't be read")
+NOTHING_ASKED = declare("QM-SELECT-003", "No method was given and the checkpoint is not quantized")
+CONFLICTING_SELECTION = declare("QM-SELECT-004", "Two plugins select different methods")
+MISSING_LIBRARY = declare("QM-SELECT-005", "A method's library is missing or of a wrong version")
+
+_OWN_KEYS = ("method", "skip", "include", "assign")
+
+
+def parse_method(value: Any, host: Host) -> Request:
+    """Parse METHOD.
+
+    Raises:
+        QuantmillError: it is no short name, JSON or file, or names an unknown method.
+    """
+    if value is None:
+        return Request()
+    if isinstance(value, Request):
+        return value
+    if isinstance(value, MethodConfig):
+        raw = value.model_dump(exclude_defaults=True)
+        for method in host.methods.values():
+            if method.config == f"{type(value).__module__}:{type(value).__qualname__}":
+                return Request(raw=raw, method=method.name, text=method.name)
+    if isinstance(value, Mapping):
+        return _from_mapping(dict(value), "the given config", host)
+    to_dict = getattr(value, "to_dict", None)
+    if callable(to_dict):  # a peer's config object
+        return _from_mapping(dict(to_dict()), type(value).__name__, host)
+    text = str(value).strip()
+    if text.startswith("{"):
+        return _from_text(text, "the given JSON", host)
+    if text.endswith((".json", ".yaml", ".yml")):
+        path = Path(text)
+        if not path.is_file():
+            raise QuantmillError(
+                UNREADABLE_METHOD(text, f"there is no file {text}", "give an existing file")
+            )
+        return _from_text(path.read_text(encoding="utf-8"), path.name, host)
+    return _from_short_name(text, host)
+
+
+def _from_text(text: str, where: str, host: Host) -> Request:
+    import yaml
+
+    try:
+        data = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise QuantmillError(
+            UNREADABLE_METHOD(where, f"not valid JSON or YAML: {error}", "correct the syntax")
+        ) from None
+    if not isinstance(data, Mapping):
+        raise QuantmillError(
+            UNREADABLE_METHOD(where, "it does not hold a mapping", "write key: value pairs")
+        )
+    return _from_mapping(dict(data), where, host)
+
+
+def _from_short_name(text: str, host: Host) -> Request:
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise QuantmillError(
+                UNREADABLE_METHOD(
+                    text, f"option {item!r} has no value", f"write {name}:{item}=VALUE"
+                )
+            )
+        try:
+            options[key.strip()] = json.loads(value)
+        except ValueError:
+            options[key.strip()] = value.strip()
+    if name in host.presets:
+        method, preset = host.presets[name]
+        return Request({**preset.options, **options}, method.name, text)
+    for method in host.methods.values():
+        if name == method.name or name in method.aliases:
+            return Request(options, method.name, text)
+    raise QuantmillError(unknown_method(name, host))
+
+
+def unknown_method(name: str, host: Host) -> Any:
+    """The finding for a name nobody registered, with what could be meant or installed."""
+    known = [*host.presets, *host.methods]
+    hint = suggestion(name, known)
+    broken = [
+        f"{info.name} ({info.status}: {info.reason})"
+        for info in host.plugins.values()
+        if info.status.value not in ("ok", "disabled") and name.startswith(info.name)
+    ]
+    cause = f"no installed plugin has a method {name!r}"
+    if broken:
+        cause += "; plugins that can't be used: " + ", ".join(broken)
+    fix = hint or f"use one of: {', '.join(sorted(known)) or 'none installed'}"
+    return UNKNOWN_METHOD(name, cause, f"{fix}, or install the plugin that has it")
+
+
+def _from_mapping(data: dict[str, Any], where: str, host: Host) -> Request:
+    name = data.get("method")
+    skip = _patterns(data.get("skip"), where)
+    include = _patterns(data.get("include"), where)
+    assign = {
+        pattern: parse_method(value, host) for pattern, value in (data.get("assign") or {}).items()
+    }
+    raw = {key: value for key, value in data.items() if key not in _OWN_KEYS}
+    method = None
+    if name is not None:
+        base = parse_method(str(name), host)
+        raw, method = {**(base.raw or {}), **raw}, base.method
+    return Request(raw, method, where, skip, include, assign)
+
+
+def _patterns(value: Any, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise QuantmillError(
+        UNREADABLE_METHOD(where, "skip and include are lists of patterns", "write a list")
+    )
+
+
+def select(job: Job) -> dict[str, Selection]:
+    """Fill ``job.checkpoint_config`` and ``job.selections`` from the request and the checkpoint.
+
+    Raises:
+        QuantmillError: unknown method, contradiction, invalid config; every cause at once.
+    """
+    with job.stage("select"):
+        stored = job.headers.config.get("quantization_config")
+        if stored:
+            name, config = configure(job, stored, "checkpoint")
+            job.checkpoint_config = _selection(job, name, config, "checkpoint")
+        request = job.request
+        if request.raw is None:
+            if job.checkpoint_config is None:
+                raise QuantmillError(
+                    NOTHING_ASKED(
+                        job.request.text or "method",
+                        "the checkpoint holds float weights and no method was asked for",
+                        f"name one: {', '.join(sorted(job.host.presets)) or 'install a plugin'}",
+                    )
+                )
+            main = job.checkpoint_config
+        else:
+            name, config = configure(job, request.raw, "user", method=request.method)
+            main = _selection(job, name, config, request.text or name)
+            if job.checkpoint_config is not None:
+                main = merge(job, job.checkpoint_config, main, request.raw)
+        job.selections = {main.label: main}
+        for part in request.assign.values():
+            part_name, part_config = configure(job, part.raw or {}, "user", method=part.method)
+            label = part.text or part_name
+            job.selections[label] = _selection(job, part_name, part_config, label)
+        return job.selections
+
+
+def _selection(job: Job, name: str, config: MethodConfig, label: str) -> Selection:
+    answers = job.host.hook.quantmill_select(job=job, name=name)
+    distinct = {answer.method.name: answer for answer in answers}
+    if len(distinct) > 1:
+        raise QuantmillError(
+            CONFLICTING_SELECTION(
+                name,
+                f"plugins {', '.join(answer.plugin for answer in distinct.values())}"
+                f" select {', '.join(distinct)}",
+                "disable one of them",
+            )
+        )
+    if distinct:
+        return next(iter(distinct.values()))
+    method = job.host.methods[name]
+    _require(method)
+    plugin = job.host.plugin_of("methods", name) or ""
+    return Selection(label if label != "checkpoint" else name, method, config, plugin)
+
+
+def _require(method: Method) -> None:
+    problems = [
+        MISSING_LIBRARY(
+            method.name,
+            f"needs {item.distribution}{item.versions}, {there}. {item.why}".strip(),
+            f'pip install "{item.distribution}{item.versions}"',
+        )
+        for item, there in missing_requirements(method.requirements)
+        if not item.optional
+    ]
+    if problems:
+        raise QuantmillError(*problems)
