@@ -1,0 +1,139 @@
+"""Stage 7, set-up after quantization: config, adapters' needs, hooks, and the way back to float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from quantmill.findings import Finding, QuantmillError, declare
+from quantmill.forms import Form
+from quantmill.job import Job
+from quantmill.stages.quantize import factory_of
+
+__all__ = ["attach_form", "core_finalize", "dequantize_model", "detach_forms", "prepare_training"]
+
+NOT_TRAINABLE = declare("QM-FINAL-001", "The method can't carry gradients to adapters")
+
+
+def core_finalize(job: Job, model: nn.Module) -> Iterator[Finding]:
+    """Freeze the quantized base, record the job, prepare for adapters if asked."""
+    selection = next(iter(job.selections.values()))
+    if not job.options.dequantize:
+        model.quantmill_job = job  # type: ignore[assignment]
+        config = getattr(model, "config", None)
+        if config is not None:
+            config.quantization_config = dict(selection.config.to_checkpoint())
+    if job.options.training:
+        for item in job.selections.values():
+            if not item.method.capabilities.trainable:
+                raise QuantmillError(
+                    NOT_TRAINABLE(
+                        item.label,
+                        f"{item.method.name} declares that it can't be trained through",
+                        "take a trainable method: see `quantmill doctor`",
+                    )
+                )
+        prepare_training(model, checkpointing=job.options.gradient_checkpointing)
+    yield from ()
+
+
+def prepare_training(model: nn.Module, *, checkpointing: bool = True) -> nn.Module:
+    """Make a quantized model ready for adapters, as QLoRA does (arXiv 2305.14314).
+
+    The base is frozen, norms and other one-dimensional float parameters go to float32, inputs of
+    the first block get gradients, and gradient checkpointing is switched on if asked.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim == 1 and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.to(torch.float32)
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if checkpointing and callable(enable):
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs = getattr(model, "enable_input_require_grads", None)
+    if callable(inputs):
+        inputs()
+    model.train()
+    return model
+
+
+class _FromForm(nn.Module):
+    """A parametrization whose value is a form, dequantized at each use."""
+
+    def __init__(self, form: Form, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.form = form
+        self.dtype = dtype
+
+    def forward(self, placeholder: Tensor) -> Tensor:
+        return self.form.dequantize(self.dtype).to(placeholder.device)
+
+
+def attach_form(module: nn.Module, name: str, form: Form, dtype: torch.dtype) -> None:
+    """Let ``module.<name>`` give the dequantized form at each forward.
+
+    For targets that no linear class covers: the float weight exists only while it is used.
+    Undo with :func:`detach_forms`.
+    """
+    original = getattr(module, name)
+    placeholder = torch.empty(0, dtype=dtype, device=original.device)
+    module._parameters.pop(name, None)
+    module.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))
+    parametrize.register_parametrization(module, name, _FromForm(form, dtype), unsafe=True)
+
+
+def detach_forms(module: nn.Module) -> int:
+    """Turn every attached form below ``module`` back into a plain float parameter; their count."""
+    count = 0
+    for part in list(module.modules()):
+        if not parametrize.is_parametrized(part):
+            continue
+        for name in list(part.parametrizations):  # type: ignore[arg-type]
+            chain: Any = part.parametrizations[name]  # type: ignore[index]
+            if not any(isinstance(item, _FromForm) for item in chain):
+                continue
+            value = getattr(part, name).detach().clone()
+            parametrize.remove_parametrizations(part, name, leave_parametrized=False)
+            part._parameters[name] = nn.Parameter(value, requires_grad=False)
+            count += 1
+    return count
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn every quantized linear of a model that quantmill loaded into ``nn.Linear``, in place.
+
+    Modules are converted one at a time, so the peak is the float model and one weight.
+    """
+    job: Job | None = getattr(model, "quantmill_job", None)
+    if job is None or job.plan is None:
+        return model
+    wanted = dtype or getattr(torch, job.plan.dtype)
+    for entry in job.plan.modules:
+        if entry.action != "quantize" or entry.target is None or entry.method is None:
+            continue
+        selection = job.selections[entry.method]
+        old = model.get_submodule(entry.target.name)
+        form = factory_of(job, selection).form_of(old)
+        if form is None:
+            continue
+        weight = form.dequantize(wanted)
+        bias = getattr(old, "bias", None)
+        new = nn.Linear(
+            entry.target.in_features, entry.target.out_features, bias=bias is not None,
+            device="meta", dtype=wanted,
+        )
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            new.bias = nn.Parameter(bias.detach().to(wanted), requires_grad=False)
+        new.train(old.training)
+        model.set_submodule(entry.target.name, new)
+    detach_forms(model)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    del model.quantmill_job
+    return model

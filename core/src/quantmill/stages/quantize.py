@@ -1,0 +1,261 @@
+"""Stage 4, weight quantization: the one streaming engine, into whatever sink is given.
+
+Tensors are visited in the order of the checkpoint's files. A target's weight streams by row
+blocks through two buffers into its form; everything else is read straight into its final memory.
+What the sink is (a live model, a checkpoint) the engine does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import Codec, LinearFactory, Quantizer
+from quantmill.checkpoint.headers import CheckpointHeaders, TensorHeader
+from quantmill.checkpoint.reader import TensorReader, torch_dtype
+from quantmill.findings import Findings, QuantmillError, Severity, declare
+from quantmill.job import Job, Selection
+from quantmill.registrations import resolve
+from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
+
+if TYPE_CHECKING:
+    from quantmill.forms import Form
+
+__all__ = ["Sink", "StreamedWeight", "run"]
+
+NOT_FINITE = declare("QM-WEIGHT-001", "A weight holds NaN or infinity")
+NOT_FINITE_KEPT = declare(
+    "QM-WEIGHT-002",
+    "A weight holds NaN or infinity and is kept float",
+    Severity.WARNING,
+    fallback=True,
+)
+BLOCK_BYTES = 8 << 20
+"""Bytes of a row block; two are in memory."""
+
+
+class Sink(Protocol):
+    """Where the engine puts what it makes."""
+
+    def put_form(
+        self, selection: Selection, target: Target, form: Form, bias: Tensor | None
+    ) -> None:
+        """Take a quantized target, with the module's bias if it has one."""
+        ...
+
+    def put_tensor(self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader) -> None:
+        """Take a tensor that stays float."""
+        ...
+
+
+class StreamedWeight:
+    """A :class:`quantmill.backend.WeightSource` over a checkpoint."""
+
+    def __init__(
+        self, reader: TensorReader, target: Target, architecture: Any, device: torch.device,
+        cast: torch.dtype | None = None,
+    ) -> None:
+        self._reader = reader
+        self._target = target
+        self._parameter = target.module.parameters[target.parameter]
+        self._architecture = architecture
+        self._device = device
+        self._cast = cast
+        self.name = self._parameter.name
+        experts = (target.experts,) if target.experts else ()
+        self.shape: tuple[int, ...] = (*experts, target.out_features, target.in_features)
+        self.dtype = cast or torch_dtype(self._parameter.dtype)
+
+    @property
+    def _direct(self) -> bool:
+        return not self._target.transposed and not self._architecture.converted(self._parameter)
+
+    def tensor(self) -> Tensor:
+        weight: Tensor = self._architecture.assemble(self._parameter, self._reader)
+        if self._target.transposed:
+            weight = weight.transpose(-1, -2)
+        return weight.to(device=self._device, dtype=self.dtype).contiguous()
+
+    def row_blocks(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        rows = self.shape[-2]
+        stored = torch_dtype(self._parameter.dtype).itemsize
+        wanted = max(1, BLOCK_BYTES // max(1, self.shape[-1] * stored))
+        count = max(multiple, wanted // multiple * multiple)
+        if not self._direct or len(self.shape) != 2:
+            weight = self.tensor().reshape(-1, self.shape[-1])
+            for start in range(0, weight.shape[0], count):
+                yield start, weight[start : start + count]
+            return
+        name = self._parameter.sources[0]
+        for start, block in self._reader.row_blocks(name, min(count, rows)):
+            yield start, block.to(device=self._device, dtype=self.dtype)
+
+
+def quantizer_of(job: Job, selection: Selection) -> Quantizer[Any]:
+    """The quantizer of a selection, one per job."""
+    return _cached(
+        job,
+        ("quantizer", selection.label),
+        lambda: resolve(selection.method.quantizer)(
+            selection.config, device=torch.device(job.device), kernels=job.kernels
+        ),
+    )
+
+
+def codec_of(job: Job, selection: Selection) -> Codec[Any]:
+    """The codec of a selection, one per job."""
+    return _cached(
+        job,
+        ("codec", selection.label),
+        lambda: resolve(selection.method.codec)(selection.config),
+    )
+
+
+def factory_of(job: Job, selection: Selection) -> LinearFactory[Any]:
+    """The linear factory of a selection, one per job."""
+    reference = selection.method.linear or "quantmill.linear:FormLinearFactory"
+    return _cached(
+        job,
+        ("factory", selection.label),
+        lambda: resolve(reference)(selection.config, codec_of(job, selection), job.kernels),
+    )
+
+
+def _cached(job: Job, key: tuple[str, str], make: Any) -> Any:
+    store = job.state.setdefault("quantmill", {})
+    if key not in store:
+        store[key] = make()
+    return store[key]
+
+
+def member_headers(
+    prefix: str, codec: Codec[Any], headers: CheckpointHeaders
+) -> dict[str, TensorHeader]:
+    """The checkpoint's tensors of one module in a codec's layout, by name relative to it."""
+    found = {}
+    for suffix in codec.suffixes:
+        header = headers.tensors.get(f"{prefix}.{suffix}" if prefix else suffix)
+        if header is not None:
+            found[suffix] = header
+    return found
+
+
+def run(job: Job, sink: Sink) -> None:
+    """Carry out ``job.plan``: every module of it reaches the sink exactly once.
+
+    Raises:
+        QuantmillError: a weight can't be read or quantized; nothing has been committed then.
+    """
+    plan, architecture = job.plan, job.architecture
+    assert plan is not None and architecture is not None
+    planned: dict[str, list[tuple[Target, Selection]]] = {}
+    for entry in plan.modules:
+        if entry.action == "quantize" and entry.target is not None:
+            selection = job.selections[entry.method or next(iter(job.selections))]
+            planned.setdefault(entry.target.name, []).append((entry.target, selection))
+    order = sorted(architecture.modules, key=lambda module: _position(module, job.headers))
+    total = sum(header.nbytes for header in job.headers.tensors.values())
+    done = 0
+    with job.stage("quantize"), TensorReader(job.headers, buffer_bytes=BLOCK_BYTES) as reader:
+        for module in order:
+            targets = planned.get(module.name, [])
+            made = {target.parameter for target, _ in targets if _one(job, reader, sink, target, _)}
+            for local, parameter in module.parameters.items():
+                if local in made or not parameter.sources or parameter.name in architecture.tied:
+                    continue
+                if made and local == "bias":
+                    continue
+                sink.put_tensor(module, parameter, reader)
+            done += _source_bytes(module, job, architecture, bool(targets))
+            job.advance(min(done, total), total, module.name)
+        job.advance(total, total, "done")
+
+
+def _one(
+    job: Job, reader: TensorReader, sink: Sink, target: Target, selection: Selection
+) -> bool:
+    """Quantize or decode one target. False when it stays float after all."""
+    architecture = job.architecture
+    assert architecture is not None and job.plan is not None
+    dtype = getattr(torch, job.plan.dtype)
+    if job.prequantized:
+        codec = codec_of(job, selection)
+        members = member_headers(architecture.module_prefix(target.module), codec, job.headers)
+        tensors: Mapping[str, Tensor] = {
+            name: _resident(reader, header, job.device) for name, header in members.items()
+        }
+        form = codec.decode(tensors, target, dtype)
+    else:
+        cast = dtype if job.dtype is not None else None
+        weight = StreamedWeight(reader, target, architecture, torch.device(job.device), cast)
+        try:
+            form = job.host.hook.quantmill_quantize(
+                job=job, selection=selection, target=target, weight=weight
+            )
+        except NonFiniteWeight as error:
+            if job.options.non_finite != "keep":
+                raise QuantmillError(error.finding(weight.shape)) from None
+            job.findings.add(
+                NOT_FINITE_KEPT(weight.name, error.cause(weight.shape), "repair the checkpoint")
+            )
+            if job.options.strict:
+                Findings(job.findings).strict().raise_errors()
+            return False
+    bias_info = target.module.parameters.get("bias")
+    bias = None
+    if bias_info is not None and bias_info.sources:
+        bias = architecture.assemble(bias_info, reader).to(job.device)
+    sink.put_form(selection, target, form, bias)
+    return True
+
+
+def _resident(reader: TensorReader, header: TensorHeader, device: str) -> Tensor:
+    if device == "cpu":
+        return reader.mapped(header.name)
+    return reader.tensor(header.name).to(device)
+
+
+class NonFiniteWeight(Exception):
+    """A quantizer found NaN or infinity; the engine names the weight."""
+
+    def __init__(self, name: str, index: int) -> None:
+        super().__init__(name, index)
+        self.name = name
+        self.index = index
+
+    def cause(self, shape: tuple[int, ...]) -> str:
+        """Where in the weight it is."""
+        where, rest = [], self.index
+        for size in reversed(shape):
+            where.append(rest % size)
+            rest //= size
+        return f"element {list(reversed(where))} of {self.name} is NaN or infinite"
+
+    def finding(self, shape: tuple[int, ...]) -> Any:
+        """The error that stops the job."""
+        return NOT_FINITE(
+            self.name,
+            self.cause(shape),
+            'repair the checkpoint, or keep such modules float with non_finite="keep"',
+        )
+
+
+def _position(module: ModuleInfo, headers: CheckpointHeaders) -> tuple[str, int]:
+    for parameter in module.parameters.values():
+        for source in parameter.sources:
+            header = headers.tensors.get(source)
+            if header is not None:
+                return header.file, header.start
+    return "", -1
+
+
+def _source_bytes(module: ModuleInfo, job: Job, architecture: Any, quantized: bool) -> int:
+    count = 0
+    for parameter in module.parameters.values():
+        for source in parameter.sources:
+            header = job.headers.tensors.get(source)
+            count += header.nbytes if header is not None else 0
+    return count

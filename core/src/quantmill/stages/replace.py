@@ -1,0 +1,83 @@
+"""Stage 5, replacement: the sink that makes a live model out of forms and tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantmill.checkpoint.reader import TensorReader, torch_dtype
+from quantmill.forms import Form
+from quantmill.job import Job, Selection
+from quantmill.stages.quantize import factory_of
+from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
+
+if TYPE_CHECKING:
+    from quantmill.architecture import Architecture
+
+__all__ = ["ModelSink", "linear_for"]
+
+
+def linear_for(
+    job: Job, selection: Selection, target: Target, form: Form, bias: Tensor | None
+) -> nn.Module:
+    """The module of the method's linear factory for a form."""
+    assert job.plan is not None
+    dtype = getattr(torch, job.plan.dtype)
+    return factory_of(job, selection).build(target, form, bias, dtype)
+
+
+class ModelSink:
+    """Fills a model that was built on the meta device."""
+
+    def __init__(self, job: Job, model: nn.Module, architecture: Architecture) -> None:
+        assert job.plan is not None
+        self.job = job
+        self.model = model
+        self.architecture = architecture
+        self.dtype: torch.dtype = getattr(torch, job.plan.dtype)
+        self.device = torch.device(job.device)
+
+    def put_form(
+        self, selection: Selection, target: Target, form: Form, bias: Tensor | None
+    ) -> None:
+        """Put the method's module in the target's place; float again when dequantizing."""
+        module = self.model.get_submodule(target.name)
+        bias = None if bias is None else bias.to(self.dtype)
+        if self.job.options.dequantize or target.kind == "stacked":
+            weight = form.dequantize(self.dtype)
+            if target.transposed:
+                weight = weight.transpose(-1, -2).contiguous()
+            _set(module, target.parameter, weight)
+            if bias is not None:
+                _set(module, "bias", bias)
+            return
+        new: Any = self.job.host.hook.quantmill_replace(
+            job=self.job, selection=selection, target=target, module=module, form=form, bias=bias
+        )
+        new.train(module.training)
+        self.model.set_submodule(target.name, new)
+
+    def put_tensor(self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader) -> None:
+        """Read a float tensor straight into its parameter, in the dtype it will have."""
+        owner = self.model.get_submodule(module.name) if module.name else self.model
+        local = parameter.name.rpartition(".")[2]
+        stored = torch_dtype(parameter.dtype)
+        wanted = stored
+        if stored.is_floating_point and stored.itemsize > 1:
+            wanted = torch.float32 if module.keep_float else self.dtype
+        if self.architecture.converted(parameter):
+            tensor = self.architecture.assemble(parameter, reader)
+        else:
+            header = reader.headers.tensors[parameter.sources[0]]
+            tensor = torch.empty(tuple(header.shape), dtype=stored)
+            reader.read_into(header, tensor)
+        _set(owner, local, tensor.to(device=self.device, dtype=wanted))
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    else:
+        module._buffers[name] = tensor

@@ -1,0 +1,302 @@
+"""Stage 6, targeting, run before the work: a decision and exact bytes for every module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from quantmill.architecture import open_architecture
+from quantmill.backend import Codec, Quantizer
+from quantmill.findings import Severity, declare
+from quantmill.job import Job, Request, Selection
+from quantmill.plan import ModulePlan, Plan
+from quantmill.registrations import resolve
+from quantmill.stages.quantize import codec_of, factory_of, member_headers, quantizer_of
+from quantmill.targeting.rules import decide
+from quantmill.targeting.types import Decision, ModuleInfo, ParameterInfo, Rule, targets_of
+
+if TYPE_CHECKING:
+    from quantmill.forms import Form
+
+__all__ = ["core_rules", "make_plan"]
+
+TENSORS_OUTRANK = declare(
+    "QM-TARGET-101",
+    "The tensors present contradict the config; the tensors are followed",
+    Severity.WARNING,
+)
+KIND_NOT_COVERED = declare(
+    "QM-TARGET-102", "The method does not take this kind of module", Severity.WARNING, fallback=True
+)
+
+
+def core_rules(job: Job) -> Iterator[Rule]:
+    """Rules of the architecture, the checkpoint's dialect, registered plugins and the user."""
+    for plugin, item in job.host.targeting_rules:
+        if not item.methods or {s.method.name for s in job.selections.values()} & set(item.methods):
+            yield Rule(item.pattern, item.action, f"plugin:{plugin}", reason=item.reason)  # type: ignore[arg-type]
+    for selection in job.selections.values():
+        origin = "checkpoint" if job.prequantized else "user"
+        for dialect in job.host.dialects:
+            if dialect.method == selection.method.name and dialect.rules is not None:
+                yield from resolve(dialect.rules)(selection.config, origin)
+    yield from _user_rules(job.request, job)
+
+
+def _user_rules(request: Request, job: Job) -> Iterator[Rule]:
+    for pattern in request.skip:
+        yield Rule(pattern, "skip", "user", reason="you asked to keep it")
+    for pattern in request.include:
+        yield Rule(pattern, "include", "user", reason="you asked to quantize it")
+    for pattern, part in request.assign.items():
+        label = part.text or part.method
+        label = label if label in job.selections else next(iter(job.selections))
+        yield Rule(pattern, "assign", "user", method=label, reason=f"you assigned {label}")
+
+
+def make_plan(job: Job) -> Plan:
+    """Decide for every module and count its bytes; fills ``job.architecture`` and ``job.plan``.
+
+    Findings (unmatched patterns, ragged shapes, missing tensors) go to ``job.findings``.
+    """
+    with job.stage("target"):
+        architecture = job.architecture or open_architecture(job.host, job.headers)
+        job.architecture = architecture
+        job.findings.extend(architecture.findings())
+        modules = list(architecture.modules)
+        kinds = {
+            kind for item in job.selections.values() for kind in item.method.capabilities.target_kinds
+        }
+        rules = [rule for answer in job.host.hook.quantmill_target(job=job) for rule in answer]
+        decisions, findings = decide(
+            modules, rules, kinds=kinds, allow_unmatched=job.options.allow_unmatched
+        )
+        job.findings.extend(findings)
+        planner = _Planner(job)
+        plans = [
+            part
+            for module, decision in zip(modules, decisions, strict=True)
+            for part in planner.module(module, decision)
+        ]
+        job.plan = Plan(
+            source=job.headers.source.describe(),
+            device=job.device,
+            dtype=planner.dtype_name,
+            methods={
+                label: f"{item.method.name} {item.config.summary()}".strip()
+                for label, item in job.selections.items()
+            },
+            modules=plans,
+            findings=job.findings,
+        )
+        return job.plan
+
+
+class _Planner:
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        self.job = job
+        self.torch = torch
+        self.main: Selection = next(iter(job.selections.values()))
+        architecture = job.architecture
+        assert architecture is not None
+        self.architecture = architecture
+        self.dtype_name = job.dtype or architecture.default_dtype or "bfloat16"
+        self.dtype: torch.dtype = getattr(torch, self.dtype_name)
+        self.target_cast = job.dtype is not None
+        # Layers repeat: the same shape with the same method has the same form and bytes.
+        self._cache: dict[Any, tuple[str, int, int, int]] = {}
+
+    def module(self, module: ModuleInfo, decision: Decision) -> Iterator[ModulePlan]:
+        """One plan entry, or one per parameter of a stacked module."""
+        if self.job.prequantized:
+            stored = self._stored(module, decision)
+            if stored is not None:
+                yield stored
+                return
+            if decision.action == "quantize":
+                decision = Decision(
+                    module.name, "keep", None, "the checkpoint holds it as float", "checkpoint"
+                )
+        if decision.action != "quantize":
+            yield self._kept(module, decision)
+            return
+        selection = self.job.selections.get(decision.method or self.main.label, self.main)
+        quantizer = quantizer_of(self.job, selection)
+        covered = selection.method.capabilities.target_kinds
+        targets = [item for item in targets_of(module) if item.kind in covered]
+        rest = sum(
+            _bytes(parameter)
+            for local, parameter in module.parameters.items()
+            if local not in {item.parameter for item in targets}
+        )
+        for index, target in enumerate(targets):
+            self.job.findings.extend(quantizer.check(target))
+            form, after, memory, working = self._measure(selection, quantizer, target)
+            extra = rest if index == 0 else 0
+            before = _bytes(module.parameters[target.parameter])
+            yield ModulePlan(
+                name=module.name if len(targets) == 1 else target.weight_name,
+                kind=target.kind,
+                shape=tuple(module.parameters[target.parameter].shape),
+                action="quantize",
+                method=selection.label,
+                form=form,
+                reason=decision.reason,
+                origin=decision.origin,
+                parameters=target.weights,
+                bytes_before=before + extra,
+                bytes_after=after + extra,
+                bytes_memory=memory + extra,
+                working_bytes=working,
+                target=target,
+            )
+
+    def _measure(
+        self, selection: Selection, quantizer: Quantizer[Any], target: Any
+    ) -> tuple[str, int, int, int]:
+        dtype = self._source_dtype(target)
+        key = (selection.label, target.kind, target.out_features, target.in_features,
+               target.experts, target.transposed, dtype)
+        if key not in self._cache:
+            form = quantizer.abstract(target, dtype)
+            self._cache[key] = (
+                describe_form(form),
+                _encoded_bytes(codec_of(self.job, selection), form),
+                factory_of(self.job, selection).resident_bytes(form),
+                quantizer.working_bytes(target, dtype),
+            )
+        return self._cache[key]
+
+    def _source_dtype(self, target: Any) -> Any:
+        if self.target_cast:
+            return self.dtype
+        from quantmill.checkpoint.reader import torch_dtype
+
+        return torch_dtype(target.module.parameters[target.parameter].dtype)
+
+    def _stored(self, module: ModuleInfo, decision: Decision) -> ModulePlan | None:
+        """The entry of a module that the checkpoint holds quantized, or None."""
+        selection = self.job.checkpoint_config
+        assert selection is not None
+        codec: Codec[Any] = codec_of(self.job, selection)
+        members = member_headers(self.architecture.module_prefix(module), codec, self.job.headers)
+        if not members:
+            return None
+        target = _stored_target(module)
+        form = codec.describe(members, target, self.dtype)
+        if form is None:
+            return None
+        if decision.action == "keep" and decision.origin in ("checkpoint", "default"):
+            self.job.findings.add(
+                TENSORS_OUTRANK(
+                    module.name,
+                    f"the config would keep it float ({decision.reason}),"
+                    " but its tensors are quantized",
+                    "nothing to do; correct the config to silence this",
+                )
+            )
+        stored = sum(item.nbytes for item in members.values())
+        names = {suffix.split(".")[0] for suffix in codec.suffixes}
+        rest = sum(_bytes(p) for local, p in module.parameters.items() if local not in names)
+        resident = factory_of(self.job, selection).resident_bytes(form)
+        if self.job.options.dequantize:
+            resident = target.weights * self.dtype.itemsize
+        return ModulePlan(
+            name=module.name,
+            kind=target.kind,
+            shape=tuple(form.shape),
+            action="quantize",
+            method=selection.label,
+            form=describe_form(form),
+            reason="quantized in the checkpoint",
+            origin="checkpoint",
+            parameters=target.weights,
+            bytes_before=stored + rest,
+            bytes_after=stored + rest,
+            bytes_memory=resident + rest,
+            target=target,
+        )
+
+    def _kept(self, module: ModuleInfo, decision: Decision) -> ModulePlan:
+        weight = module.parameters.get("weight")
+        shape = weight.shape if weight is not None else ()
+        tied = self.architecture.tied
+        count = before = memory = 0
+        for parameter in module.parameters.values():
+            if parameter.name in tied or not parameter.sources:
+                continue
+            elements = _numel(parameter.shape)
+            count += elements
+            before += _bytes(parameter)
+            memory += elements * self._live_itemsize(module, parameter)
+        return ModulePlan(
+            name=module.name,
+            kind=module.kind,
+            shape=tuple(shape),
+            action=decision.action,
+            method=None,
+            form=weight.dtype if weight is not None else "",
+            reason=decision.reason,
+            origin=decision.origin,
+            parameters=count,
+            bytes_before=before,
+            bytes_after=before,
+            bytes_memory=memory,
+        )
+
+    def _live_itemsize(self, module: ModuleInfo, parameter: ParameterInfo) -> int:
+        if parameter.dtype not in ("F32", "F16", "BF16", "F64"):
+            return _itemsize(parameter.dtype)
+        return 4 if module.keep_float else self.dtype.itemsize
+
+
+def _stored_target(module: ModuleInfo) -> Any:
+    from quantmill.targeting.types import Target
+
+    found = targets_of(module)
+    if found:
+        return found[0]
+    weight = module.parameters["weight"]
+    rows, columns = weight.shape[0], weight.shape[-1]
+    return Target(module, "weight", module.kind, rows, columns, None, module.kind == "conv1d")
+
+
+def describe_form(form: Form) -> str:
+    """A form in words, for tables: ``codebook nf4 4-bit, flat 64, nested``."""
+    traits = form.traits()
+    parts = [form.kind]
+    if traits.get("table"):
+        parts.append(str(traits["table"]))
+    if traits.get("bits"):
+        parts.append(f"{traits['bits']}-bit")
+    text = " ".join(parts) + f", {traits.get('grouping')}"
+    if traits.get("group_size"):
+        text += f" {traits['group_size']}"
+    return text + (", nested" if traits.get("nested") else "")
+
+
+def _encoded_bytes(codec: Codec[Any], form: Form) -> int:
+    return sum(t.numel() * t.element_size() for t in codec.encode(form).values())
+
+
+def _numel(shape: Iterable[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _itemsize(dtype: str) -> int:
+    from quantmill.checkpoint.reader import torch_dtype
+
+    return int(torch_dtype(dtype).itemsize)
+
+
+def _bytes(parameter: ParameterInfo) -> int:
+    if not parameter.sources:
+        return 0
+    return _numel(parameter.shape) * _itemsize(parameter.dtype)
+
+

@@ -1,0 +1,175 @@
+"""Stage 3, validation: everything that stands in the way, all at once, before any weight is read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from quantmill.findings import Finding, Severity, declare
+from quantmill.host import missing_requirements
+from quantmill.job import Job
+from quantmill.registrations import resolve
+
+__all__ = ["available_memory", "core_findings", "validate"]
+
+DEVICE_UNKNOWN = declare("QM-DEVICE-001", "The device does not exist here")
+DEVICE_UNSUPPORTED = declare("QM-DEVICE-002", "The method can't compute on this device")
+DEVICE_TOO_OLD = declare("QM-DEVICE-003", "The device's compute capability is too low")
+OUT_OF_MEMORY = declare("QM-MEMORY-001", "The model does not fit into the memory there is")
+NO_SPACE = declare("QM-DISK-001", "The output does not fit on the disk")
+NOT_SERIALISABLE = declare("QM-METHOD-001", "The method can't be written to a checkpoint")
+NEEDS_CALIBRATION = declare("QM-METHOD-002", "The method needs calibration data")
+CANT_LOAD_STORED = declare("QM-METHOD-003", "The method can't load quantized checkpoints")
+OPTIONAL_MISSING = declare(
+    "QM-METHOD-004", "An optional library of a method is missing", Severity.WARNING, fallback=True
+)
+ALREADY_QUANTIZED = declare("QM-METHOD-005", "The source is quantized already")
+
+
+def validate(job: Job) -> None:
+    """Ask every validator; add what they find to ``job.findings``."""
+    with job.stage("validate"):
+        for answer in job.host.hook.quantmill_validate(job=job):
+            job.findings.extend(answer or ())
+        if job.options.strict:
+            job.findings = job.findings.strict()
+            if job.plan is not None:
+                job.plan.findings = job.findings
+
+
+def core_findings(job: Job) -> Iterator[Finding]:
+    """The core's own checks, then the registered validators."""
+    yield from job.host.findings()
+    yield from _device(job)
+    yield from _methods(job)
+    yield from _memory(job)
+    yield from _disk(job)
+    used = {item.method.name for item in job.selections.values()}
+    for validator in job.host.validators:
+        if not validator.methods or used & set(validator.methods):
+            found: Iterable[Finding] = resolve(validator.check)(job) or ()
+            yield from found
+
+
+def _device(job: Job) -> Iterator[Finding]:
+    import torch
+
+    kind = job.device.partition(":")[0]
+    known = kind in ("cpu", "meta") or (kind == "cuda" and torch.cuda.is_available())
+    if kind not in ("cpu", "meta", "cuda"):
+        known = hasattr(torch, kind) and getattr(torch, kind).is_available()
+    if not known:
+        yield DEVICE_UNKNOWN(job.device, f"torch sees no {job.device} device here", "use cpu")
+        return
+    for item in job.selections.values():
+        devices = item.method.capabilities.devices
+        if kind not in devices:
+            yield DEVICE_UNSUPPORTED(
+                item.label,
+                f"{item.method.name} computes on {', '.join(devices)}, not on {kind}",
+                f"use one of {', '.join(devices)}",
+            )
+        for requirement in item.method.requirements:
+            least = requirement.compute_capability
+            if kind == "cuda" and least and torch.cuda.get_device_capability(job.device) < least:
+                have = torch.cuda.get_device_capability(job.device)
+                yield DEVICE_TOO_OLD(
+                    item.label,
+                    f"needs compute capability {least[0]}.{least[1]}, this one has"
+                    f" {have[0]}.{have[1]}. {requirement.why}",
+                    "use a newer device or another method",
+                )
+
+
+def _methods(job: Job) -> Iterator[Finding]:
+    for item in job.selections.values():
+        able = item.method.capabilities
+        if job.prequantized and not able.prequantized:
+            yield CANT_LOAD_STORED(
+                item.label,
+                f"{item.method.name} can't load checkpoints that are quantized",
+                "load the float checkpoint and quantize it on the fly",
+            )
+        if not job.prequantized and not able.on_the_fly:
+            yield NEEDS_CALIBRATION(
+                item.label,
+                f"{item.method.name} can't quantize while loading",
+                "quantize with calibration data first",
+            )
+        if job.options.output and not able.serialisable:
+            yield NOT_SERIALISABLE(
+                item.label,
+                f"{item.method.name} has no disk layout",
+                "choose a serialisable method: see `quantmill doctor`",
+            )
+        for requirement, there in missing_requirements(item.method.requirements):
+            if requirement.optional:
+                wanted = f"{requirement.distribution}{requirement.versions}"
+                yield OPTIONAL_MISSING(
+                    item.label,
+                    f"{wanted}: {there}. {requirement.why}",
+                    f'pip install "{wanted}"',
+                )
+    if job.options.output and job.prequantized:
+        yield ALREADY_QUANTIZED(
+            "source",
+            "the source's weights are quantized, and quantizing them again would add error",
+            "give the float checkpoint as the source",
+        )
+
+
+def available_memory(device: str) -> int | None:
+    """Free bytes on a device, or None where nobody can tell."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _memory(job: Job) -> Iterator[Finding]:
+    if job.plan is None or job.options.output:
+        return
+    peak = job.plan.totals["peak_bytes"]
+    kind = job.device.partition(":")[0]
+    allowed = (job.options.max_memory or {}).get(job.device)
+    if allowed is None:
+        allowed = (job.options.max_memory or {}).get(kind)
+    free = available_memory(job.device)
+    limits = [(allowed, "max_memory allows"), (free, "free are")]
+    for limit, words in limits:
+        if limit is not None and peak > limit:
+            yield OUT_OF_MEMORY(
+                job.device,
+                f"loading needs {peak:,} bytes at its peak, {words} {limit:,}",
+                "take a method with fewer bits: `quantmill plan --memory`",
+            )
+            return
+
+
+def _disk(job: Job) -> Iterator[Finding]:
+    if job.plan is None or not job.options.output:
+        return
+    folder = Path(job.options.output).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    needed = job.plan.totals["bytes_after"]
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        yield NO_SPACE(
+            job.options.output,
+            f"{needed:,} bytes are needed, {free:,} are free",
+            "free space or choose another folder",
+        )
