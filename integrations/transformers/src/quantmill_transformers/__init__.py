@@ -1,0 +1,3 @@
+"""quantmill for Hugging Face Transformers."""
+
+__version__ = "0.1.0"

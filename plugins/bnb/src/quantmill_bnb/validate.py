@@ -1,0 +1,42 @@
+"""Findings of the bitsandbytes backend before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quantmill.findings import Finding, Severity, declare
+from quantmill.job import Job
+from quantmill_bnb.config import BnbConfig
+
+__all__ = ["check"]
+
+RAGGED = declare(
+    "QM-BNB-010",
+    "A width is no multiple of the block size; its linear computes slower",
+    Severity.WARNING,
+    fallback=True,
+)
+
+
+def check(job: Job) -> Iterator[Finding]:
+    """Ragged widths on the CPU: named once for all modules."""
+    if job.plan is None or job.device != "cpu":
+        return
+    for selection in job.selections.values():
+        config = selection.config
+        if not isinstance(config, BnbConfig) or not config.load_in_4bit:
+            continue
+        ragged = [
+            entry.name
+            for entry in job.plan.modules
+            if entry.target is not None
+            and entry.method == selection.label
+            and entry.target.in_features % config.bnb_4bit_blocksize
+        ]
+        if ragged:
+            yield RAGGED(
+                ragged[0] + (f" and {len(ragged) - 1} more" if len(ragged) > 1 else ""),
+                f"their widths are no multiple of {config.bnb_4bit_blocksize}, which the fused"
+                " CPU kernel needs; they are dequantized at each forward",
+                "nothing to do; a smaller bnb_4bit_blocksize may divide the width",
+            )
