@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 PACKAGES := core plugins/cpu plugins/bnb integrations/transformers
 # Entry points, dependencies and native code are fixed at installation: install again when they change.

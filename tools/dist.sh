@@ -23,7 +23,7 @@ ls -l "$work/wheels"
 
 "$PY" -m venv "$work/clean"
 clean=$work/clean/bin/python
-install=("$clean" -m pip install -q -c "$root/constraints.txt")
+install=("$clean" -m pip install -qq -c "$root/constraints.txt")
 "${install[@]}" pip
 "${install[@]}" torch
 # The extra `all` names the plugins; they are given as files so that no index is asked for them.
