@@ -1,0 +1,75 @@
+"""quantmill: plan, quantize, run and convert language models. The public surface, imported lazily.
+
+>>> import quantmill
+>>> plan = quantmill.plan("models/novella", "bnb-nf4")
+>>> model = quantmill.load("models/novella", "bnb-nf4")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantmill.api import (
+        dequantize,
+        fits,
+        inspect,
+        load,
+        load_tokenizer,
+        method_schema,
+        plan,
+        quantize,
+    )
+    from quantmill.findings import Finding, FindingsError, QuantmillError, Severity
+    from quantmill.host import Host, default_host
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "dequantize": "quantmill.api",
+    "fits": "quantmill.api",
+    "inspect": "quantmill.api",
+    "load": "quantmill.api",
+    "load_tokenizer": "quantmill.api",
+    "method_schema": "quantmill.api",
+    "plan": "quantmill.api",
+    "quantize": "quantmill.api",
+    "Finding": "quantmill.findings",
+    "FindingsError": "quantmill.findings",
+    "QuantmillError": "quantmill.findings",
+    "Severity": "quantmill.findings",
+    "Host": "quantmill.host",
+    "default_host": "quantmill.host",
+}
+
+__all__ = [
+    "Finding",
+    "FindingsError",
+    "Host",
+    "QuantmillError",
+    "Severity",
+    "__version__",
+    "default_host",
+    "dequantize",
+    "fits",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "method_schema",
+    "plan",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'quantmill' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,419 @@
+"""What a user calls: plan, load, quantize, inspect. Each makes a job and runs the stages on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmill.findings import Findings, QuantmillError, declare
+from quantmill.host import Host, default_host
+from quantmill.job import Job, Options, Progress, Request
+from quantmill.registrations import resolve
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from quantmill.plan import Plan
+    from quantmill.stages.write import WriteReport
+
+__all__ = [
+    "Candidate",
+    "Inspection",
+    "dequantize",
+    "fits",
+    "inspect",
+    "load",
+    "load_tokenizer",
+    "make_job",
+    "method_schema",
+    "plan",
+    "quantize",
+]
+
+BAD_DTYPE = declare("QM-DTYPE-001", "The dtype can't be a model's")
+NO_TOKENIZER = declare("QM-ARCH-010", "No tokenizer can be loaded from the source")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def make_job(
+    source: str | Path | Any,
+    method: Any = None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    host: Host | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Job:
+    """A job for ``source`` (folder, file, Hub id) and METHOD, with its headers read.
+
+    Raises:
+        QuantmillError: the source or METHOD can't be read.
+    """
+    from quantmill.checkpoint.source import open_source, read_headers
+    from quantmill.stages.select import parse_method
+
+    host = host or default_host()
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in _DTYPES:
+        raise QuantmillError(
+            BAD_DTYPE("dtype", f"{name!r} is none of {', '.join(_DTYPES)}", "choose one of them")
+        )
+    request: Request = parse_method(method, host)
+    request = dataclasses.replace(
+        request, skip=(*request.skip, *skip), include=(*request.include, *include)
+    )
+    opened = open_source(source) if isinstance(source, str | Path) else source
+    headers = read_headers(opened)
+    return Job(
+        host=host,
+        headers=headers,
+        request=request,
+        device=str(device),
+        dtype=name,
+        options=Options(**options),
+        progress=progress,
+    )
+
+
+def _prepare(job: Job) -> Plan:
+    from quantmill.stages.select import select
+    from quantmill.stages.target import make_plan
+    from quantmill.stages.validate import validate
+
+    select(job)
+    made = make_plan(job)
+    validate(job)
+    return made
+
+
+def plan(
+    source: str | Path,
+    method: Any = None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    strict: bool = False,
+    max_memory: Mapping[str, int] | None = None,
+    host: Host | None = None,
+) -> Plan:
+    """What would happen to every module, in exact bytes. Reads headers, never weights.
+
+    Problems are in ``plan.findings``; :meth:`Plan.raise_errors` raises the errors among them.
+
+    Raises:
+        QuantmillError: there is nothing to plan (unreadable source, unknown or invalid method).
+    """
+    job = make_job(
+        source, method, device=device, dtype=dtype, skip=skip, include=include, host=host,
+        allow_unmatched=allow_unmatched, strict=strict, max_memory=max_memory,
+    )
+    return _prepare(job)
+
+
+def load(
+    source: str | Path,
+    method: Any = None,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    max_memory: Mapping[str, int] | None = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    strict: bool = False,
+    training: bool = False,
+    dequantize: bool = False,
+    non_finite: str = "error",
+    progress: Progress | None = None,
+    host: Host | None = None,
+) -> nn.Module:
+    """A live model, quantized on the fly or from a quantized checkpoint, streaming.
+
+    Without a method a float checkpoint loads as it is and a quantized one as it says.
+
+    Raises:
+        FindingsError: every error found before loading, at once.
+        QuantmillError: a weight can't be read or quantized.
+    """
+    job = make_job(
+        source, method, device=device, dtype=dtype, skip=skip, include=include, host=host,
+        progress=progress, allow_unmatched=allow_unmatched, strict=strict, training=training,
+        dequantize=dequantize, non_finite=non_finite, max_memory=max_memory,
+    )
+    from quantmill.stages.finalize import core_finalize  # noqa: F401  (declares its findings)
+    from quantmill.stages.quantize import run
+    from quantmill.stages.replace import ModelSink
+
+    if method is None and not job.headers.config.get("quantization_config"):
+        return _load_float(job)
+    made = _prepare(job)
+    made.raise_errors()
+    architecture = job.architecture
+    assert architecture is not None
+    with job.stage("replace"):
+        model = architecture.build()
+        run(job, ModelSink(job, model, architecture))
+        architecture.finish(model, job.device)
+    with job.stage("finalize"):
+        for answer in job.host.hook.quantmill_finalize(job=job, model=model):
+            job.findings.extend(answer or ())
+    if strict:
+        job.findings.strict().raise_errors()
+    return model
+
+
+def _load_float(job: Job) -> nn.Module:
+    from quantmill.stages.quantize import run
+    from quantmill.stages.replace import ModelSink
+    from quantmill.stages.target import make_plan
+    from quantmill.stages.validate import validate
+
+    made = make_plan(job)
+    validate(job)
+    made.raise_errors()
+    architecture = job.architecture
+    assert architecture is not None
+    model = architecture.build()
+    run(job, ModelSink(job, model, architecture))
+    architecture.finish(model, job.device)
+    return model
+
+
+def quantize(
+    source: str | Path,
+    output: str | Path,
+    method: Any,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    strict: bool = False,
+    non_finite: str = "error",
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress | None = None,
+    host: Host | None = None,
+) -> WriteReport:
+    """Quantize a checkpoint into a new folder, streaming; the folder appears when it is complete.
+
+    Raises:
+        FindingsError: every error found before anything is written, at once.
+        QuantmillError: a weight can't be quantized or written; nothing is left behind.
+    """
+    from quantmill.stages.write import write_checkpoint
+
+    job = make_job(
+        source, method, device=device, dtype=dtype, skip=skip, include=include, host=host,
+        progress=progress, allow_unmatched=allow_unmatched, strict=strict, non_finite=non_finite,
+        output=str(output),
+    )
+    _prepare(job).raise_errors()
+    return write_checkpoint(job, Path(output), max_shard_bytes)
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn the quantized linears of a loaded model back into float ones, in place."""
+    from quantmill.stages.finalize import dequantize_model
+
+    return dequantize_model(model, dtype)
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer that belongs to a source, through an installed framework.
+
+    Raises:
+        QuantmillError: no framework is installed, or the source has no tokenizer.
+    """
+    from quantmill.checkpoint.source import open_source
+
+    opened = open_source(source)
+    for model_source in default_host().model_sources:
+        module = model_source.open.partition(":")[0]
+        try:
+            loader = resolve(f"{module.rpartition('.')[0]}.tokenizer:load_tokenizer")
+        except ImportError:
+            continue
+        tokenizer = loader(opened)
+        if tokenizer is not None:
+            return tokenizer
+    raise QuantmillError(
+        NO_TOKENIZER(
+            opened.describe(),
+            "it has no tokenizer files, or no framework that reads them is installed",
+            'add tokenizer.json, or pip install "quantmill[transformers]"',
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A method and whether a model fits with it."""
+
+    name: str
+    fits: bool
+    bytes: int
+    peak: int
+    bits_per_weight: float
+    loss_bits: float
+    """Bits of each code that are given up against 16."""
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return dataclasses.asdict(self)
+
+
+def fits(
+    source: str | Path,
+    memory: int,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    host: Host | None = None,
+    context: int = 2048,
+) -> list[Candidate]:
+    """Every installed method for ``memory`` bytes: those that fit first, least loss first.
+
+    ``memory`` must hold the weights, the loader's working set and a key-value cache for
+    ``context`` tokens.
+    """
+    host = host or default_host()
+    first = make_job(source, None, device=device, dtype=dtype, host=host)
+    found: list[Candidate] = []
+    architecture = None
+    for name, (method, preset) in host.presets.items():
+        job = make_job(first.headers.source, name, device=device, dtype=dtype, host=host)
+        job.architecture = architecture
+        loss = 16.0 - preset.bits
+        try:
+            made = _prepare(job)
+        except QuantmillError as error:
+            cause = "; ".join(item.cause for item in error.findings)
+            found.append(Candidate(name, False, 0, 0, 0.0, loss, cause))
+            continue
+        architecture = job.architecture
+        totals = made.totals
+        peak = totals["peak_bytes"] + cache_bytes(job.headers.config, context)
+        others = [item.cause for item in made.findings.errors if item.code != "QM-MEMORY-001"]
+        reason = "; ".join(others)
+        if not reason and peak > memory:
+            reason = f"needs {peak:,} bytes at its peak, {memory:,} are allowed"
+        found.append(
+            Candidate(
+                name, not reason, totals["bytes_memory"], peak, totals["bits_per_weight"],
+                loss, reason or method.summary,
+            )
+        )
+    return sorted(found, key=lambda item: (not item.fits, item.loss_bits, item.name))
+
+
+def cache_bytes(config: Mapping[str, Any], context: int) -> int:
+    """Key-value cache of one sequence of ``context`` tokens in 16 bits, as the config tells."""
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
+    hidden = config.get("hidden_size") or config.get("n_embd") or 0
+    attention = config.get("num_attention_heads") or config.get("n_head") or 1
+    width = config.get("head_dim") or hidden // max(1, attention)
+    return int(2 * layers * heads * width * context * 2)
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What a checkpoint holds, from its headers alone."""
+
+    source: str
+    kind: str
+    quantization: dict[str, Any] | None
+    tensors: list[dict[str, Any]]
+    modules: list[dict[str, Any]]
+    totals: dict[str, Any]
+    findings: Findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return {
+            "source": self.source,
+            "kind": self.kind,
+            "quantization": self.quantization,
+            "tensors": self.tensors,
+            "modules": self.modules,
+            "totals": self.totals,
+            "findings": self.findings.to_list(),
+        }
+
+
+def inspect(source: str | Path, *, host: Host | None = None) -> Inspection:
+    """A checkpoint's formats and tensors. Works for any readable checkpoint, known model or not."""
+    job = make_job(source, None, host=host)
+    modules: list[dict[str, Any]] = []
+    stored = job.headers.config.get("quantization_config")
+    if stored:
+        try:
+            modules = [
+                {
+                    "name": item.name,
+                    "method": item.method,
+                    "form": item.form,
+                    "shape": list(item.shape),
+                    "bytes": item.bytes_before,
+                }
+                for item in _prepare(job).modules
+            ]
+        except QuantmillError as error:
+            job.findings.extend(error.findings)
+    tensors = [
+        {
+            "name": item.name,
+            "dtype": item.dtype,
+            "shape": list(item.shape),
+            "bytes": item.nbytes,
+            "file": item.file,
+        }
+        for item in job.headers.tensors.values()
+    ]
+    by_dtype: dict[str, int] = {}
+    for item in job.headers.tensors.values():
+        by_dtype[item.dtype] = by_dtype.get(item.dtype, 0) + item.nbytes
+    return Inspection(
+        source=job.headers.source.describe(),
+        kind="safetensors",
+        quantization=dict(stored) if stored else None,
+        tensors=tensors,
+        modules=modules,
+        totals={
+            "tensors": len(tensors),
+            "bytes": sum(by_dtype.values()),
+            "bytes_by_dtype": by_dtype,
+            "files": len(job.headers.files),
+        },
+        findings=job.findings,
+    )
+
+
+def method_schema(name: str, host: Host | None = None) -> dict[str, Any]:
+    """JSON schema of a method's config; ``name`` is a method, an alias or a short name.
+
+    Raises:
+        QuantmillError: no installed plugin has it.
+    """
+    from quantmill.stages.select import parse_method
+
+    host = host or default_host()
+    method = parse_method(name, host).method
+    assert method is not None
+    schema: dict[str, Any] = resolve(host.methods[method].config).model_json_schema()
+    schema.get("properties", {}).pop("unknown", None)
+    return schema
+
+

@@ -1,0 +1,126 @@
+"""The sink that writes a checkpoint: encodes each form as it comes, keeps nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantmill.checkpoint.reader import TensorReader, torch_dtype
+from quantmill.checkpoint.writer import CheckpointWriter
+from quantmill.forms import Form
+from quantmill.job import Job, Selection
+from quantmill.plan import Plan
+from quantmill.stages.quantize import codec_of, run
+from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
+
+__all__ = ["WriteReport", "write_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteReport:
+    """A checkpoint that was written."""
+
+    folder: Path
+    files: dict[str, int]
+    plan: Plan
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return {
+            "folder": str(self.folder),
+            "files": self.files,
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "plan": self.plan.to_dict(),
+        }
+
+
+class CheckpointSink:
+    """Writes what the engine makes under the names it had in the source."""
+
+    def __init__(self, job: Job, writer: CheckpointWriter) -> None:
+        self.job = job
+        self.writer = writer
+
+    def put_form(
+        self, selection: Selection, target: Target, form: Form, bias: Tensor | None
+    ) -> None:
+        """Encode and write a quantized target and its module's bias."""
+        architecture = self.job.architecture
+        assert architecture is not None
+        prefix = architecture.module_prefix(target.module)
+        encoded = codec_of(self.job, selection).encode(form)
+        if bias is not None:
+            encoded["bias"] = bias
+        for name, tensor in encoded.items():
+            self.writer.add(f"{prefix}.{name}", tensor.detach().to("cpu").contiguous())
+
+    def put_tensor(self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader) -> None:
+        """Copy float tensors under their own names, in the asked dtype."""
+        for source in parameter.sources:
+            tensor = reader.tensor(source)
+            stored = torch_dtype(reader.headers.tensors[source].dtype)
+            if self.job.dtype and stored.is_floating_point and not module.keep_float:
+                tensor = tensor.to(getattr(torch, self.job.dtype))
+            if source not in self.written:
+                self.writer.add(source, tensor)
+                self.written.add(source)
+
+    @property
+    def written(self) -> set[str]:
+        """Source names already written (a tensor may feed several parameters)."""
+        store: set[str] = self.job.state.setdefault("written", set())
+        return store
+
+
+def write_checkpoint(job: Job, folder: Path, max_shard_bytes: int) -> WriteReport:
+    """Carry out ``job.plan`` into ``folder``, which appears only when all of it is written."""
+    start = perf_counter()
+    assert job.plan is not None and job.architecture is not None
+    selection = next(iter(job.selections.values()))
+    config = dict(job.headers.config)
+    config["quantization_config"] = _stored_config(job, selection)
+    if job.dtype:
+        config["dtype"] = job.dtype
+    manifest = {
+        "method": selection.label,
+        "config_sha256": hashlib.sha256(selection.config.to_json().encode()).hexdigest(),
+    }
+    with CheckpointWriter(folder, max_shard_bytes=max_shard_bytes, manifest=manifest) as writer:
+        run(job, CheckpointSink(job, writer))
+        writer.write_json("config.json", config)
+        for name in job.architecture.companions():
+            source = job.headers.source
+            writer.write_bytes(name, source.read(name, 0, source.size(name)))
+        writer.commit()
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return WriteReport(folder, files, job.plan, perf_counter() - start)
+
+
+def _stored_config(job: Job, selection: Selection) -> dict[str, Any]:
+    """The peer's config; modules kept because the user said so are named in its skip list."""
+    config = selection.config.to_checkpoint()
+    assert job.plan is not None
+    field = "llm_int8_skip_modules" if "llm_int8_skip_modules" in config else None
+    if field is None:
+        field = "modules_to_not_convert" if "modules_to_not_convert" in config else None
+    kept = [
+        item.name
+        for item in job.plan.modules
+        if item.action == "keep" and item.origin in ("user", "default", "architecture")
+    ]
+    if field is not None and kept:
+        config[field] = sorted({*(config[field] or []), *kept})
+    return config
