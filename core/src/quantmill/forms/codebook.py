@@ -89,15 +89,21 @@ class Codebook(Form):
         table_name: str = "",
     ) -> Codebook:
         """Quantize over flat blocks: each value scaled by its block's absmax goes to the nearest
-        table entry (the lower code on a tie, in order of the sorted table). Reference; float32.
+        table entry (the lower one on a tie). Reference, in float32.
+
+        Full blocks multiply by the reciprocal of the absmax and a ragged last one divides by it,
+        as bitsandbytes does: the two differ in the last bit.
         """
         flat = weight.reshape(-1).to(torch.float32)
-        grouping = Flat(block)
-        pad = -flat.numel() % block
-        padded = torch.nn.functional.pad(flat, (0, pad)).reshape(-1, block)
-        absmax = padded.abs().amax(dim=1)
-        safe = torch.where(absmax > 0, absmax, torch.ones_like(absmax))
-        scaled = (padded / safe.unsqueeze(1)).reshape(-1)[: flat.numel()]
+        full = flat.numel() // block * block
+        body = flat[:full].reshape(-1, block)
+        absmax = body.abs().amax(dim=1)
+        scaled = (body * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp(-1, 1).reshape(-1)
+        if full < flat.numel():
+            tail = flat[full:]
+            last = tail.abs().amax().clamp(min=1e-38)
+            absmax = torch.cat([absmax, last.unsqueeze(0)])
+            scaled = torch.cat([scaled, (tail / last).clamp(-1, 1)])
         order = torch.argsort(table, stable=True)
         ordered = table[order]
         edges = (ordered[1:] + ordered[:-1]) / 2
@@ -106,7 +112,7 @@ class Codebook(Form):
             Codes.pack(codes.reshape(weight.shape), bits, packing),
             table,
             absmax,
-            grouping,
+            Flat(block),
             table_name=table_name,
             dtype=weight.dtype,
         )
