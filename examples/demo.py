@@ -6,9 +6,10 @@ Run by ``make demo``. Uses novella, the small Llama that ships in ``models/``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import hashlib
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import quantmill
-from quantmill.evaluate import evaluate_model
+from quantmill.evaluate import ReferenceCache, ReferenceSpec, evaluate_model, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("bnb-int8", "bnb-nf4", "bnb-nf4-dq", "bnb-fp4")
@@ -78,25 +79,30 @@ def main() -> int:
     table = Table(title=f"quality on a held-out text, {options.windows} windows of 512 tokens")
     for column in ("method", "bytes", "perplexity", "KL per token", "top-1"):
         table.add_column(column, justify="right")
-    reference = None
+    # The float model's distributions go to a file, so that two models are never in memory at once.
+    tokens, bos = tokenize(tokenizer, text)
+    identity = hashlib.sha256((options.model / "model.safetensors").read_bytes()).hexdigest()
+    spec = ReferenceSpec.of(
+        identity, tokens, context=512, max_windows=options.windows, bos_id=bos
+    )
+    cache = ReferenceCache(ROOT / "out" / "cache")
     with Progress(console=console, transient=True) as progress:
         for method in (None, *METHODS):
             label = NAMES[method]
             task = progress.add_task(label, total=options.windows)
             model: Any = quantmill.load(options.model, method)
-            size = sum(
-                tensor.numel() * tensor.element_size()
-                for tensor in {id(t): t for t in model.state_dict().values()}.values()
-            )
-            size -= tied_bytes(model)
+            size = resident_bytes(model)
 
             def tick(done: int, total: int, what: str, task: Any = task) -> None:
                 progress.update(task, completed=done, total=total)
 
-            result, reference = evaluate_model(
-                model, tokenizer, text, context=512, max_windows=options.windows,
-                reference=reference, identity=str(options.model), progress=tick,
-            )
+            reference = cache.find(spec)
+            writer = cache.writer(spec) if reference is None else None
+            with writer or contextlib.nullcontext():
+                result = evaluate_model(
+                    model, tokenizer, text, context=512, max_windows=options.windows,
+                    reference=reference, collect_reference=writer, progress=tick,
+                )
             kl = "" if method is None else f"{result.kl_mean:.4f}"
             top = "" if method is None else f"{result.top1_agreement:.1%}"
             table.add_row(label, f"{size:,}", f"{result.perplexity:.3f}", kl, top)
@@ -115,22 +121,16 @@ def main() -> int:
     console.print(f"\n[bold]NF4 says:[/bold] {first}")
     same = first == second
     console.print(
-        f"saved {report.bytes:,} bytes to {options.out.relative_to(Path.cwd(), walk_up=True) if sys.version_info >= (3, 12) else options.out}; "
-        f"reloaded, it says {'the same' if same else 'something else: ' + second}"
+        f"saved {report.bytes:,} bytes to {options.out}; reloaded, it says "
+        + ("the same" if same else f"something else: {second}")
     )
     return 0 if same else 1
 
 
-def tied_bytes(model: Any) -> int:
-    """Bytes that ``state_dict`` lists twice because two names share a parameter."""
-    seen: set[int] = set()
-    twice = 0
-    for tensor in model.state_dict().values():
-        pointer = tensor.data_ptr()
-        if pointer in seen and tensor.numel() > 1:
-            twice += tensor.numel() * tensor.element_size()
-        seen.add(pointer)
-    return twice
+def resident_bytes(model: Any) -> int:
+    """Bytes of all weights, one that two names share counted once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""Small float checkpoints made on the spot, with the names and config of a Llama."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["llama_config", "llama_shapes", "write_tiny_llama"]
+
+
+def llama_config(
+    *, hidden: int = 64, inner: int = 128, layers: int = 2, vocab: int = 256, heads: int = 4,
+    tied: bool = False, dtype: str = "bfloat16",
+) -> dict[str, Any]:
+    """A ``config.json`` that transformers accepts."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": hidden // heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "dtype": dtype,
+    }
+
+
+def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Llama checkpoint's tensors, in the order of the model."""
+    hidden, inner, vocab = (
+        config["hidden_size"], config["intermediate_size"], config["vocab_size"],
+    )
+    key = config["num_key_value_heads"] * config["head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        base = f"model.layers.{layer}"
+        shapes |= {
+            f"{base}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{base}.self_attn.k_proj.weight": (key, hidden),
+            f"{base}.self_attn.v_proj.weight": (key, hidden),
+            f"{base}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{base}.mlp.gate_proj.weight": (inner, hidden),
+            f"{base}.mlp.up_proj.weight": (inner, hidden),
+            f"{base}.mlp.down_proj.weight": (hidden, inner),
+            f"{base}.input_layernorm.weight": (hidden,),
+            f"{base}.post_attention_layernorm.weight": (hidden,),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def write_tiny_llama(
+    folder: Path, *, seed: int = 0, shards: int = 1, change: dict[str, Tensor] | None = None,
+    **options: Any,
+) -> Path:
+    """Write a random Llama; ``change`` replaces tensors by name. Returns ``folder``."""
+    config = llama_config(**options)
+    dtype = getattr(torch, config["dtype"])
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in llama_shapes(config).items():
+        if len(shape) == 1:
+            tensors[name] = torch.ones(shape, dtype=dtype)
+        else:
+            tensors[name] = (torch.randn(shape, generator=generator) * 0.08).to(dtype)
+    tensors |= change or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = list(tensors)
+    step = -(-len(names) // shards)
+    weight_map = {}
+    for index in range(shards):
+        part = names[index * step : (index + 1) * step]
+        file = f"model-{index + 1:05}-of-{shards:05}.safetensors"
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
+    return folder
