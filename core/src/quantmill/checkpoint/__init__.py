@@ -1,0 +1,1 @@
+"""Checkpoints: sources, headers, streaming reader, atomic writer, manifest."""
