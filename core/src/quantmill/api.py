@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from quantmill.plan import Plan
+    from quantmill.planning import Plan
     from quantmill.stages.write import WriteReport
 
 __all__ = [
@@ -82,12 +82,14 @@ def make_job(
     )
 
 
-def _prepare(job: Job) -> Plan:
+def _prepare(job: Job, *, allow_float: bool = False) -> Plan:
     from quantmill.stages.select import select
     from quantmill.stages.target import make_plan
     from quantmill.stages.validate import validate
 
-    select(job)
+    float_wanted = job.request.raw is None and not job.headers.config.get("quantization_config")
+    if not (float_wanted and allow_float):
+        select(job)
     made = make_plan(job)
     validate(job)
     return made
@@ -150,13 +152,10 @@ def load(
         progress=progress, allow_unmatched=allow_unmatched, strict=strict, training=training,
         dequantize=dequantize, non_finite=non_finite, max_memory=max_memory,
     )
-    from quantmill.stages.finalize import core_finalize  # noqa: F401  (declares its findings)
     from quantmill.stages.quantize import run
     from quantmill.stages.replace import ModelSink
 
-    if method is None and not job.headers.config.get("quantization_config"):
-        return _load_float(job)
-    made = _prepare(job)
+    made = _prepare(job, allow_float=True)
     made.raise_errors()
     architecture = job.architecture
     assert architecture is not None
@@ -169,23 +168,6 @@ def load(
             job.findings.extend(answer or ())
     if strict:
         job.findings.strict().raise_errors()
-    return model
-
-
-def _load_float(job: Job) -> nn.Module:
-    from quantmill.stages.quantize import run
-    from quantmill.stages.replace import ModelSink
-    from quantmill.stages.target import make_plan
-    from quantmill.stages.validate import validate
-
-    made = make_plan(job)
-    validate(job)
-    made.raise_errors()
-    architecture = job.architecture
-    assert architecture is not None
-    model = architecture.build()
-    run(job, ModelSink(job, model, architecture))
-    architecture.finish(model, job.device)
     return model
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from quantmill.config import MethodConfig
     from quantmill.host import Host
     from quantmill.kernels import KernelRegistry
-    from quantmill.plan import Plan
+    from quantmill.planning import Plan
     from quantmill.registrations import Method
 
 __all__ = ["Job", "Options", "Request", "Selection"]

@@ -157,9 +157,7 @@ class Protocol:
                 return
             read, start, index = stop, start + stride, index + 1
 
-    def count(
-        self, n_tokens: int, context: int, max_windows: int | None = None
-    ) -> tuple[int, int]:
+    def count(self, n_tokens: int, context: int, max_windows: int | None = None) -> tuple[int, int]:
         """``(windows, scored predictions)`` of :meth:`windows`; raises the same errors."""
         windows = predictions = 0
         for window in self.windows(n_tokens, context, None, max_windows):

@@ -21,8 +21,8 @@ NOT_TRAINABLE = declare("QM-FINAL-001", "The method can't carry gradients to ada
 
 def core_finalize(job: Job, model: nn.Module) -> Iterator[Finding]:
     """Freeze the quantized base, record the job, prepare for adapters if asked."""
-    selection = next(iter(job.selections.values()))
-    if not job.options.dequantize:
+    selection = next(iter(job.selections.values()), None)
+    if selection is not None and not job.options.dequantize:
         model.quantmill_job = job  # type: ignore[assignment]
         config = getattr(model, "config", None)
         if config is not None:

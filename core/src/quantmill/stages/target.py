@@ -9,7 +9,7 @@ from quantmill.architecture import open_architecture
 from quantmill.backend import Codec, Quantizer
 from quantmill.findings import Severity, declare
 from quantmill.job import Job, Request, Selection
-from quantmill.plan import ModulePlan, Plan
+from quantmill.planning import ModulePlan, Plan
 from quantmill.registrations import resolve
 from quantmill.stages.quantize import codec_of, factory_of, member_headers, quantizer_of
 from quantmill.targeting.rules import decide
@@ -67,11 +67,15 @@ def make_plan(job: Job) -> Plan:
         kinds = {
             kind for item in job.selections.values() for kind in item.method.capabilities.target_kinds
         }
-        rules = [rule for answer in job.host.hook.quantmill_target(job=job) for rule in answer]
-        decisions, findings = decide(
-            modules, rules, kinds=kinds, allow_unmatched=job.options.allow_unmatched
-        )
-        job.findings.extend(findings)
+        if job.selections:
+            rules = [rule for answer in job.host.hook.quantmill_target(job=job) for rule in answer]
+            decisions, findings = decide(
+                modules, rules, kinds=kinds, allow_unmatched=job.options.allow_unmatched
+            )
+            job.findings.extend(findings)
+        else:
+            why = "no method was asked for"
+            decisions = [Decision(item.name, "keep", None, why, "user") for item in modules]
         planner = _Planner(job)
         plans = [
             part
@@ -98,7 +102,7 @@ class _Planner:
 
         self.job = job
         self.torch = torch
-        self.main: Selection = next(iter(job.selections.values()))
+        self.main: Selection | None = next(iter(job.selections.values()), None)
         architecture = job.architecture
         assert architecture is not None
         self.architecture = architecture
@@ -122,6 +126,7 @@ class _Planner:
         if decision.action != "quantize":
             yield self._kept(module, decision)
             return
+        assert self.main is not None
         selection = self.job.selections.get(decision.method or self.main.label, self.main)
         quantizer = quantizer_of(self.job, selection)
         covered = selection.method.capabilities.target_kinds

@@ -15,7 +15,7 @@ from quantmill.checkpoint.reader import TensorReader, torch_dtype
 from quantmill.checkpoint.writer import CheckpointWriter
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
-from quantmill.plan import Plan
+from quantmill.planning import Plan
 from quantmill.stages.quantize import codec_of, run
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
