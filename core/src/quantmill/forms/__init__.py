@@ -2,7 +2,7 @@
 
 from quantmill.forms.affine import Affine
 from quantmill.forms.base import Form, FormValue, value_of
-from quantmill.forms.codebook import Codebook, register_table, table_values
+from quantmill.forms.codebook import Codebook, nearest_on_grid, register_table, table_values
 from quantmill.forms.codes import Codes
 from quantmill.forms.grouping import Blocks, Channel, Flat, Group, Grouping, PerTensor
 from quantmill.forms.scaled_float import ScaledFloat
@@ -20,6 +20,7 @@ __all__ = [
     "Grouping",
     "PerTensor",
     "ScaledFloat",
+    "nearest_on_grid",
     "register_table",
     "table_values",
     "value_of",

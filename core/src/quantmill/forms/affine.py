@@ -81,12 +81,12 @@ class Affine(Form):
     def quantize_rows_int8(cls, weight: Tensor, dtype: torch.dtype | None = None) -> Affine:
         """Row-wise symmetric int8 with the absmax as scale (LLM.int8, arXiv 2208.07339).
 
-        ``weight`` is a float ``[out, in]``. Codes are ``round(w * (127 / absmax))``, half to even,
+        ``weight`` is a float ``[out, in]``. Codes are ``round(w * ((1 / absmax) * 127))``, half to even,
         in float32; a row of zeros has codes of zero.
         """
         values = weight.to(torch.float32)
         absmax = values.abs().amax(dim=1)
-        codes = torch.round(values * (127.0 / absmax).unsqueeze(1))
+        codes = torch.round(values * (absmax.reciprocal() * 127.0).unsqueeze(1))
         codes = torch.nan_to_num(codes, nan=0.0).to(torch.int8)
         return cls(
             Codes(codes, 8, tuple(weight.shape), "i8"),

@@ -18,7 +18,7 @@ from quantmill.forms.base import Form, FormValue, value_of
 from quantmill.forms.codes import Codes
 from quantmill.forms.grouping import Blocks, Flat, Group, Grouping
 
-__all__ = ["Codebook", "register_table", "table_values"]
+__all__ = ["Codebook", "nearest_on_grid", "register_table", "table_values"]
 
 _TABLES: dict[str, Callable[[], Tensor]] = {}
 
@@ -35,6 +35,14 @@ def table_values(name: str) -> Tensor:
         KeyError: no table of that name is registered.
     """
     return _TABLES[name]()
+
+
+def nearest_on_grid(table: Tensor) -> Tensor:
+    """uint8 ``[65536]``: for each of 65536 even steps over [-1, 1] the code of the nearest entry
+    of an ascending float32 ``table [256]``."""
+    grid = -1.0 + torch.arange(65536, dtype=torch.float64) * (2.0 / 65535.0)
+    entries = table.to("cpu", torch.float64)
+    return torch.bucketize(grid, (entries[1:] + entries[:-1]) / 2).to(torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,11 +116,34 @@ class Codebook(Form):
         ordered = table[order]
         edges = (ordered[1:] + ordered[:-1]) / 2
         codes = order[torch.bucketize(scaled, edges)]
+        # The unused half of the last byte holds the code of zero.
+        pad = int(order[torch.bucketize(torch.zeros((), device=edges.device), edges)].item())
         return cls(
-            Codes.pack(codes.reshape(weight.shape), bits, packing),
+            Codes.pack(codes.reshape(weight.shape), bits, packing, pad=pad),
             table,
             absmax,
             Flat(block),
             table_name=table_name,
             dtype=weight.dtype,
+        )
+
+    @classmethod
+    def quantize_dynamic(
+        cls, values: Tensor, table: Tensor, block: int, *, table_name: str = ""
+    ) -> Codebook:
+        """Quantize a flat float32 tensor to 8 bits over blocks (nested scales).
+
+        A value over its block's absmax goes to the nearest of 65536 even steps over [-1, 1], and
+        from there to the nearest entry of the ascending ``table [256]``: the two roundings are
+        bitsandbytes', kept so that its bytes are met.
+        """
+        count = values.numel()
+        padded = torch.nn.functional.pad(values, (0, -count % block)).reshape(-1, block)
+        absmax = padded.abs().amax(dim=1)
+        inverse = torch.where(absmax > 0, 1.0 / absmax, torch.zeros_like(absmax))
+        scaled = padded * inverse.unsqueeze(1)
+        steps = ((scaled + 1.0) * 32767.5 + 0.5).floor().clamp(0, 65535).to(torch.int64)
+        codes = nearest_on_grid(table).to(values.device)[steps].reshape(-1)[:count]
+        return cls(
+            Codes(codes, 8, (count,), "u8"), table, absmax, Flat(block), table_name=table_name
         )

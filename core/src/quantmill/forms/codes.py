@@ -56,15 +56,16 @@ class Codes:
         return torch.stack(pair, dim=-1).reshape(-1)[: self.count].reshape(self.shape)
 
     @classmethod
-    def pack(cls, codes: Tensor, bits: int, packing: str) -> Codes:
-        """Pack codes (integers, any shape). ``hi4`` and ``lo4`` give ``uint8 [ceil(n / 2), 1]``."""
+    def pack(cls, codes: Tensor, bits: int, packing: str, *, pad: int = 0) -> Codes:
+        """Pack codes (integers, any shape). ``hi4`` and ``lo4`` give ``uint8 [ceil(n / 2), 1]``;
+        ``pad`` fills the unused half of the last byte."""
         shape = tuple(codes.shape)
         if packing in ("u8", "i8"):
             kind = torch.uint8 if packing == "u8" else torch.int8
             return cls(codes.to(kind), bits, shape, packing)
         flat = codes.reshape(-1).to(torch.uint8)
         if flat.numel() % 2:
-            flat = torch.cat([flat, flat.new_zeros(1)])
+            flat = torch.cat([flat, flat.new_full((1,), pad)])
         first, second = flat[::2], flat[1::2]
         if packing == "hi4":
             data = (first << 4) | second

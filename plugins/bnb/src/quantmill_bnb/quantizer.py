@@ -82,10 +82,10 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         kernel = self._kernel("codebook", torch.float32, bits=8, table="dynamic8",
                               grouping="flat", group_size=NESTED_BLOCK)
         if kernel is None:
-            form = Codebook.quantize(centred, table, NESTED_BLOCK, bits=8, packing="u8")
+            form = Codebook.quantize_dynamic(centred, table, NESTED_BLOCK)
             codes, scale = form.codes.data, form.scale  # type: ignore[assignment]
         else:
-            kernel(centred, table=table, block_size=NESTED_BLOCK, out_codes=codes, out_scale=scale)
+            kernel(centred, table="dynamic8", block_size=NESTED_BLOCK, out_codes=codes, out_scale=scale)
         return Codebook(
             Codes(codes, 8, (codes.numel(),), "u8"), table, scale, Flat(NESTED_BLOCK),
             offset=offset, table_name="dynamic8",

@@ -1,0 +1,3 @@
+"""Native CPU kernels for quantmill."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,33 @@
+/* The C ABI of quantmill-cpu. A change of meaning raises QM_ABI_VERSION.
+ *
+ * Every function returns the flat index of the first non-finite element it met (its outputs are
+ * then incomplete), or -1. Sources need not be aligned. `threads` includes the caller's.
+ */
+#ifndef QUANTMILL_QUANTIZE_H
+#define QUANTMILL_QUANTIZE_H
+
+#include <stdint.h>
+
+#define QM_ABI_VERSION 1
+
+enum { QM_F32 = 0, QM_BF16 = 1, QM_F16 = 2 };
+
+int qm_abi_version(void);
+
+/* Flat blocks of `block` elements (even). `bounds`: 15 ascending midpoints of the sorted table;
+ * `order`: code of each rank. `out`: ceil(count / 2) bytes, first code in the high nibble;
+ * `scale`: absmax of each block. Full blocks multiply by 1 / absmax, a ragged last one divides. */
+int64_t qm_quantize_codebook4(const void *source, int dtype, int64_t count, int64_t block,
+                              const float *bounds, const uint8_t *order, uint8_t *out, float *scale,
+                              int threads);
+
+/* 8 bits: a value over its block's absmax goes to the nearest of 65536 steps over [-1, 1], and
+ * from there to the code that `nearest` (65536 bytes) gives. `out`: count bytes. */
+int64_t qm_quantize_codebook8(const float *source, int64_t count, int64_t block,
+                              const uint8_t *nearest, uint8_t *out, float *scale, int threads);
+
+/* Row-wise int8: each weight rounded to binary16, times (1 / absmax) * 127 of its row, half to even. */
+int64_t qm_quantize_rows_int8(const void *source, int dtype, int64_t rows, int64_t columns,
+                              int8_t *out, float *scale, int threads);
+
+#endif
