@@ -34,7 +34,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from quantmill.evaluate.protocols import DEFAULT_CONTEXT, Protocol, get_protocol
+from quantmill.evaluate.protocols import (
+    DEFAULT_CONTEXT,
+    PROTOCOLS,
+    UNKNOWN_PROTOCOL,
+    Protocol,
+    get_protocol,
+)
 from quantmill.evaluate.storage import (
     ENCODINGS,
     Encoding,
@@ -91,8 +97,17 @@ class ReferenceSpec:
         bos_id: int | None = None,
         storage: Storage = "auto",
     ) -> ReferenceSpec:
-        """The specification for int64 [n] ``tokens``; raises the errors of the protocol."""
+        """The specification for int64 [n] ``tokens``.
+
+        Raises:
+            QuantmillError: ``QM-EVAL-001`` (also for a protocol that is not one of
+                :data:`PROTOCOLS`, since a file knows only its name), ``002``, ``003``.
+        """
         rule = get_protocol(protocol)
+        if PROTOCOLS.get(rule.name) != rule:
+            cause = "a reference file knows protocols by name, and this is none of the named ones"
+            fix = "use one of " + ", ".join(repr(name) for name in PROTOCOLS)
+            raise QuantmillError(UNKNOWN_PROTOCOL(f"protocol {rule.name!r}", cause, fix))
         rule.check(tokens.numel(), context, max_windows)
         ids = tokens.detach().to("cpu", torch.int64).contiguous()
         digest = hashlib.sha256(buffer_of(ids)).hexdigest()

@@ -8,20 +8,22 @@
     int16. Reading renormalises: ``log p = 3 log(c / 65535) - log sum (c / 65535) ** 3``.
 
     A cube root spends the codes where the probability is. The error of one log-probability is at
-    most ``2.3e-5 * (p_max / p) ** (1/3)`` nats, so likely tokens are twenty to a hundred times
-    finer than float16 logits (spacing 4e-3 at 8 nats below the maximum). To first order KL(P||Q)
-    changes by ``sum p e (log(p/q) - KL)``: errors of independent sign, weighted with how far the
-    models differ. Measured over random and over peaked distributions of up to 32000 tokens the
-    mean KL moves by less than 1e-6 nats, and the KL of a model against itself is below 1e-8.
-    Tokens less likely than 5e-16 of the maximum become impossible in the reference, which
-    removes less than 1e-10 of probability for any real vocabulary.
+    most ``2.3e-5 * (p_max / p) ** (1/3)`` nats before renormalisation, about a tenth of that of
+    float16 logits below their maximum. To first order KL(P||Q) changes by
+    ``sum p e (log(p/q) - KL)``: errors e of independent sign, weighted with how far the models
+    differ. Measured on random distributions of 50 to 32000 tokens, flat to peaked, with Gaussian
+    noise on the logits of Q: with a deviation of 0.2 nats the mean KL over 64 tokens moves by at
+    most 1.1e-7 (a single token: 3e-6), with 1 nat by 1.1e-6 (a single token: 1.3e-5). Float16
+    logits move it ten times as far. The KL of a model from itself is within 1e-7 of zero.
+    Tokens less likely than 4.4e-16 of the maximum become impossible in the reference, which
+    removes at most 1.2e-10 of probability from a vocabulary of 262144.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from typing import Final, Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -83,7 +85,10 @@ def buffer_of(tensor: Tensor) -> memoryview:
 
 def as_encoding(value: object) -> Encoding | None:
     """The value as an encoding name if it is one."""
-    return cast(Encoding, value) if isinstance(value, str) and value in ENCODINGS else None
+    for name in ENCODINGS:
+        if value == name:
+            return name
+    return None
 
 
 def largest_error(p_over_max: float) -> float:
