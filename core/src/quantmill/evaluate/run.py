@@ -182,18 +182,17 @@ def _forward(model_fn: ModelFn, tokens: Tensor, group: Sequence[Window]) -> Tens
     for row, window in enumerate(group):
         if window.bos_id is not None:
             batch[row, 0] = window.bos_id
-    logits = model_fn(batch)
-    shape = getattr(logits, "shape", ())
-    if len(shape) != 3 or tuple(shape[:2]) != tuple(batch.shape):
-        what = list(shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise QuantmillError(
-            BAD_OUTPUT(
-                f"window {group[0].index}",
-                f"for ids {list(batch.shape)} the model returned {what}",
-                "return the logits of every position, [batch, time, vocabulary]",
-            )
+    logits: object = model_fn(batch)
+    if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == batch.shape:
+        return logits
+    what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    raise QuantmillError(
+        BAD_OUTPUT(
+            f"window {group[0].index}",
+            f"for ids {list(batch.shape)} the model returned {what}",
+            "return the logits of every position, [batch, time, vocabulary]",
         )
-    return logits
+    )
 
 
 def _running(scores: Sequence[WindowScores]) -> float:
