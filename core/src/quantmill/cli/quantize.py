@@ -1,0 +1,43 @@
+"""``quantmill quantize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from quantmill.cli.options import JSON, QUIET, memory_bytes, model_options
+from quantmill.cli.output import print_json, progress_bar, show_findings, size
+
+
+@click.command("quantize")
+@click.argument("source")
+@click.argument("output", type=click.Path())
+@click.argument("method")
+@model_options
+@click.option("--non-finite", type=click.Choice(["error", "keep"]), default="error",
+              show_default=True, help="NaN or infinity in a weight: stop, or keep it float.")
+@click.option("--max-shard", callback=memory_bytes, default="5GB", show_default=True,
+              metavar="SIZE", help="Largest file.")
+@QUIET
+@JSON
+def command(
+    source: str, output: str, method: str, max_shard: int, quiet: bool, as_json: bool,
+    **options: Any,
+) -> None:
+    """Quantize SOURCE with METHOD into the new folder OUTPUT, streaming."""
+    import quantmill
+
+    with progress_bar("quantizing", quiet=quiet) as progress:
+        report = quantmill.quantize(
+            source, output, method, progress=progress, max_shard_bytes=max_shard, **options
+        )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    show_findings(report.plan.findings)
+    totals = report.plan.totals
+    click.echo(
+        f"wrote {size(report.bytes)} to {report.folder} in {report.seconds:.1f} s: "
+        f"{totals['quantized']} modules quantized, {totals['bits_per_weight']:.3f} bits per weight"
+    )
