@@ -23,8 +23,13 @@ from quantmill.evaluate import ReferenceCache, ReferenceSpec, evaluate_model, to
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("bnb-int8", "bnb-nf4", "bnb-nf4-dq", "bnb-fp4")
-NAMES = {None: "bf16", "bnb-int8": "int8", "bnb-nf4": "NF4", "bnb-nf4-dq": "NF4 + DQ",
-         "bnb-fp4": "FP4"}
+NAMES = {
+    None: "bf16",
+    "bnb-int8": "int8",
+    "bnb-nf4": "NF4",
+    "bnb-nf4-dq": "NF4 + DQ",
+    "bnb-fp4": "FP4",
+}
 
 
 def show_plan(console: Console, model: Path) -> None:
@@ -39,8 +44,14 @@ def show_plan(console: Console, model: Path) -> None:
         if item.action == "not-a-target" or short in seen:
             continue
         seen.add(short)
-        table.add_row(short, item.action, "x".join(map(str, item.shape)),
-                      f"{item.bytes_before:,}", f"{item.bytes_after:,}", item.reason)
+        table.add_row(
+            short,
+            item.action,
+            "x".join(map(str, item.shape)),
+            f"{item.bytes_before:,}",
+            f"{item.bytes_after:,}",
+            item.reason,
+        )
     console.print(table)
     totals = plan.totals
     console.print(
@@ -57,8 +68,13 @@ def generate(model: Any, tokenizer: Any, prompt: str) -> str:
     """A greedy continuation of 40 tokens."""
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     with torch.inference_mode():
-        out = model.generate(input_ids=inputs["input_ids"], max_new_tokens=40, do_sample=False,
-                             repetition_penalty=1.2, pad_token_id=1)
+        out = model.generate(
+            input_ids=inputs["input_ids"],
+            max_new_tokens=40,
+            do_sample=False,
+            repetition_penalty=1.2,
+            pad_token_id=1,
+        )
     return " ".join(tokenizer.decode(out[0], skip_special_tokens=True).split())
 
 
@@ -82,9 +98,7 @@ def main() -> int:
     # The float model's distributions go to a file, so that two models are never in memory at once.
     tokens, bos = tokenize(tokenizer, text)
     identity = hashlib.sha256((options.model / "model.safetensors").read_bytes()).hexdigest()
-    spec = ReferenceSpec.of(
-        identity, tokens, context=512, max_windows=options.windows, bos_id=bos
-    )
+    spec = ReferenceSpec.of(identity, tokens, context=512, max_windows=options.windows, bos_id=bos)
     cache = ReferenceCache(ROOT / "out" / "cache")
     with Progress(console=console, transient=True) as progress:
         for method in (None, *METHODS):
@@ -100,8 +114,14 @@ def main() -> int:
             writer = cache.writer(spec) if reference is None else None
             with writer or contextlib.nullcontext():
                 result = evaluate_model(
-                    model, tokenizer, text, context=512, max_windows=options.windows,
-                    reference=reference, collect_reference=writer, progress=tick,
+                    model,
+                    tokenizer,
+                    text,
+                    context=512,
+                    max_windows=options.windows,
+                    reference=reference,
+                    collect_reference=writer,
+                    progress=tick,
                 )
             kl = "" if method is None else f"{result.kl_mean:.4f}"
             top = "" if method is None else f"{result.top1_agreement:.1%}"

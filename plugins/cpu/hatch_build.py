@@ -15,9 +15,20 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 # Contracting a*b+c would change the last bit, and these bytes must equal the peer's.
-FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-trapping-math", "-Wall", "-Wextra", "-Werror=implicit-function-declaration",
-         "-fvisibility=hidden"]
+FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-Werror=implicit-function-declaration",
+    "-fvisibility=hidden",
+]
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
 
 
@@ -32,7 +43,9 @@ class NativeBuild(BuildHookInterface):  # type: ignore[type-arg]
         sources = sorted(str(path) for path in (package / "c").glob("*.c"))
         out = package / "_native.so"
         temporary = out.with_suffix(".so.new")
-        subprocess.run([compiler[0], *FLAGS, *extra, "-o", str(temporary), *sources, "-lm"], check=True)
+        subprocess.run(
+            [compiler[0], *FLAGS, *extra, "-o", str(temporary), *sources, "-lm"], check=True
+        )
         temporary.replace(out)
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False

@@ -116,8 +116,16 @@ def plan(
         QuantmillError: there is nothing to plan (unreadable source, unknown or invalid method).
     """
     job = make_job(
-        source, method, device=device, dtype=dtype, skip=skip, include=include, host=host,
-        allow_unmatched=allow_unmatched, strict=strict, max_memory=max_memory,
+        source,
+        method,
+        device=device,
+        dtype=dtype,
+        skip=skip,
+        include=include,
+        host=host,
+        allow_unmatched=allow_unmatched,
+        strict=strict,
+        max_memory=max_memory,
     )
     return _prepare(job)
 
@@ -148,9 +156,20 @@ def load(
         QuantmillError: a weight can't be read or quantized.
     """
     job = make_job(
-        source, method, device=device, dtype=dtype, skip=skip, include=include, host=host,
-        progress=progress, allow_unmatched=allow_unmatched, strict=strict, training=training,
-        dequantize=dequantize, non_finite=non_finite, max_memory=max_memory,
+        source,
+        method,
+        device=device,
+        dtype=dtype,
+        skip=skip,
+        include=include,
+        host=host,
+        progress=progress,
+        allow_unmatched=allow_unmatched,
+        strict=strict,
+        training=training,
+        dequantize=dequantize,
+        non_finite=non_finite,
+        max_memory=max_memory,
     )
     from quantmill.stages.quantize import run
     from quantmill.stages.replace import ModelSink
@@ -196,8 +215,17 @@ def quantize(
     from quantmill.stages.write import write_checkpoint
 
     job = make_job(
-        source, method, device=device, dtype=dtype, skip=skip, include=include, host=host,
-        progress=progress, allow_unmatched=allow_unmatched, strict=strict, non_finite=non_finite,
+        source,
+        method,
+        device=device,
+        dtype=dtype,
+        skip=skip,
+        include=include,
+        host=host,
+        progress=progress,
+        allow_unmatched=allow_unmatched,
+        strict=strict,
+        non_finite=non_finite,
         output=str(output),
     )
     _prepare(job).raise_errors()
@@ -293,8 +321,13 @@ def fits(
             reason = f"needs {peak:,} bytes at its peak, {memory:,} are allowed"
         found.append(
             Candidate(
-                name, not reason, totals["bytes_memory"], peak, totals["bits_per_weight"],
-                loss, reason or method.summary,
+                name,
+                not reason,
+                totals["bytes_memory"],
+                peak,
+                totals["bits_per_weight"],
+                loss,
+                reason or method.summary,
             )
         )
     return sorted(found, key=lambda item: (not item.fits, item.loss_bits, item.name))
@@ -397,5 +430,3 @@ def method_schema(name: str, host: Host | None = None) -> dict[str, Any]:
     schema: dict[str, Any] = resolve(host.methods[method].config).model_json_schema()
     schema.get("properties", {}).pop("unknown", None)
     return schema
-
-

@@ -83,7 +83,7 @@ class Architecture(ABC):
         """Whether :meth:`assemble` does more than read one tensor."""
         return len(parameter.sources) != 1
 
-    def finish(self, model: nn.Module, device: str) -> None:
+    def finish(self, model: nn.Module, device: str) -> None:  # noqa: B027 nothing to do is fine
         """Tie weights and give buffers that no checkpoint stores their values."""
 
     def companions(self) -> list[str]:

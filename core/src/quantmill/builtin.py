@@ -56,7 +56,12 @@ def quantmill_quantize(
 
 @hookimpl(trylast=True)
 def quantmill_replace(
-    job: Job, selection: Selection, target: Target, module: nn.Module, form: Form, bias: Tensor | None
+    job: Job,
+    selection: Selection,
+    target: Target,
+    module: nn.Module,
+    form: Form,
+    bias: Tensor | None,
 ) -> nn.Module | None:
     from quantmill.stages.replace import linear_for
 

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 __all__ = [
     "CODES",
-    "FindingCode",
     "Finding",
+    "FindingCode",
     "Findings",
     "FindingsError",
     "QuantmillError",
@@ -133,9 +133,7 @@ class Findings:
             declared = CODES.get(item.code)
             if declared is None or not declared.fallback:
                 return item
-            return Finding(
-                item.code, Severity.ERROR, item.where, item.cause, item.fix, item.data
-            )
+            return Finding(item.code, Severity.ERROR, item.where, item.cause, item.fix, item.data)
 
         return Findings(harden(item) for item in self._items)
 

@@ -52,7 +52,13 @@ if TYPE_CHECKING:
     )
     from quantmill.targeting.types import Rule, Target
 
-__all__ = ["ENTRY_POINT_GROUP", "HOOK_API_VERSION", "SUPPORTED_API_VERSIONS", "hookimpl", "hookspec"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "HOOK_API_VERSION",
+    "SUPPORTED_API_VERSIONS",
+    "hookimpl",
+    "hookspec",
+]
 
 HOOK_API_VERSION = 1
 """Version of this contract."""
@@ -179,7 +185,12 @@ def quantmill_quantize(
 
 @hookspec(firstresult=True)
 def quantmill_replace(
-    job: Job, selection: Selection, target: Target, module: nn.Module, form: Form, bias: Tensor | None
+    job: Job,
+    selection: Selection,
+    target: Target,
+    module: nn.Module,
+    form: Form,
+    bias: Tensor | None,
 ) -> nn.Module | None:
     """Return the module that takes the place of ``module`` and computes with ``form``. First
     answer. ``module`` is on the meta device. Not called when the sink is a checkpoint."""

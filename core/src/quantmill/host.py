@@ -18,6 +18,7 @@ nor a vendor library.
 from __future__ import annotations
 
 import enum
+import functools
 import importlib
 import importlib.metadata as metadata
 import os
@@ -171,8 +172,7 @@ class Host:
         strict: bool = False,
         discover: bool = True,
     ) -> None:
-        """
-        Args:
+        """Args:
             disable: names of plugins or distributions not to use.
             allow: if given, only these plugins or distributions are used.
             strict: raise if any plugin is neither ok nor disabled.
@@ -188,9 +188,7 @@ class Host:
         self.allow = set(allowed) if allow is not None or allowed else None
         self.manager = pluggy.PluginManager("quantmill")
         self.manager.add_hookspecs(hookspecs)
-        self._known_hooks = {
-            name for name in dir(hookspecs) if name.startswith("quantmill_")
-        }
+        self._known_hooks = {name for name in dir(hookspecs) if name.startswith("quantmill_")}
         self._registered: dict[str, list[tuple[str, Any]]] = {kind: [] for kind in REGISTRIES}
         self._add_builtin()
         if discover:
@@ -201,9 +199,8 @@ class Host:
     # -- discovery -----------------------------------------------------------------------------
 
     def _add_builtin(self) -> None:
-        from quantmill import builtin
-
-        self.manager.register(builtin, BUILTIN)
+        # By name: the host knows that the core is a plugin too, not what is in it.
+        self.manager.register(importlib.import_module("quantmill.builtin"), BUILTIN)
 
     def _discover(self) -> None:
         found: dict[str, list[tuple[PluginInfo, metadata.EntryPoint, metadata.Distribution]]] = {}
@@ -249,7 +246,7 @@ class Host:
                         f"pip install --upgrade {info.distribution}",
                     )
                     continue
-                self._load(info, lambda entry=entry: importlib.import_module(entry.module))
+                self._load(info, functools.partial(importlib.import_module, entry.module))
 
     def _listed(self, info: PluginInfo) -> bool:
         names = {info.name, info.distribution}
@@ -261,7 +258,9 @@ class Host:
             return False
         return True
 
-    def add(self, module: Any, name: str, *, distribution: str = "", version: str = "") -> PluginInfo:
+    def add(
+        self, module: Any, name: str, *, distribution: str = "", version: str = ""
+    ) -> PluginInfo:
         """Add a plugin that no entry point names (tests, notebooks). Returns its fate."""
         info = PluginInfo(name, distribution or name, version, getattr(module, "__name__", name))
         if name in self.plugins:
@@ -284,7 +283,7 @@ class Host:
             module = load()
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # a plugin may even call sys.exit: nobody else may suffer
+        except BaseException as error:  # noqa: BLE001 a plugin may even call sys.exit: nobody else may suffer
             self._fail(
                 info,
                 Status.BROKEN,
@@ -336,7 +335,7 @@ class Host:
                 if not requirement.optional
             ]
             given = {kind: self._call(module, hook) for kind, hook in REGISTRIES.items()}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 any mistake of a plugin is its own
             self._drop(info)
             self._fail(
                 info,
@@ -369,7 +368,9 @@ class Host:
                     return
         for kind, items in given.items():
             self._registered[kind].extend((info.name, item) for item in items)
-            info.provides[kind] = [getattr(item, "name", getattr(item, "pattern", "")) for item in items]
+            info.provides[kind] = [
+                getattr(item, "name", getattr(item, "pattern", "")) for item in items
+            ]
 
     def _call(self, module: Any, hook: str) -> list[Any]:
         implementation = getattr(module, hook, None)

@@ -53,7 +53,7 @@ class FormLinear(nn.Module):
         return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormLinear:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
         def move(tensor: Tensor) -> Tensor:
             # .to(dtype) must not touch codes and scales: only follow a change of device.

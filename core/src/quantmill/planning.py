@@ -40,11 +40,7 @@ class ModulePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data."""
-        data = {
-            name: getattr(self, name)
-            for name in self.__dataclass_fields__
-            if name != "target"
-        }
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "target"}
         return {**data, "shape": list(self.shape)}
 
 
@@ -96,5 +92,3 @@ class Plan:
             "modules": [item.to_dict() for item in self.modules],
             "findings": self.findings.to_list(),
         }
-
-

@@ -25,7 +25,12 @@ def module(name: str, **attributes: object) -> types.ModuleType:
 
 def method(name: str, *presets: str) -> Method:
     return Method(
-        name, "", "a:B", "a:B", "a:B", Capabilities(),
+        name,
+        "",
+        "a:B",
+        "a:B",
+        "a:B",
+        Capabilities(),
         presets=tuple(Preset(preset, {}) for preset in presets),
     )
 
@@ -64,7 +69,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def only_here(**options: str):  # type: ignore[no-untyped-def]
         found = real(**options)
-        return [item for item in found if item.dist and str(item.dist.locate_file("")) == str(tmp_path)]
+        return [
+            item for item in found if item.dist and str(item.dist.locate_file("")) == str(tmp_path)
+        ]
 
     monkeypatch.setattr(metadata, "entry_points", only_here)
     yield tmp_path
@@ -89,8 +96,13 @@ def test_discovery_isolates_every_kind_of_failure(site: Path) -> None:
     install(site, "dist-exits", "exits = hosttest_exits", "import sys; sys.exit(3)")
     install(site, "dist-old", "old = hosttest_old", "QUANTMILL_API = -1\n")
     install(site, "dist-silent", "silent = hosttest_silent", "")
-    install(site, "dist-needy", "needy = hosttest_needy", "raise AssertionError('imported')",
-            requires="surely-not-installed>=2")
+    install(
+        site,
+        "dist-needy",
+        "needy = hosttest_needy",
+        "raise AssertionError('imported')",
+        requires="surely-not-installed>=2",
+    )
     found = {name: info.status for name, info in Host().plugins.items()}
     assert found == {
         "good": Status.OK,
@@ -121,7 +133,9 @@ def test_two_distributions_with_one_name_conflict_naming_both(site: Path) -> Non
 
 
 def test_two_plugins_with_one_method_conflict_naming_both(host: Host) -> None:
-    host.add(module("one", quantmill_methods=methods_hook(method("m"))), "one", distribution="d-one")
+    host.add(
+        module("one", quantmill_methods=methods_hook(method("m"))), "one", distribution="d-one"
+    )
     second = host.add(
         module("two", quantmill_methods=methods_hook(method("x", "m"))), "two", distribution="d-two"
     )

@@ -19,7 +19,7 @@ from quantmill.checkpoint.dtypes import BITS, bytes_of
 from quantmill.findings import FindingCode, Findings, QuantmillError
 
 if TYPE_CHECKING:
-    from quantmill.checkpoint.local import Source
+    from quantmill.checkpoint.source import Source
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -218,7 +218,9 @@ def read_safetensors_header(
     for item in entries:
         if item.start != position:
             kind = "overlaps" if item.start < position else "leaves a hole after"
-            cause = f"tensor {_short(item.name)} at byte {item.start} {kind} what ends at {position}"
+            cause = (
+                f"tensor {_short(item.name)} at byte {item.start} {kind} what ends at {position}"
+            )
             _fail(codes.HEADER_OFFSETS, file, cause, tensor=item.name)
         position = item.stop
     if position != size:

@@ -53,7 +53,8 @@ class TensorReader:
         self._files.clear()
 
     def _path(self, file: str) -> Path:
-        return self.headers.source.local_path(file)
+        path: Path = self.headers.source.local_path(file)
+        return path
 
     def _open(self, file: str) -> int:
         with self._lock:

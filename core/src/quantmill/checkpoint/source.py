@@ -112,8 +112,8 @@ class HubSource:
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         """One range request."""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils._headers import build_hf_headers
 
         url = hf_hub_url(self.repo_id, name, revision=self.revision)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
@@ -153,7 +153,8 @@ def open_source(spec: str | Path) -> Source:
             raise QuantmillError(_pickle(path.name))
         raise QuantmillError(
             codes.SOURCE_MISSING(
-                str(spec), "no installed plugin reads this kind of file",
+                str(spec),
+                "no installed plugin reads this kind of file",
                 "give a folder; for GGUF install quantmill-gguf",
             )
         )
@@ -162,7 +163,9 @@ def open_source(spec: str | Path) -> Source:
         repo, _, revision = text.partition("@")
         return HubSource(repo, revision or "main")
     raise QuantmillError(
-        codes.SOURCE_MISSING(text, "there is no such folder or file", "check the path or the Hub id")
+        codes.SOURCE_MISSING(
+            text, "there is no such folder or file", "check the path or the Hub id"
+        )
     )
 
 
@@ -210,7 +213,8 @@ def read_headers(source: Source) -> CheckpointHeaders:
         for name in sorted(set(weight_map) - set(tensors)):
             problems.append(
                 codes.INDEX_TENSOR(
-                    name, f"the index says it is in {weight_map[name]}, which lacks it",
+                    name,
+                    f"the index says it is in {weight_map[name]}, which lacks it",
                     "get the checkpoint again",
                 )
             )
@@ -242,14 +246,17 @@ def _weight_files(source: Source, problems: list[Finding]) -> tuple[list[str], d
             data = _json(source, index, problems) or {}
             weight_map = data.get("weight_map")
             if not isinstance(weight_map, dict):
-                problems.append(codes.JSON_INVALID(index, "it has no weight_map", "correct the file"))
+                problems.append(
+                    codes.JSON_INVALID(index, "it has no weight_map", "correct the file")
+                )
                 return [], {}
             files = []
             for file in sorted(set(map(str, weight_map.values()))):
                 if PurePosixPath(file).name != file or file in ("..", ".") or "\\" in file:
                     problems.append(
                         codes.UNSAFE_NAME(
-                            index, f"it names {file!r}, which is outside the folder",
+                            index,
+                            f"it names {file!r}, which is outside the folder",
                             "do not trust this checkpoint",
                         )
                     )

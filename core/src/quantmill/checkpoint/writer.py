@@ -16,14 +16,15 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantmill.checkpoint import codes
 from quantmill.checkpoint.dtypes import code_of
 from quantmill.checkpoint.manifest import MANIFEST_NAME, make_manifest
 from quantmill.findings import QuantmillError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["CheckpointWriter"]
 
@@ -77,7 +78,8 @@ class CheckpointWriter:
                 free = shutil.disk_usage(self.folder.absolute().parent).free
                 raise QuantmillError(
                     codes.DISK_FULL(
-                        str(self.folder), f"the disk is full; {free:,} bytes are free",
+                        str(self.folder),
+                        f"the disk is full; {free:,} bytes are free",
                         "free space or choose another disk",
                     )
                 ) from error
@@ -189,5 +191,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

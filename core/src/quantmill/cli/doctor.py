@@ -24,12 +24,14 @@ def command(check: bool, as_json: bool) -> None:
 
     host = default_host()
     machine = _machine()
-    methods = []
+    methods: list[dict[str, Any]] = []
     for method in host.methods.values():
         unmet = [
             {
-                "needs": f"{item.distribution}{item.versions}", "found": there,
-                "why": item.why, "optional": item.optional,
+                "needs": f"{item.distribution}{item.versions}",
+                "found": there,
+                "why": item.why,
+                "optional": item.optional,
                 "fix": f'pip install "{item.distribution}{item.versions}"',
             }
             for item, there in missing_requirements(method.requirements)
@@ -37,37 +39,69 @@ def command(check: bool, as_json: bool) -> None:
         able = method.capabilities
         methods.append(
             {
-                "name": method.name, "summary": method.summary,
+                "name": method.name,
+                "summary": method.summary,
                 "short_names": [preset.name for preset in method.presets],
                 "devices": [d for d in able.devices if d == "cpu" or d in machine["devices"]],
-                "can": [name for name in ("on_the_fly", "calibrated", "prequantized",
-                                          "serialisable", "trainable", "compileable",
-                                          "dequantizable") if getattr(able, name)],
+                "can": [
+                    name
+                    for name in (
+                        "on_the_fly",
+                        "calibrated",
+                        "prequantized",
+                        "serialisable",
+                        "trainable",
+                        "compileable",
+                        "dequantizable",
+                    )
+                    if getattr(able, name)
+                ],
                 "missing": unmet,
             }
         )
     registry = KernelRegistry.of(host)
     kernels = [
-        {"name": item.name, "operation": item.operation, "form": item.form,
-         "device": item.device, "unavailable": registry.unavailable(item)}
+        {
+            "name": item.name,
+            "operation": item.operation,
+            "form": item.form,
+            "device": item.device,
+            "unavailable": registry.unavailable(item),
+        }
         for item in registry.kernels
     ]
     plugins = [item.to_dict() for item in host.plugins.values()]
     if as_json:
-        print_json({"machine": machine, "plugins": plugins, "methods": methods,
-                    "kernels": kernels})
+        print_json({"machine": machine, "plugins": plugins, "methods": methods, "kernels": kernels})
     else:
         table("machine", ("what", "value"), list(machine.items()))
-        table("plugins", ("name", "status", "reason", "fix"),
-              [(p["name"], p["status"], p["reason"], p["fix"]) for p in plugins])
-        table("methods", ("method", "short names", "devices here", "can", "missing"),
-              [(m["name"], ", ".join(m["short_names"]), ", ".join(m["devices"]),
-                ", ".join(m["can"]),
-                "; ".join(f"{u['needs']}: {u['found']} ({u['fix']})" for u in m["missing"]))
-               for m in methods])
-        table("kernels", ("kernel", "operation", "form", "device", "here"),
-              [(k["name"], k["operation"], k["form"], k["device"], k["unavailable"] or "yes")
-               for k in kernels])
+        table(
+            "plugins",
+            ("name", "status", "reason", "fix"),
+            [(p["name"], p["status"], p["reason"], p["fix"]) for p in plugins],
+        )
+        table(
+            "methods",
+            ("method", "short names", "devices here", "can", "missing"),
+            [
+                (
+                    m["name"],
+                    ", ".join(m["short_names"]),
+                    ", ".join(m["devices"]),
+                    ", ".join(m["can"]),
+                    "; ".join(f"{u['needs']}: {u['found']} ({u['fix']})" for u in m["missing"]),
+                )
+                for m in methods
+            ],
+        )
+        table(
+            "kernels",
+            ("kernel", "operation", "form", "device", "here"),
+            [
+                (k["name"], k["operation"], k["form"], k["device"], k["unavailable"] or "yes")
+                for k in kernels
+            ],
+        )
     bad = [p for p in plugins if p["status"] not in (Status.OK.value, Status.DISABLED.value)]
     missing = [u for m in methods for u in m["missing"]]
     if check and (bad or missing):

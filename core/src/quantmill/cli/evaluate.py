@@ -16,8 +16,12 @@ from quantmill.cli.output import print_json, progress_bar, table
 @click.argument("source")
 @click.argument("method", required=False)
 @click.option("--text", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--protocol", type=click.Choice(["blocks", "sliding", "llama.cpp"]),
-              default="blocks", show_default=True)
+@click.option(
+    "--protocol",
+    type=click.Choice(["blocks", "sliding", "llama.cpp"]),
+    default="blocks",
+    show_default=True,
+)
 @click.option("--context", type=int, help="Window length in tokens.")
 @click.option("--max-windows", type=int, help="Score only the first windows.")
 @click.option("--reference", help="Float model to measure the KL divergence from.")
@@ -25,8 +29,16 @@ from quantmill.cli.output import print_json, progress_bar, table
 @QUIET
 @JSON
 def command(
-    source: str, method: str | None, text: Path, protocol: str, context: int | None,
-    max_windows: int | None, reference: str | None, quiet: bool, as_json: bool, **options: Any,
+    source: str,
+    method: str | None,
+    text: Path,
+    protocol: str,
+    context: int | None,
+    max_windows: int | None,
+    reference: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure perplexity on a text and, with --reference, the KL divergence per token.
 
@@ -44,7 +56,7 @@ def command(
 
     tokenizer = quantmill.load_tokenizer(source)
     words = text.read_text(encoding="utf-8")
-    shared = {"protocol": protocol, "max_windows": max_windows}
+    shared: dict[str, Any] = {"protocol": protocol, "max_windows": max_windows}
     stored = None
     if reference is not None:
         tokens, bos = tokenize(tokenizer, words)
@@ -52,15 +64,26 @@ def command(
             model: Any = quantmill.load(reference, progress=progress)
         length = context or default_context(model)
         spec = ReferenceSpec.of(
-            open_source(reference).identity(), tokens, protocol=protocol, context=length,
-            max_windows=max_windows, bos_id=bos,
+            open_source(reference).identity(),
+            tokens,
+            protocol=protocol,
+            context=length,
+            max_windows=max_windows,
+            bos_id=bos,
         )
         cache = ReferenceCache()
         stored = cache.find(spec)
         if stored is None:
             with progress_bar("reference", quiet=quiet) as tick, cache.writer(spec) as writer:
-                evaluate_model(model, tokenizer, words, context=length,
-                               collect_reference=writer, progress=tick, **shared)
+                evaluate_model(
+                    model,
+                    tokenizer,
+                    words,
+                    context=length,
+                    collect_reference=writer,
+                    progress=tick,
+                    **shared,
+                )
             stored = cache.find(spec)
         context = length
         del model
@@ -68,12 +91,19 @@ def command(
     with progress_bar("loading", quiet=quiet) as progress:
         model = quantmill.load(source, method, progress=progress, **options)
     with progress_bar("evaluating", quiet=quiet) as tick:
-        result = evaluate_model(model, tokenizer, words, context=context, reference=stored,
-                                progress=tick, **shared)
+        result = evaluate_model(
+            model, tokenizer, words, context=context, reference=stored, progress=tick, **shared
+        )
     data = result.to_dict()
     if as_json:
         print_json(data)
     else:
-        table(f"{source} {method or ''} on {text.name}", ("measure", ">value"),
-              [(key, f"{value:.5g}" if isinstance(value, float) else value)
-               for key, value in data.items() if value is not None])
+        table(
+            f"{source} {method or ''} on {text.name}",
+            ("measure", ">value"),
+            [
+                (key, f"{value:.5g}" if isinstance(value, float) else value)
+                for key, value in data.items()
+                if value is not None
+            ],
+        )

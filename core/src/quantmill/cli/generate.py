@@ -22,8 +22,15 @@ from quantmill.cli.output import print_json, progress_bar
 @QUIET
 @JSON
 def command(
-    source: str, method: str | None, prompt: str, max_new_tokens: int, temperature: float,
-    seed: int, quiet: bool, as_json: bool, **options: Any,
+    source: str,
+    method: str | None,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Load SOURCE, quantized with METHOD if given, and continue a prompt."""
     import torch

@@ -25,19 +25,32 @@ def command(source: str, tensors: bool, as_json: bool) -> None:
         table("quantization_config", ("key", "value"), rows)
     if found.modules:
         table(
-            "modules", ("name", "method", "form", "shape", ">bytes"),
+            "modules",
+            ("name", "method", "form", "shape", ">bytes"),
             [
-                (item["name"], item["method"] or "", item["form"],
-                 "x".join(map(str, item["shape"])), size(item["bytes"]))
-                for item in found.modules if item["method"] or tensors
+                (
+                    item["name"],
+                    item["method"] or "",
+                    item["form"],
+                    "x".join(map(str, item["shape"])),
+                    size(item["bytes"]),
+                )
+                for item in found.modules
+                if item["method"] or tensors
             ],
         )
     if tensors or not found.modules:
         table(
-            "tensors", ("name", "dtype", "shape", ">bytes", "file"),
+            "tensors",
+            ("name", "dtype", "shape", ">bytes", "file"),
             [
-                (item["name"], item["dtype"], "x".join(map(str, item["shape"])),
-                 size(item["bytes"]), item["file"])
+                (
+                    item["name"],
+                    item["dtype"],
+                    "x".join(map(str, item["shape"])),
+                    size(item["bytes"]),
+                    item["file"],
+                )
                 for item in found.tensors
             ],
         )

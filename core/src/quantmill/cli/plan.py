@@ -17,14 +17,23 @@ from quantmill.cli.output import print_json, show_findings, size, table
 @click.argument("source")
 @click.argument("method", required=False)
 @model_options
-@click.option("--memory", callback=memory_bytes, metavar="SIZE",
-              help="Show every installed method that fits, e.g. 8GiB.")
+@click.option(
+    "--memory",
+    callback=memory_bytes,
+    metavar="SIZE",
+    help="Show every installed method that fits, e.g. 8GiB.",
+)
 @click.option("--context", default=2048, show_default=True, help="Tokens of key-value cache.")
 @click.option("--all", "everything", is_flag=True, help="Every module, not one row per kind.")
 @JSON
 def command(
-    source: str, method: str | None, memory: int | None, context: int, everything: bool,
-    as_json: bool, **options: Any,
+    source: str,
+    method: str | None,
+    memory: int | None,
+    context: int,
+    everything: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Say what METHOD would do to every module of SOURCE, without reading a weight."""
     import quantmill
@@ -37,12 +46,21 @@ def command(
             print_json({"memory": memory, "candidates": [item.to_dict() for item in candidates]})
         else:
             rows = [
-                (item.name, "yes" if item.fits else "no", size(item.bytes), size(item.peak),
-                 f"{item.bits_per_weight:.2f}", item.reason)
+                (
+                    item.name,
+                    "yes" if item.fits else "no",
+                    size(item.bytes),
+                    size(item.peak),
+                    f"{item.bits_per_weight:.2f}",
+                    item.reason,
+                )
                 for item in candidates
             ]
-            table(f"what fits into {size(memory)}",
-                  ("method", "fits", ">weights", ">peak", ">bits", "why"), rows)
+            table(
+                f"what fits into {size(memory)}",
+                ("method", "fits", ">weights", ">peak", ">bits", "why"),
+                rows,
+            )
         sys.exit(0 if any(item.fits for item in candidates) else PROBLEM)
     plan = quantmill.plan(source, method, **options)
     if as_json:

@@ -24,9 +24,12 @@ def command(as_json: bool, strict: bool) -> None:
     else:
         rows = [
             (
-                item.name, f"{item.distribution} {item.version}", item.status.value,
-                "; ".join(f"{kind}: {', '.join(names)}" for kind, names in item.provides.items()
-                          if names),
+                item.name,
+                f"{item.distribution} {item.version}",
+                item.status.value,
+                "; ".join(
+                    f"{kind}: {', '.join(names)}" for kind, names in item.provides.items() if names
+                ),
                 f"{item.reason}. {item.fix}" if item.reason else "",
             )
             for item in plugins

@@ -15,14 +15,30 @@ from quantmill.cli.output import print_json, progress_bar, show_findings, size
 @click.argument("output", type=click.Path())
 @click.argument("method")
 @model_options
-@click.option("--non-finite", type=click.Choice(["error", "keep"]), default="error",
-              show_default=True, help="NaN or infinity in a weight: stop, or keep it float.")
-@click.option("--max-shard", callback=memory_bytes, default="5GB", show_default=True,
-              metavar="SIZE", help="Largest file.")
+@click.option(
+    "--non-finite",
+    type=click.Choice(["error", "keep"]),
+    default="error",
+    show_default=True,
+    help="NaN or infinity in a weight: stop, or keep it float.",
+)
+@click.option(
+    "--max-shard",
+    callback=memory_bytes,
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest file.",
+)
 @QUIET
 @JSON
 def command(
-    source: str, output: str, method: str, max_shard: int, quiet: bool, as_json: bool,
+    source: str,
+    output: str,
+    method: str,
+    max_shard: int,
+    quiet: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Quantize SOURCE with METHOD into the new folder OUTPUT, streaming."""

@@ -6,13 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quantmill.evaluate.reference import ReferenceLogits, ReferenceSpec
 from quantmill.evaluate.run import ModelFn, Progress, evaluate
 from quantmill.evaluate.writer import ReferenceWriter
 from quantmill.findings import Findings, QuantmillError, Severity, declare
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ReferenceCache", "cache_folder", "cached_reference"]
 
@@ -20,7 +22,7 @@ IGNORED = declare("QM-EVAL-010", "A cached reference is unusable and ignored", S
 
 
 def cache_folder() -> Path:
-    """``$QUANTMILL_CACHE`` if set, otherwise quantmill's folder in the platform's cache folder.
+    r"""``$QUANTMILL_CACHE`` if set, otherwise quantmill's folder in the platform's cache folder.
 
     That is ``$XDG_CACHE_HOME/quantmill`` or ``~/.cache/quantmill``, on macOS
     ``~/Library/Caches/quantmill``, on Windows ``%LOCALAPPDATA%\\quantmill``. Nothing is created.

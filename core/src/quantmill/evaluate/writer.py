@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO
-
-from torch import Tensor
+from typing import IO, TYPE_CHECKING
 
 from quantmill.evaluate.reference import (
     HEADER_BYTES,
@@ -29,6 +27,9 @@ from quantmill.evaluate.reference import (
 )
 from quantmill.evaluate.storage import Encoding, buffer_of, choose_encoding, encode
 from quantmill.findings import QuantmillError, declare
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ReferenceWriter"]
 
@@ -120,7 +121,7 @@ class ReferenceWriter:
             stream.close()
             self._stream = None
             if self._temporary is not None:
-                os.replace(self._temporary, self.path)
+                Path(self._temporary).replace(self.path)
             self._temporary = None
             _sync_directory(self.path.parent)
         self.result = ReferenceLogits(self.path, self.spec, self._vocab, self._encoding)

@@ -54,9 +54,7 @@ class ScaledFloat(Form):
         }
 
     @classmethod
-    def quantize(
-        cls, weight: Tensor, values: torch.dtype, grouping: Grouping
-    ) -> ScaledFloat:
+    def quantize(cls, weight: Tensor, values: torch.dtype, grouping: Grouping) -> ScaledFloat:
         """Scale each group so that its absmax is the largest finite value, round to nearest."""
         work = weight.to(torch.float32)
         top = torch.finfo(values).max

@@ -54,9 +54,7 @@ def _unknown(job: Job, raw: Mapping[str, Any], origin: str) -> Any:
     return UNKNOWN_DIALECT(where, cause, fix)
 
 
-def read_config(
-    job: Job, raw: Mapping[str, Any], origin: str
-) -> tuple[str, MethodConfig] | None:
+def read_config(job: Job, raw: Mapping[str, Any], origin: str) -> tuple[str, MethodConfig] | None:
     """The core's answer to ``quantmill_configure``: by method name, quant_method or marker key."""
     name = raw.get("method")
     if not isinstance(name, str) or name not in job.host.methods:

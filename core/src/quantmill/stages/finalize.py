@@ -123,8 +123,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         weight = form.dequantize(wanted)
         bias = getattr(old, "bias", None)
         new = nn.Linear(
-            entry.target.in_features, entry.target.out_features, bias=bias is not None,
-            device="meta", dtype=wanted,
+            entry.target.in_features,
+            entry.target.out_features,
+            bias=bias is not None,
+            device="meta",
+            dtype=wanted,
         )
         new.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:

@@ -46,7 +46,9 @@ class Sink(Protocol):
         """Take a quantized target, with the module's bias if it has one."""
         ...
 
-    def put_tensor(self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader) -> None:
+    def put_tensor(
+        self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader
+    ) -> None:
         """Take a tensor that stays float."""
         ...
 
@@ -55,7 +57,11 @@ class StreamedWeight:
     """A :class:`quantmill.backend.WeightSource` over a checkpoint."""
 
     def __init__(
-        self, reader: TensorReader, target: Target, architecture: Any, device: torch.device,
+        self,
+        reader: TensorReader,
+        target: Target,
+        architecture: Any,
+        device: torch.device,
         cast: torch.dtype | None = None,
     ) -> None:
         self._reader = reader
@@ -96,32 +102,35 @@ class StreamedWeight:
 
 def quantizer_of(job: Job, selection: Selection) -> Quantizer[Any]:
     """The quantizer of a selection, one per job."""
-    return _cached(
+    made: Quantizer[Any] = _cached(
         job,
         ("quantizer", selection.label),
         lambda: resolve(selection.method.quantizer)(
             selection.config, device=torch.device(job.device), kernels=job.kernels
         ),
     )
+    return made
 
 
 def codec_of(job: Job, selection: Selection) -> Codec[Any]:
     """The codec of a selection, one per job."""
-    return _cached(
+    made: Codec[Any] = _cached(
         job,
         ("codec", selection.label),
         lambda: resolve(selection.method.codec)(selection.config),
     )
+    return made
 
 
 def factory_of(job: Job, selection: Selection) -> LinearFactory[Any]:
     """The linear factory of a selection, one per job."""
     reference = selection.method.linear or "quantmill.linear:FormLinearFactory"
-    return _cached(
+    made: LinearFactory[Any] = _cached(
         job,
         ("factory", selection.label),
         lambda: resolve(reference)(selection.config, codec_of(job, selection), job.kernels),
     )
+    return made
 
 
 def _cached(job: Job, key: tuple[str, str], make: Any) -> Any:
@@ -174,9 +183,7 @@ def run(job: Job, sink: Sink) -> None:
         job.advance(total, total, "done")
 
 
-def _one(
-    job: Job, reader: TensorReader, sink: Sink, target: Target, selection: Selection
-) -> bool:
+def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: Selection) -> bool:
     """Quantize or decode one target. False when it stays float after all."""
     architecture = job.architecture
     assert architecture is not None and job.plan is not None

@@ -59,7 +59,9 @@ class ModelSink:
         new.train(module.training)
         self.model.set_submodule(target.name, new)
 
-    def put_tensor(self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader) -> None:
+    def put_tensor(
+        self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader
+    ) -> None:
         """Read a float tensor straight into its parameter, in the dtype it will have."""
         owner = self.model.get_submodule(module.name) if module.name else self.model
         local = parameter.name.rpartition(".")[2]

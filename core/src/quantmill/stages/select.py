@@ -200,7 +200,8 @@ def _selection(job: Job, name: str, config: MethodConfig, label: str) -> Selecti
             )
         )
     if distinct:
-        return next(iter(distinct.values()))
+        chosen: Selection = next(iter(distinct.values()))
+        return chosen
     method = job.host.methods[name]
     _require(method)
     plugin = job.host.plugin_of("methods", name) or ""

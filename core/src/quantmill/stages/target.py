@@ -65,7 +65,9 @@ def make_plan(job: Job) -> Plan:
         job.findings.extend(architecture.findings())
         modules = list(architecture.modules)
         kinds = {
-            kind for item in job.selections.values() for kind in item.method.capabilities.target_kinds
+            kind
+            for item in job.selections.values()
+            for kind in item.method.capabilities.target_kinds
         }
         if job.selections:
             rules = [rule for answer in job.host.hook.quantmill_target(job=job) for rule in answer]
@@ -162,8 +164,15 @@ class _Planner:
         self, selection: Selection, quantizer: Quantizer[Any], target: Any
     ) -> tuple[str, int, int, int]:
         dtype = self._source_dtype(target)
-        key = (selection.label, target.kind, target.out_features, target.in_features,
-               target.experts, target.transposed, dtype)
+        key = (
+            selection.label,
+            target.kind,
+            target.out_features,
+            target.in_features,
+            target.experts,
+            target.transposed,
+            dtype,
+        )
         if key not in self._cache:
             form = quantizer.abstract(target, dtype)
             self._cache[key] = (
@@ -303,5 +312,3 @@ def _bytes(parameter: ParameterInfo) -> int:
     if not parameter.sources:
         return 0
     return _numel(parameter.shape) * _itemsize(parameter.dtype)
-
-

@@ -1,4 +1,4 @@
-"""Stage 3, validation: everything that stands in the way, all at once, before any weight is read."""
+"""Stage 3, validation: everything that stands in the way, at once, before a weight is read."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def available_memory(device: str) -> int | None:
 
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
+        with Path("/proc/meminfo").open(encoding="ascii") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024

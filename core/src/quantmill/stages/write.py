@@ -67,7 +67,9 @@ class CheckpointSink:
         for name, tensor in encoded.items():
             self.writer.add(f"{prefix}.{name}", tensor.detach().to("cpu").contiguous())
 
-    def put_tensor(self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader) -> None:
+    def put_tensor(
+        self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader
+    ) -> None:
         """Copy float tensors under their own names, in the asked dtype."""
         for source in parameter.sources:
             tensor = reader.tensor(source)

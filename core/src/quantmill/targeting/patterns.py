@@ -57,9 +57,7 @@ class _Name(Pattern):
     def matches(self, module: ModuleInfo, n_layers: int) -> bool:
         name = module.name
         return (
-            name == self.text
-            or name.startswith(f"{self.text}.")
-            or name.endswith(f".{self.text}")
+            name == self.text or name.startswith(f"{self.text}.") or name.endswith(f".{self.text}")
         )
 
     @property

@@ -6,18 +6,22 @@ import re
 
 __all__ = ["guess_layer", "guess_role"]
 
-_LAYER = re.compile(
-    r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.(\d+)(?:\.|$)"
-)
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.(\d+)(?:\.|$)")
 _ROLES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(lm_head|embed_out|output_projection|classifier|score)$", "head"),
-    (r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|position_embeddings|token_type_embeddings"
-     r"|tok_embeddings|shared|embed_positions|embed_in|embeddings)$", "embedding"),
+    (
+        r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|position_embeddings|token_type_embeddings"
+        r"|tok_embeddings|shared|embed_positions|embed_in|embeddings)$",
+        "embedding",
+    ),
     (r"(norm|ln_\w+|ln\d?|layernorm|layer_norm\w*)$", "norm"),
     (r"(^|\.)experts(\.|$)", "expert"),
     (r"(^|\.)(router|gate)(\.|$)", "router"),
-    (r"(^|\.)(self_attn|attention|attn|self_attention|crossattention|SelfAttention"
-     r"|EncDecAttention|encoder_attn)(\.|$)", "attention"),
+    (
+        r"(^|\.)(self_attn|attention|attn|self_attention|crossattention|SelfAttention"
+        r"|EncDecAttention|encoder_attn)(\.|$)",
+        "attention",
+    ),
     (r"(^|\.)(mlp|feed_forward|ffn|DenseReluDense|intermediate|fc1|fc2|output)(\.|$)", "mlp"),
 )
 _COMPILED = tuple((re.compile(pattern), role) for pattern, role in _ROLES)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 
 from quantmill.findings import Findings, Severity, declare
 from quantmill.targeting.patterns import Pattern, parse
-from quantmill.targeting.types import Decision, ModuleInfo, Rule, targets_of
+from quantmill.targeting.types import Decision, ModuleInfo, Outcome, Rule, targets_of
 
 __all__ = ["decide"]
 
@@ -86,7 +86,7 @@ def _one(
     if not targets_of(module):
         return Decision(name, "not-a-target", None, f"{module.cls} has no weight matrix", "method")
     if module.kind not in kinds:
-        action = "keep" if module.kind == "stacked" else "not-a-target"
+        action: Outcome = "keep" if module.kind == "stacked" else "not-a-target"
         reason = f"the method does not take modules of kind {module.kind}"
         return Decision(name, action, None, reason, "method")
     if module.keep_float:
@@ -96,9 +96,7 @@ def _one(
     if module.tied_to is not None:
         if winner is not None and winner.action != "skip" and winner.origin == "user":
             findings.add(
-                TIED_INCLUDED(
-                    name, f"it shares its weight with {module.tied_to}", "leave it out"
-                )
+                TIED_INCLUDED(name, f"it shares its weight with {module.tied_to}", "leave it out")
             )
         return Decision(name, "keep", None, f"its weight is tied to {module.tied_to}", "default")
     if winner is None:
@@ -123,7 +121,9 @@ def _winner(
     best_pattern, best = ranked[0]
     for pattern, rule in ranked[1:]:
         if (_rank(rule), rule.order, pattern.specificity) != (
-            _rank(best), best.order, best_pattern.specificity,
+            _rank(best),
+            best.order,
+            best_pattern.specificity,
         ):
             break
         if (rule.action, rule.method) != (best.action, best.method):

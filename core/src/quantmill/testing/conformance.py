@@ -116,10 +116,7 @@ class MethodConformance:
 
     def test_registration_imports_nothing_heavy(self, host: Host, selection: Selection) -> None:
         entry = host.plugins[selection.plugin].entry
-        code = (
-            f"import sys, {entry}; "
-            f"print([name for name in {HEAVY!r} if name in sys.modules])"
-        )
+        code = f"import sys, {entry}; print([name for name in {HEAVY!r} if name in sys.modules])"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
@@ -247,7 +244,9 @@ class MethodConformance:
         """Two short sequences."""
         return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(1))
 
-    def test_load_save_reload_is_bit_equal(self, framework: None, folder: Path, ids: Tensor) -> None:
+    def test_load_save_reload_is_bit_equal(
+        self, framework: None, folder: Path, ids: Tensor
+    ) -> None:
         model: Any = quantmill.load(folder, self.method)
         with torch.inference_mode():
             model(input_ids=ids)  # a forward may repack weights; saving must not notice

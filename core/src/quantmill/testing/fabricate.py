@@ -14,8 +14,14 @@ __all__ = ["llama_config", "llama_shapes", "write_tiny_llama"]
 
 
 def llama_config(
-    *, hidden: int = 64, inner: int = 128, layers: int = 2, vocab: int = 256, heads: int = 4,
-    tied: bool = False, dtype: str = "bfloat16",
+    *,
+    hidden: int = 64,
+    inner: int = 128,
+    layers: int = 2,
+    vocab: int = 256,
+    heads: int = 4,
+    tied: bool = False,
+    dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """A ``config.json`` that transformers accepts."""
     return {
@@ -41,7 +47,9 @@ def llama_config(
 def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a Llama checkpoint's tensors, in the order of the model."""
     hidden, inner, vocab = (
-        config["hidden_size"], config["intermediate_size"], config["vocab_size"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["vocab_size"],
     )
     key = config["num_key_value_heads"] * config["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -65,7 +73,11 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_tiny_llama(
-    folder: Path, *, seed: int = 0, shards: int = 1, change: dict[str, Tensor] | None = None,
+    folder: Path,
+    *,
+    seed: int = 0,
+    shards: int = 1,
+    change: dict[str, Tensor] | None = None,
     **options: Any,
 ) -> Path:
     """Write a random Llama; ``change`` replaces tensors by name. Returns ``folder``."""
@@ -86,7 +98,7 @@ def write_tiny_llama(
         return folder
     names = list(tensors)
     step = -(-len(names) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index in range(shards):
         part = names[index * step : (index + 1) * step]
         file = f"model-{index + 1:05}-of-{shards:05}.safetensors"

@@ -74,7 +74,7 @@ class TransformersArchitecture(Architecture):
     def build(self) -> nn.Module:
         dtype = getattr(torch, self.default_dtype or "float32")
         try:
-            with torch.device("meta"), _default_dtype(dtype):
+            with torch.device("meta"), _DefaultDtype(dtype):
                 model: nn.Module = self._cls._from_config(self.config)
         except QuantmillError:
             raise
@@ -115,7 +115,7 @@ class TransformersArchitecture(Architecture):
         return str(value).removeprefix("torch.")
 
     @cached_property
-    def tied(self) -> Mapping[str, str]:  # type: ignore[override]
+    def tied(self) -> Mapping[str, str]:
         mapping = dict(getattr(self.skeleton, "all_tied_weights_keys", {}) or {})
         # Tying is symmetric on disk: whichever of the two is stored is the source.
         return {
@@ -132,7 +132,7 @@ class TransformersArchitecture(Architecture):
         return any(re.search(rf"(^|\.){key}(\.|$)", name) for key in kept)
 
     @cached_property
-    def modules(self) -> Sequence[ModuleInfo]:  # type: ignore[override]
+    def modules(self) -> Sequence[ModuleInfo]:
         model = self.skeleton
         heads = {id(model.get_output_embeddings())} if model.get_output_embeddings() else set()
         partners = {**self.tied, **{source: target for target, source in self.tied.items()}}
@@ -156,7 +156,13 @@ class TransformersArchitecture(Architecture):
             tied_to = partners.get(f"{name}.weight")
             found.append(
                 ModuleInfo(
-                    name, kind, cls, parameters, role, guess_layer(name), tied_to,
+                    name,
+                    kind,
+                    cls,
+                    parameters,
+                    role,
+                    guess_layer(name),
+                    tied_to,
                     self._keeps_float(name),
                 )
             )
@@ -225,14 +231,16 @@ class TransformersArchitecture(Architecture):
     def finish(self, model: nn.Module, device: str) -> None:
         base: Any = model
         for module in model.modules():
-            pending = any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None)
+            pending = any(
+                buffer.is_meta for buffer in module._buffers.values() if buffer is not None
+            )
             module._is_hf_initialized = not pending  # type: ignore[assignment]
         for name, buffer in list(base.named_non_persistent_buffers()):
             owner = model.get_submodule(name.rpartition(".")[0])
             owner._buffers[name.rpartition(".")[2]] = torch.empty_like(buffer, device=device)
         # Only modules with buffers that no checkpoint stores are left to initialise.
         base.initialize_weights()
-        missing = {name for name in self.tied}
+        missing = set(self.tied)
         base.tie_weights(missing_keys=missing, recompute_mapping=False)
         if base.can_generate() and self._headers.generation_config:
             base.generation_config = GenerationConfig.from_dict(
@@ -261,7 +269,7 @@ def _kind(module: nn.Module, parameters: Mapping[str, ParameterInfo]) -> str:
     return "other"
 
 
-class _default_dtype:
+class _DefaultDtype:
     """Build parameters in a dtype, restoring the process's default afterwards."""
 
     def __init__(self, dtype: torch.dtype) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from quantmill.checkpoint.reader import TensorReader
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = ["Conversion", "NameMap", "map_names"]
 
@@ -91,9 +93,11 @@ def map_names(model: nn.Module, names: Iterable[str], shapes: Mapping[str, Any])
     result = NameMap()
     groups: dict[str, Conversion] = {}
     for name in sorted(names, key=_natural):
-        key, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, dict(shapes)
-        ) if (renamings or converters or name not in shapes) else (name, None)
+        key, pattern = (
+            rename_source_key(name, renamings, converters, model.base_model_prefix, dict(shapes))
+            if (renamings or converters or name not in shapes)
+            else (name, None)
+        )
         if pattern is not None:
             group = groups.setdefault(key, Conversion(by_pattern[pattern], key))
             group.sources.append((name, pattern))

@@ -43,9 +43,7 @@ STATE = "weight.quant_state.bitsandbytes__"
 
 
 def _refuse(target: Target, cause: str) -> QuantmillError:
-    return QuantmillError(
-        BAD_STATE(target.name, cause, "the checkpoint is damaged: get it again")
-    )
+    return QuantmillError(BAD_STATE(target.name, cause, "the checkpoint is damaged: get it again"))
 
 
 class FourBitCodec(Codec[BnbConfig]):
@@ -85,7 +83,9 @@ class FourBitCodec(Codec[BnbConfig]):
             state["nested_blocksize"] = NESTED_BLOCK
             state["nested_dtype"] = "float32"
             # On the meta device there is no value yet; this one has the usual length as text.
-            state["nested_offset"] = 0.012345678901234567 if scale.offset.is_meta else scale.offset.item()
+            state["nested_offset"] = (
+                0.012345678901234567 if scale.offset.is_meta else scale.offset.item()
+            )
         else:
             assert isinstance(scale, Tensor)
             out["weight.absmax"] = scale
@@ -158,9 +158,7 @@ class FourBitCodec(Codec[BnbConfig]):
         blocks = prod(headers["weight.absmax"].shape)
         shape = (target.out_features, target.in_features)
         block = self._block(prod(shape), blocks)
-        return abstract_four_bit(
-            shape, kind, block, "weight.nested_absmax" in headers, dtype
-        )
+        return abstract_four_bit(shape, kind, block, "weight.nested_absmax" in headers, dtype)
 
     @staticmethod
     def _block(count: int, blocks: int) -> int:
@@ -277,5 +275,3 @@ class BnbCodec(Codec[BnbConfig]):
         return self.four.describe(headers, target, dtype) or self.eight.describe(
             headers, target, dtype
         )
-
-

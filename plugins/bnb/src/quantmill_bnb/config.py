@@ -79,11 +79,7 @@ class BnbConfig(MethodConfig):
     def exclusive_findings(cls, raw: Mapping[str, Any]) -> list[Finding]:
         found = super().exclusive_findings(raw)
         if raw.get("load_in_8bit") and not raw.get("load_in_4bit"):
-            stray = [
-                name
-                for name in ("bnb_4bit_use_double_quant",)
-                if raw.get(name)
-            ]
+            stray = [name for name in ("bnb_4bit_use_double_quant",) if raw.get(name)]
             found.extend(
                 EXCLUSIVE(name, f"{name} has no meaning with load_in_8bit", f"leave {name} out")
                 for name in stray
@@ -107,5 +103,3 @@ class BnbConfig(MethodConfig):
 def skip_rules(config: BnbConfig, origin: str) -> list[Rule]:
     """The skip list as targeting rules; the defaults stay in force beside it."""
     return from_transformers_skip(config.llm_int8_skip_modules or [], origin)
-
-

@@ -9,6 +9,7 @@ touches the weight, and compute ragged widths by dequantizing.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import bitsandbytes as bnb
@@ -23,6 +24,11 @@ from quantmill_bnb.config import BnbConfig
 
 __all__ = ["BnbLinearFactory", "QuantmillLinear4bit", "QuantmillLinear8bit"]
 
+# Said once per layer and forward, of something that is how LLM.int8 works.
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+    lambda record: "inputs will be cast from" not in record.getMessage()
+)
+
 _PACK_ROWS = 32
 """Rows that the library's CPU kernel takes at a time."""
 
@@ -34,7 +40,9 @@ def _state_of(form: Codebook) -> QuantState:
     if nested is not None:
         assert isinstance(nested.grouping, Flat)
         state2 = QuantState(
-            absmax=nested.scale, blocksize=nested.grouping.size, code=nested.table,
+            absmax=nested.scale,
+            blocksize=nested.grouping.size,
+            code=nested.table,
             dtype=torch.float32,
         )
     return QuantState(
@@ -54,14 +62,21 @@ def _form_of(data: Tensor, state: QuantState) -> Codebook:
     scale: Tensor | Form = state.absmax
     if state.nested:
         scale = Codebook(
-            Codes(state.absmax, 8, tuple(state.absmax.shape), "u8"), state.state2.code,
-            state.state2.absmax, Flat(state.state2.blocksize), offset=state.offset,
+            Codes(state.absmax, 8, tuple(state.absmax.shape), "u8"),
+            state.state2.code,
+            state.state2.absmax,
+            Flat(state.state2.blocksize),
+            offset=state.offset,
             table_name="dynamic8",
         )
     codes = data.reshape(-1).view(torch.uint8)[: (shape[0] * shape[1] + 1) // 2].reshape(-1, 1)
     return Codebook(
-        Codes(codes, 4, shape, "hi4"), state.code, scale, Flat(state.blocksize),
-        table_name=state.quant_type, dtype=state.dtype,
+        Codes(codes, 4, shape, "hi4"),
+        state.code,
+        scale,
+        Flat(state.blocksize),
+        table_name=state.quant_type,
+        dtype=state.dtype,
     )
 
 
@@ -74,22 +89,26 @@ class _Dequantized(torch.autograd.Function):
         return nn.functional.linear(x, form.dequantize(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.form.dequantize(grad.dtype), None
 
 
 class QuantmillLinear4bit(bnb.nn.Linear4bit):
     """``Linear4bit`` over a form that is already quantized."""
 
-    def __init__(
-        self, form: Codebook, bias: Tensor | None, config: BnbConfig, codec: Any
-    ) -> None:
+    def __init__(self, form: Codebook, bias: Tensor | None, config: BnbConfig, codec: Any) -> None:
         rows, columns = form.shape
         compute = getattr(torch, config.bnb_4bit_compute_dtype)
         storage = getattr(torch, config.bnb_4bit_quant_storage)
         nested = isinstance(form.scale, Form)
         super().__init__(
-            columns, rows, bias is not None, compute, nested, form.table_name, storage,
+            columns,
+            rows,
+            bias is not None,
+            compute,
+            nested,
+            form.table_name,
+            storage,
             device="meta",
         )
         self._codec = codec
@@ -97,9 +116,15 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
         state = _state_of(form)
         data = codec.encode(form)["weight"]
         self.weight = bnb.nn.Params4bit(
-            data, requires_grad=False, quant_state=state, blocksize=state.blocksize,
-            compress_statistics=nested, quant_type=form.table_name, quant_storage=storage,
-            module=self, bnb_quantized=True,
+            data,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=nested,
+            quant_type=form.table_name,
+            quant_storage=storage,
+            module=self,
+            bnb_quantized=True,
         )
         self.quant_state = state
         if bias is not None:
@@ -108,20 +133,19 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
         if rows % _PACK_ROWS or columns % 2:
             self.support_avx512bf16_for_cpu = False
 
-    @property
-    def _packed(self) -> bool:
+    def _is_packed(self) -> bool:
         return bool(getattr(self.weight.quant_state, "packing_format_for_cpu", False))
 
     def exact_form(self) -> Codebook:
         """The form on disk, whatever the library did to the live copy. Changes nothing."""
-        if not self._packed:
+        if not self._is_packed():
             return _form_of(self.weight.data, self.weight.quant_state)
         assert self._exact is not None
         return _form_of(_unpack(self.weight.data, self.weight.quant_state), self._exact)
 
     def unpack(self) -> None:
         """Undo the library's repacking, exactly."""
-        if self._packed:
+        if self._is_packed():
             assert self._exact is not None
             data = _unpack(self.weight.data, self.weight.quant_state)
             self.weight.data = data.view(self.quant_storage).reshape(-1, 1)
@@ -134,14 +158,14 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
             self.unpack()
         if x.device.type == "cpu" and self._ragged:
             return self._reference(x)
-        if not self._packed:
+        if not self._is_packed():
             # The library changes the state it packs in place: let it change a copy.
             exact = self.weight.quant_state
             self.weight.quant_state = copy.copy(exact)
             result: Tensor = super().forward(x)
-            if self._packed:
-                self._exact = exact
-            else:
+            # The library may have packed the copy just now.
+            self._exact = exact if self._is_packed() else None
+            if self._exact is None:
                 self.weight.quant_state = exact
             return result
         return super().forward(x)
@@ -187,8 +211,12 @@ class QuantmillLinear8bit(bnb.nn.Linear8bitLt):
     def __init__(self, form: Affine, bias: Tensor | None, config: BnbConfig, codec: Any) -> None:
         rows, columns = form.shape
         super().__init__(
-            columns, rows, bias is not None, has_fp16_weights=False,
-            threshold=config.llm_int8_threshold, device="meta",
+            columns,
+            rows,
+            bias is not None,
+            has_fp16_weights=False,
+            threshold=config.llm_int8_threshold,
+            device="meta",
         )
         self._codec = codec
         self._dtype = form.dtype
@@ -204,7 +232,10 @@ class QuantmillLinear8bit(bnb.nn.Linear8bitLt):
         codes = self.state.CB if self.state.CB is not None else self.weight.data
         scale = self.state.SCB if self.state.SCB is not None else self.weight.SCB
         return Affine(
-            Codes(codes, 8, tuple(codes.shape), "i8"), scale, Channel(0), factor=1.0 / 127.0,
+            Codes(codes, 8, tuple(codes.shape), "i8"),
+            scale,
+            Channel(0),
+            factor=1.0 / 127.0,
             dtype=self._dtype,
         )
 

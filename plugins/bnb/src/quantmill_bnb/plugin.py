@@ -84,7 +84,9 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
 @hookimpl
 def quantmill_codecs() -> Sequence[CodecRegistration]:
     return [
-        CodecRegistration("bnb-4bit", "codebook", "quantmill_bnb.codec:FourBitCodec", "bitsandbytes"),
+        CodecRegistration(
+            "bnb-4bit", "codebook", "quantmill_bnb.codec:FourBitCodec", "bitsandbytes"
+        ),
         CodecRegistration("bnb-int8", "affine", "quantmill_bnb.codec:Int8Codec", "bitsandbytes"),
     ]
 
@@ -98,8 +100,12 @@ def quantmill_kernels() -> Sequence[Kernel]:
             form="codebook",
             implementation="quantmill_bnb.kernels:quantize_4bit",
             device="cuda",
-            constraints={"bits": (4,), "table": ("nf4", "fp4"), "grouping": ("flat",),
-                         "group_size": (32, 64, 128, 256, 512, 1024, 2048, 4096)},
+            constraints={
+                "bits": (4,),
+                "table": ("nf4", "fp4"),
+                "grouping": ("flat",),
+                "group_size": (32, 64, 128, 256, 512, 1024, 2048, 4096),
+            },
             cost=0.1,
             requirements=(_LIBRARY,),
         )

@@ -51,15 +51,19 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         codes = Codes.empty((rows, columns), 4, "hi4", self.device)
         absmax = torch.empty(-(-rows * columns // block), device=self.device)
         packed = codes.data.reshape(-1)
-        kernel = self._kernel("codebook", weight.dtype, bits=4, table=kind,
-                              grouping="flat", group_size=block)
+        kernel = self._kernel(
+            "codebook", weight.dtype, bits=4, table=kind, grouping="flat", group_size=block
+        )
         # Blocks of scales cross rows: a piece must end where a block of scales and a byte end.
         step = max(block, 2)
         for start, piece in weight.row_blocks(step // gcd(step, columns)):
             first, flat = start * columns, piece.reshape(-1)
             last = first + flat.numel()
             bad = _quantize_flat(
-                kernel, flat, kind, block,
+                kernel,
+                flat,
+                kind,
+                block,
                 packed[first // 2 : (last + 1) // 2],
                 absmax[first // block : -(-last // block)],
             )
@@ -69,8 +73,12 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         if self.config.bnb_4bit_use_double_quant:
             scale = self._nest(absmax)
         return Codebook(
-            codes, TABLES[kind]().to(self.device), scale, Flat(block),
-            table_name=kind, dtype=weight.dtype,
+            codes,
+            TABLES[kind]().to(self.device),
+            scale,
+            Flat(block),
+            table_name=kind,
+            dtype=weight.dtype,
         )
 
     def _nest(self, absmax: Tensor) -> Codebook:
@@ -79,24 +87,37 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         codes = torch.empty(centred.numel(), dtype=torch.uint8, device=self.device)
         scale = torch.empty(-(-centred.numel() // NESTED_BLOCK), device=self.device)
         table = dynamic8().to(self.device)
-        kernel = self._kernel("codebook", torch.float32, bits=8, table="dynamic8",
-                              grouping="flat", group_size=NESTED_BLOCK)
+        kernel = self._kernel(
+            "codebook",
+            torch.float32,
+            bits=8,
+            table="dynamic8",
+            grouping="flat",
+            group_size=NESTED_BLOCK,
+        )
         if kernel is None:
             form = Codebook.quantize_dynamic(centred, table, NESTED_BLOCK)
             codes, scale = form.codes.data, form.scale  # type: ignore[assignment]
         else:
-            kernel(centred, table="dynamic8", block_size=NESTED_BLOCK, out_codes=codes, out_scale=scale)
+            kernel(
+                centred, table="dynamic8", block_size=NESTED_BLOCK, out_codes=codes, out_scale=scale
+            )
         return Codebook(
-            Codes(codes, 8, (codes.numel(),), "u8"), table, scale, Flat(NESTED_BLOCK),
-            offset=offset, table_name="dynamic8",
+            Codes(codes, 8, (codes.numel(),), "u8"),
+            table,
+            scale,
+            Flat(NESTED_BLOCK),
+            offset=offset,
+            table_name="dynamic8",
         )
 
     def _int8(self, weight: WeightSource) -> Affine:
         rows, columns = weight.shape
         codes = torch.empty((rows, columns), dtype=torch.int8, device=self.device)
         scale = torch.empty(rows, device=self.device)
-        kernel = self._kernel("affine", weight.dtype, bits=8, grouping="channel", offset="none",
-                              packing="i8")
+        kernel = self._kernel(
+            "affine", weight.dtype, bits=8, grouping="channel", offset="none", packing="i8"
+        )
         for start, piece in weight.row_blocks():
             stop = start + piece.shape[0]
             if kernel is not None:
@@ -110,13 +131,19 @@ class BnbQuantizer(Quantizer[BnbConfig]):
             if bad >= 0:
                 raise NonFiniteWeight(weight.name, start * columns + bad)
         return Affine(
-            Codes(codes, 8, (rows, columns), "i8"), scale, Channel(0),
-            factor=1.0 / 127.0, dtype=weight.dtype,
+            Codes(codes, 8, (rows, columns), "i8"),
+            scale,
+            Channel(0),
+            factor=1.0 / 127.0,
+            dtype=weight.dtype,
         )
 
     def _kernel(self, form: str, dtype: torch.dtype, **traits: Any) -> Any:
         choice = self.kernels.choose(
-            "quantize", form, traits, device=self.device.type,
+            "quantize",
+            form,
+            traits,
+            device=self.device.type,
             dtype=str(dtype).removeprefix("torch."),
         )
         return None if choice is None else choice.load()
@@ -134,9 +161,7 @@ def _quantize_flat(
     kernel: Any, flat: Tensor, kind: str, block: int, packed: Tensor, absmax: Tensor
 ) -> int:
     if kernel is not None:
-        return int(
-            kernel(flat, table=kind, block_size=block, out_codes=packed, out_scale=absmax)
-        )
+        return int(kernel(flat, table=kind, block_size=block, out_codes=packed, out_scale=absmax))
     bad = first_non_finite(flat)
     form = Codebook.quantize(flat, TABLES[kind]().to(flat.device), block, bits=4, packing="hi4")
     packed.copy_(form.codes.data.reshape(-1))

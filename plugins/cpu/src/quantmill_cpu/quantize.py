@@ -70,18 +70,24 @@ def quantize_codebook(
         bounds, order = _named_bounds(table) if isinstance(table, str) else _bounds(table)
         codes = _check(out_codes, torch.uint8, (count + 1) // 2, "out_codes")
         bad: int = library().qm_quantize_codebook4(
-            source, _DTYPES[block.dtype], count, block_size, bounds.data_ptr(), order.data_ptr(),
-            codes, scale, threads,
+            source,
+            _DTYPES[block.dtype],
+            count,
+            block_size,
+            bounds.data_ptr(),
+            order.data_ptr(),
+            codes,
+            scale,
+            threads,
         )
         return bad
     if block.dtype != torch.float32:
         raise ValueError("8 bits need a float32 block")
     nearest = _named_nearest(table) if isinstance(table, str) else nearest_on_grid(table)
     codes = _check(out_codes, torch.uint8, count, "out_codes")
-    bad = library().qm_quantize_codebook8(
+    return library().qm_quantize_codebook8(
         source, count, block_size, nearest.data_ptr(), codes, scale, threads
     )
-    return bad
 
 
 def quantize_rows_int8(block: Tensor, *, out_codes: Tensor, out_scale: Tensor) -> int:
@@ -99,7 +105,10 @@ def quantize_rows_int8(block: Tensor, *, out_codes: Tensor, out_scale: Tensor) -
     if block.dtype not in _DTYPES:
         raise ValueError(f"block must be float32, bfloat16 or float16, not {block.dtype}")
     bad: int = library().qm_quantize_rows_int8(
-        _check(block, block.dtype, rows * columns, "block"), _DTYPES[block.dtype], rows, columns,
+        _check(block, block.dtype, rows * columns, "block"),
+        _DTYPES[block.dtype],
+        rows,
+        columns,
         _check(out_codes, torch.int8, rows * columns, "out_codes"),
         _check(out_scale, torch.float32, rows, "out_scale"),
         torch.get_num_threads(),
