@@ -81,8 +81,8 @@ class Affine(Form):
     def quantize_rows_int8(cls, weight: Tensor, dtype: torch.dtype | None = None) -> Affine:
         """Row-wise symmetric int8 with the absmax as scale (LLM.int8, arXiv 2208.07339).
 
-        ``weight`` is a float ``[out, in]``. Codes are
-        ``round(w * ((1 / absmax) * 127))``, half to even, in float32; a row of zeros has codes of zero.
+        ``weight`` is a float ``[out, in]``. Codes are ``round(w * ((1 / absmax) * 127))``, half
+        to even, in float32; a row of zeros has codes of zero.
         """
         values = weight.to(torch.float32)
         absmax = values.abs().amax(dim=1)
