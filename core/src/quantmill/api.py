@@ -142,6 +142,7 @@ def load(
     allow_unmatched: bool = False,
     strict: bool = False,
     training: bool = False,
+    gradient_checkpointing: bool = True,
     dequantize: bool = False,
     non_finite: str = "error",
     progress: Progress | None = None,
@@ -150,6 +151,7 @@ def load(
     """A live model, quantized on the fly or from a quantized checkpoint, streaming.
 
     Without a method a float checkpoint loads as it is and a quantized one as it says.
+    ``training`` prepares the model for adapters (QLoRA).
 
     Raises:
         FindingsError: every error found before loading, at once.
@@ -167,6 +169,7 @@ def load(
         allow_unmatched=allow_unmatched,
         strict=strict,
         training=training,
+        gradient_checkpointing=gradient_checkpointing,
         dequantize=dequantize,
         non_finite=non_finite,
         max_memory=max_memory,

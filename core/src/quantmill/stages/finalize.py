@@ -51,14 +51,30 @@ def prepare_training(model: nn.Module, *, checkpointing: bool = True) -> nn.Modu
         parameter.requires_grad_(False)
         if parameter.ndim == 1 and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.to(torch.float32)
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if checkpointing and callable(enable):
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        # A norm in float32 gives float32: what stayed a 16-bit linear takes it in its own dtype.
+        if type(module) is nn.Linear:
+            module.register_forward_pre_hook(_to_weight_dtype)
+    if checkpointing:
+        # transformers renamed these in 5.x; the old name warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
+            model, "gradient_checkpointing_enable", None
+        )
+        if callable(enable):
+            enable()
     inputs = getattr(model, "enable_input_require_grads", None)
     if callable(inputs):
         inputs()
     model.train()
     return model
+
+
+def _to_weight_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = module.weight.dtype
+    return tuple(
+        item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
+        for item in inputs
+    )
 
 
 class _FromForm(nn.Module):
