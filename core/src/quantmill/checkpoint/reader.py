@@ -38,6 +38,9 @@ class TensorReader:
         self._maps: dict[str, mmap.mmap] = {}
         self._lock = threading.Lock()
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="quantmill-read")
+        # Kept for all tensors: new ones for each would fault in their pages again and leave
+        # holes in the heap between what stays.
+        self._buffers: list[Tensor] = []
 
     def __enter__(self) -> TensorReader:
         return self
@@ -121,6 +124,13 @@ class TensorReader:
         )
         return flat.reshape(torch_shape(header.dtype, tuple(header.shape)))
 
+    def _staging(self, count: int) -> list[Tensor]:
+        """Two reusable buffers of ``count`` bytes, aligned for any dtype."""
+        if not self._buffers or self._buffers[0].numel() < count:
+            size = max(count, self._buffer_bytes)
+            self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
+        return [buffer[:count] for buffer in self._buffers]
+
     def row_blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
         """``(first row, block)`` of at most ``rows`` rows; a block is valid until the next one.
 
@@ -131,7 +141,9 @@ class TensorReader:
         total, rest = header.shape[0], tuple(header.shape[1:])
         width = header.nbytes // max(1, total)
         rows = max(1, min(rows, total))
-        buffers = [torch.empty((rows, *rest), dtype=dtype) for _ in range(2)]
+        buffers = [
+            buffer.view(dtype).reshape(rows, *rest) for buffer in self._staging(rows * width)
+        ]
 
         def fetch(index: int, start: int) -> Tensor:
             block = buffers[index][: min(rows, total - start)]

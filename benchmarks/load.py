@@ -1,0 +1,146 @@
+"""Loading, beside transformers: wall time, peak memory above imports, ratios.
+
+    python benchmarks/load.py WORK_FOLDER [--peer] [--rounds 3] [--json]
+
+Each load runs in a process of its own, in turn. Time and peak count from after the imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fabricate import fabricate
+
+CHILD = r"""
+import json, sys, time, threading, os
+from typing import Any
+kind, folder, method = sys.argv[1:4]
+import torch, transformers
+import bitsandbytes
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+import quantmill, quantmill.api
+import quantmill.checkpoint.reader, quantmill.stages.quantize, quantmill.stages.replace
+import quantmill_bnb.linear, quantmill_bnb.quantizer, quantmill_transformers.architecture
+import transformers.models.llama.modeling_llama
+torch.set_num_threads(2)
+
+def rss() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def anonymous() -> int:
+    with open("/proc/self/status") as f:
+        return next(int(l.split()[1]) * 1024 for l in f if l.startswith("RssAnon"))
+
+base, base_anon = rss(), anonymous()
+peak = [0, 0]
+stop = threading.Event()
+def watch():
+    while not stop.wait(0.002):
+        peak[0] = max(peak[0], rss()); peak[1] = max(peak[1], anonymous())
+threading.Thread(target=watch, daemon=True).start()
+start = time.perf_counter()
+if kind == "quantmill":
+    model = quantmill.load(folder, None if method == "stored" else method)
+else:
+    options = {}
+    if method == "bnb-nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    elif method == "bnb-int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+seconds = time.perf_counter() - start
+stop.set()
+tensors = {t.data_ptr(): t for t in model.state_dict().values()}
+size = sum(t.numel() * t.element_size() for t in tensors.values())
+print(json.dumps({"seconds": seconds, "peak": max(peak[0], rss()) - base,
+                  "peak_anonymous": max(peak[1], anonymous()) - base_anon, "model": size}))
+"""
+
+
+def measure(kind: str, folder: Path, method: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, kind, str(folder), method],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--peer", action="store_true", help="also run transformers (minutes)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, nargs="*", default=[4, 8, 16, 32])
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    source = fabricate(options.work / "llama-1.1b", "1.1b")
+    stored = options.work / "llama-1.1b-nf4"
+    if not stored.exists():
+        import quantmill
+
+        quantmill.quantize(source, stored, "bnb-nf4")
+    rows = []
+    for folder, method in ((source, "bnb-nf4"), (source, "bnb-int8"), (stored, "stored")):
+        kinds = ["quantmill", "transformers"] if options.peer else ["quantmill"]
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        for _ in range(options.rounds):
+            for kind in kinds:
+                runs[kind].append(measure(kind, folder, method))
+        for kind in kinds:
+            seconds = [run["seconds"] for run in runs[kind]]
+            rows.append(
+                {
+                    "what": method,
+                    "who": kind,
+                    "seconds": statistics.median(seconds),
+                    "spread": [min(seconds), max(seconds)],
+                    "model": runs[kind][0]["model"],
+                    "peak": statistics.median(run["peak"] for run in runs[kind]),
+                    "peak_anonymous": statistics.median(
+                        run["peak_anonymous"] for run in runs[kind]
+                    ),
+                }
+            )
+    curve = []
+    for layers in options.layers:
+        folder = fabricate(options.work / f"layers-{layers}", "252m", layers)
+        run = measure("quantmill", folder, "bnb-nf4")
+        curve.append({"layers": layers, "beyond_model": run["peak"] - run["model"], **run})
+    if options.json:
+        print(json.dumps({"loads": rows, "layers": curve}, indent=2))
+        return
+    for row in rows:
+        bound = 1.15 * row["model"] + (64 << 20)
+        print(
+            f"{row['what']:9} {row['who']:13} {row['seconds']:7.2f} s"
+            f" [{row['spread'][0]:.2f}, {row['spread'][1]:.2f}]"
+            f"  model {row['model'] / 2**20:7.0f} MiB  peak {row['peak'] / 2**20:7.0f} MiB"
+            f"  ({row['peak'] / bound:.2f} of 1.15 x model + 64 MiB)"
+        )
+    for method in ("bnb-nf4", "bnb-int8", "stored"):
+        pair = {row["who"]: row["seconds"] for row in rows if row["what"] == method}
+        if len(pair) == 2:
+            print(
+                f"{method}: quantmill / transformers = {pair['quantmill'] / pair['transformers']:.3f}"
+            )
+    for item in curve:
+        print(
+            f"{item['layers']:3} layers: peak beyond the model {item['beyond_model'] / 2**20:.0f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    main()
