@@ -133,13 +133,11 @@ def main() -> None:
     for method in ("bnb-nf4", "bnb-int8", "stored"):
         pair = {row["who"]: row["seconds"] for row in rows if row["what"] == method}
         if len(pair) == 2:
-            print(
-                f"{method}: quantmill / transformers = {pair['quantmill'] / pair['transformers']:.3f}"
-            )
+            ratio = pair["quantmill"] / pair["transformers"]
+            print(f"{method}: quantmill / transformers = {ratio:.3f}")
     for item in curve:
-        print(
-            f"{item['layers']:3} layers: peak beyond the model {item['beyond_model'] / 2**20:.0f} MiB"
-        )
+        beyond = item["beyond_model"] / 2**20
+        print(f"{item['layers']:3} layers: peak beyond the model {beyond:.0f} MiB")
 
 
 if __name__ == "__main__":

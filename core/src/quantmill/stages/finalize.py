@@ -70,7 +70,9 @@ def prepare_training(model: nn.Module, *, checkpointing: bool = True) -> nn.Modu
 
 
 def _to_weight_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = module.weight.dtype
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    dtype = weight.dtype
     return tuple(
         item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
         for item in inputs
