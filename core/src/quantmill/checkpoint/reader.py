@@ -31,7 +31,7 @@ __all__ = ["TensorReader", "torch_dtype"]
 class TensorReader:
     """Reads tensors of a checkpoint; safe to use from several threads."""
 
-    def __init__(self, headers: CheckpointHeaders, *, buffer_bytes: int = 8 << 20) -> None:
+    def __init__(self, headers: CheckpointHeaders, *, buffer_bytes: int = 4 << 20) -> None:
         self.headers = headers
         self._buffer_bytes = buffer_bytes
         self._files: dict[str, int] = {}

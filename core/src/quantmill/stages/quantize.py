@@ -33,7 +33,7 @@ NOT_FINITE_KEPT = declare(
     Severity.WARNING,
     fallback=True,
 )
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 """Bytes of a row block; two are in memory."""
 
 
