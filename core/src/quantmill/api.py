@@ -56,7 +56,7 @@ def make_job(
     Raises:
         QuantmillError: the source or METHOD can't be read.
     """
-    from quantmill.checkpoint.source import open_source, read_headers
+    from quantmill.checkpoint.containers import open_checkpoint
     from quantmill.stages.select import parse_method
 
     host = host or default_host()
@@ -69,8 +69,7 @@ def make_job(
     request = dataclasses.replace(
         request, skip=(*request.skip, *skip), include=(*request.include, *include)
     )
-    opened = open_source(source) if isinstance(source, str | Path) else source
-    headers = read_headers(opened)
+    headers = open_checkpoint(source, host)
     return Job(
         host=host,
         headers=headers,
@@ -242,27 +241,29 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return dequantize_model(model, dtype)
 
 
-def load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path, *, host: Host | None = None) -> Any:
     """The tokenizer that belongs to a source, through an installed framework.
 
     Raises:
         QuantmillError: no framework is installed, or the source has no tokenizer.
     """
+    from quantmill.checkpoint.containers import container_of
     from quantmill.checkpoint.source import open_source
 
-    opened = open_source(source)
-    for model_source in default_host().model_sources:
-        module = model_source.open.partition(":")[0]
-        try:
-            loader = resolve(f"{module.rpartition('.')[0]}.tokenizer:load_tokenizer")
-        except ImportError:
-            continue
-        tokenizer = loader(opened)
+    host = host or default_host()
+    container = container_of(source, host)
+    if container is not None:
+        loaders = [(container.tokenizer, Path(source))]
+    else:
+        opened: Any = open_source(source)
+        loaders = [(item.tokenizer, opened) for item in host.model_sources]
+    for loader, argument in loaders:
+        tokenizer = resolve(loader)(argument) if loader is not None else None
         if tokenizer is not None:
             return tokenizer
     raise QuantmillError(
         NO_TOKENIZER(
-            opened.describe(),
+            str(source),
             "it has no tokenizer files, or no framework that reads them is installed",
             'add tokenizer.json, or pip install "quantmill[transformers]"',
         )

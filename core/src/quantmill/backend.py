@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantmill.kernels import KernelRegistry
     from quantmill.targeting.types import Target
 
-__all__ = ["Codec", "LinearFactory", "Quantizer", "WeightSource"]
+__all__ = ["Codec", "LinearFactory", "NonFiniteWeight", "Quantizer", "WeightSource"]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -47,6 +47,25 @@ class WeightSource(Protocol):
         ...
 
 
+class NonFiniteWeight(Exception):
+    """Raised by a quantizer that met NaN or infinity; the engine names the element and decides,
+    by the job's policy, whether that ends the job or keeps the module float."""
+
+    def __init__(self, name: str, index: int) -> None:
+        """``index`` counts elements of the ``[out, in]`` weight ``name`` in row-major order."""
+        super().__init__(name, index)
+        self.name = name
+        self.index = index
+
+    def cause(self, shape: tuple[int, ...]) -> str:
+        """Where in a weight of ``shape`` it is, in words."""
+        where, rest = [], self.index
+        for size in reversed(shape):
+            where.append(rest % size)
+            rest //= size
+        return f"element {list(reversed(where))} of {self.name} is NaN or infinite"
+
+
 class Quantizer(ABC, Generic[ConfigT]):
     """Turns float weights into forms."""
 
@@ -64,7 +83,8 @@ class Quantizer(ABC, Generic[ConfigT]):
         """Quantize one weight; the form lives on ``self.device``.
 
         Raises:
-            QuantmillError: the weight can't be quantized (NaN, infinity), naming it.
+            NonFiniteWeight: the weight holds NaN or infinity.
+            QuantmillError: the weight can't be quantized for another reason, naming it.
         """
 
     def check(self, target: Target) -> Iterable[Finding]:
@@ -110,10 +130,21 @@ class Codec(ABC, Generic[ConfigT]):
 class LinearFactory(ABC, Generic[ConfigT]):
     """Makes the modules that compute with a method's forms."""
 
-    def __init__(self, config: ConfigT, codec: Codec[Any], kernels: KernelRegistry) -> None:
+    def __init__(
+        self,
+        config: ConfigT,
+        codec: Codec[Any],
+        kernels: KernelRegistry,
+        *,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+    ) -> None:
+        """``device`` and ``dtype`` (of activations) are the job's: kernels depend on them."""
         self.config = config
         self.codec = codec
         self.kernels = kernels
+        self.device = device
+        self.dtype = dtype
 
     @abstractmethod
     def build(
@@ -121,10 +152,15 @@ class LinearFactory(ABC, Generic[ConfigT]):
     ) -> nn.Module:
         """The module for ``target``. Its ``state_dict`` gives what the codec encodes."""
 
+    def covers(self, target: Target) -> bool:
+        """Whether :meth:`build` has a module for this kind of target. For others the engine lets
+        the float parameter come out of the form at each forward."""
+        return target.kind in ("linear", "conv1d")
+
     @abstractmethod
     def form_of(self, module: nn.Module) -> Form | None:
         """The exact form inside a module this factory made, or None if it made another kind."""
 
     def resident_bytes(self, form: Form) -> int:
-        """Bytes the module keeps in memory for ``form``."""
+        """Bytes the module keeps in memory for ``form``, which may be on the meta device."""
         return form.nbytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +27,7 @@ UNKNOWN_KEPT = declare(
 INVALID_STORED = declare(
     "QM-CONFIG-005", "A checkpoint's config has an invalid value", Severity.ERROR
 )
+_EXTRA = {"type": "extra_forbidden"}
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -44,7 +45,9 @@ def dtype_name(value: Any) -> Any:
 class MethodConfig(BaseModel):
     """What a method can be told. Subclasses declare the fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=False, populate_by_name=True
+    )
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that a user may set differently from a checkpoint, because they say how to compute
@@ -96,11 +99,17 @@ class MethodConfig(BaseModel):
             FindingsError: with every unknown key, invalid value and exclusion at once.
         """
         data = cls.normalise(raw)
-        findings = cls.exclusive_findings(data)
+        findings: list[Finding] = []
+        if "unknown" in data:  # ours, for what checkpoints bring: no one sets it by hand
+            del data["unknown"]
+            findings.append(cls._finding({"loc": ("unknown",), **_EXTRA}, INVALID_VALUE))
         try:
             config = cls.model_validate(data)
         except ValidationError as error:
+            findings += cls.exclusive_findings(data)
             findings += [cls._finding(item, INVALID_VALUE) for item in error.errors()]
+        else:
+            findings += cls.exclusive_findings(config._typed(data))
         if findings:
             raise FindingsError(findings)
         return config
@@ -124,14 +133,23 @@ class MethodConfig(BaseModel):
             for key in sorted(unknown)
         ]
         data = {key: value for key, value in data.items() if key in known}
-        errors = cls.exclusive_findings(data)
+        errors: list[Finding] = []
         try:
             config = cls.model_validate({**data, "unknown": unknown})
         except ValidationError as error:
+            errors += cls.exclusive_findings(data)
             errors += [cls._finding(item, INVALID_STORED) for item in error.errors()]
+        else:
+            errors += cls.exclusive_findings(config._typed(data))
         if errors:
             raise FindingsError(errors)
         return config, findings
+
+    def _typed(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The given data by field names and as validation read it: ``"false"`` is not true."""
+        names = {info.alias or name: name for name, info in type(self).model_fields.items()}
+        typed = {names.get(key, key): value for key, value in data.items()}
+        return {key: getattr(self, key, value) for key, value in typed.items()}
 
     @classmethod
     def _finding(cls, error: Any, code: Any) -> Finding:
@@ -148,6 +166,19 @@ class MethodConfig(BaseModel):
             path, f"{path}={error.get('input')!r}: {message}", "give a value the field allows"
         )
         return finding
+
+    def keeping(self, modules: Sequence[str]) -> Self:
+        """The config with ``modules`` added to the peer's skip list, where its dialect has one.
+
+        Called with the names of modules that a user, a default or the architecture keeps float,
+        so that a peer that reads the checkpoint keeps them too.
+        """
+        return self
+
+    def joined(self, others: Mapping[str, Self]) -> dict[str, Any] | None:
+        """One config of the peer's dialect for this and, per module, other configs of the same
+        class; None where the dialect can't say so."""
+        return None
 
     def to_checkpoint(self) -> dict[str, Any]:
         """The ``quantization_config`` to write, in the peer's dialect."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from quantmill.registrations import (
         CodecRegistration,
         ConfigReader,
+        Container,
         Finalizer,
         Kernel,
         Method,
@@ -103,6 +104,11 @@ def quantmill_kernels() -> Sequence[Kernel]:  # type: ignore[empty-body]
 @hookspec
 def quantmill_model_sources() -> Sequence[ModelSource]:  # type: ignore[empty-body]
     """Frameworks that turn a checkpoint folder into a module tree."""
+
+
+@hookspec
+def quantmill_containers() -> Sequence[Container]:  # type: ignore[empty-body]
+    """File formats that hold a whole checkpoint in one file."""
 
 
 @hookspec

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from quantmill.registrations import (
         CodecRegistration,
         ConfigReader,
+        Container,
         Finalizer,
         Kernel,
         Method,
@@ -101,6 +102,7 @@ REGISTRIES: Final = {
     "codecs": "quantmill_codecs",
     "kernels": "quantmill_kernels",
     "model_sources": "quantmill_model_sources",
+    "containers": "quantmill_containers",
     "validators": "quantmill_validators",
     "targeting_rules": "quantmill_targeting_rules",
     "finalizers": "quantmill_finalizers",
@@ -352,7 +354,7 @@ class Host:
             packages = " ".join(f'"{item.distribution}{item.versions}"' for item, _ in unmet)
             self._fail(info, Status.MISSING, f"needs {wants}", f"pip install {packages}")
             return
-        for kind in ("methods", "codecs", "kernels", "model_sources"):
+        for kind in ("methods", "codecs", "kernels", "model_sources", "containers"):
             for item in given[kind]:
                 owner = self._owner(kind, item)
                 if owner is not None:
@@ -469,6 +471,11 @@ class Host:
         """Registered model sources, the one to ask first first."""
         sources: list[ModelSource] = [item for _, item in self._registered["model_sources"]]
         return sorted(sources, key=lambda item: -item.priority)
+
+    @property
+    def containers(self) -> list[Container]:
+        """Registered single-file formats."""
+        return [item for _, item in self._registered["containers"]]
 
     @property
     def validators(self) -> list[Validator]:

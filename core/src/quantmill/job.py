@@ -38,6 +38,8 @@ class Request:
     """Name of the method when a short name said it."""
     text: str = ""
     """How the user wrote it, for messages."""
+    label: str = ""
+    """Short name that it stands for in plans and tables; empty for a config without one."""
     skip: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     assign: Mapping[str, Request] = field(default_factory=dict)
@@ -96,6 +98,10 @@ class Job:
     """What a pre-quantized checkpoint says of itself."""
     selections: dict[str, Selection] = field(default_factory=dict)
     """Methods in use by label; the first is the main one."""
+    assigned: dict[str, str] = field(default_factory=dict)
+    """The request's ``assign`` patterns, each with the label of its selection."""
+    stored_targets: dict[str, str] | None = None
+    """Module (its name in the checkpoint) to label, when the checkpoint holds several methods."""
     architecture: Architecture | None = None
     plan: Plan | None = None
     _kernels: KernelRegistry | None = None
@@ -106,6 +112,12 @@ class Job:
     def prequantized(self) -> bool:
         """The checkpoint's weights are quantized already."""
         return self.checkpoint_config is not None
+
+    @property
+    def compute_dtype(self) -> str:
+        """Torch name of the dtype of unquantized weights and activations."""
+        stored = self.architecture.default_dtype if self.architecture is not None else None
+        return self.dtype or stored or "bfloat16"
 
     @property
     def kernels(self) -> KernelRegistry:

@@ -13,6 +13,7 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
     that shape; ``out_scale`` float32 ``[rows]`` (the absmax). Returns as above.
 ``matmul``
     ``fn(x, form, bias)``, ``x`` float ``[..., in]``, result ``[..., out]`` in the dtype of ``x``.
+    A kernel with a ``layout`` gets the :class:`Prepared` tensors in place of the form.
 ``dequantize``
     ``fn(form, dtype)``, result ``[*form.shape]``.
 """
@@ -29,12 +30,42 @@ from quantmill.host import missing_requirements
 from quantmill.registrations import Kernel, resolve
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantmill.forms import Form
     from quantmill.host import Host
 
-__all__ = ["Choice", "KernelRegistry"]
+__all__ = ["Choice", "KernelRegistry", "Prepared"]
 
 NO_KERNEL = declare("QM-KERNEL-001", "No kernel can run an operation here")
 UNKNOWN_KERNEL = declare("QM-KERNEL-002", "A forced kernel does not exist or does not fit")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A form in a kernel's live layout; the kernel's ``restore`` gives the form back, exactly."""
+
+    kernel: Kernel
+    skeleton: Form
+    """The form on the meta device: shapes and structure without data."""
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, kernel: Kernel, form: Form) -> Prepared:
+        """Prepare ``form`` for ``kernel``; on the meta device this only counts bytes."""
+        assert kernel.prepare is not None
+        return cls(kernel, form.to("meta"), resolve(kernel.prepare)(form))
+
+    def restore(self) -> Form:
+        """The form, bit for bit."""
+        assert self.kernel.restore is not None
+        form: Form = resolve(self.kernel.restore)(self.tensors, self.skeleton)
+        return form
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +119,15 @@ class KernelRegistry:
 
     @staticmethod
     def _probe(kernel: Kernel) -> str | None:
-        unmet = missing_requirements(kernel.requirements)
-        if unmet:
-            requirement, there = unmet[0]
-            return f"needs {requirement.distribution}{requirement.versions} ({there})"
+        for requirement, there in missing_requirements(kernel.requirements):
+            if not requirement.optional:
+                return f"needs {requirement.distribution}{requirement.versions} ({there})"
         if kernel.available is None:
             return None
-        reason: str | None = resolve(kernel.available)()
+        try:
+            reason: str | None = resolve(kernel.available)()
+        except Exception as error:  # noqa: BLE001 a kernel that can't be asked is one less, no more
+            return f"asking whether it is available raised {type(error).__name__}: {error}"
         return reason
 
     def choose(
@@ -106,33 +139,49 @@ class KernelRegistry:
         device: str,
         dtype: str,
         rows: int | None = None,
+        layout: str | None = None,
     ) -> Choice | None:
-        """The cheapest kernel that fits, or None: then the form's reference is used."""
+        """The cheapest kernel that fits, or None: then the form's reference is used.
+
+        ``layout`` is that of tensors already prepared; without it kernels of any layout fit.
+        """
         reasons: dict[str, str] = {}
         fitting = []
         for kernel in self.kernels:
             if kernel.operation != operation or kernel.form != form:
                 continue
             reason = self._misfit(kernel, traits, device, dtype, rows)
+            if reason is None and layout is not None and kernel.layout != layout:
+                reason = f"reads the layout {kernel.layout!r}, the weight lies in {layout!r}"
             if reason is None:
                 fitting.append(kernel)
             else:
                 reasons[kernel.name] = reason
         forced = [kernel for kernel in fitting if kernel.name in self.force]
         if forced:
+            reasons |= {
+                kernel.name: f"{forced[0].name} is forced"
+                for kernel in fitting
+                if kernel not in forced
+            }
             fitting = forced
         if not fitting:
             return None
+        best = fitting[0]
         for kernel in fitting[1:]:
-            reasons[kernel.name] = f"costs {kernel.cost:g}, more than {fitting[0].cost:g}"
-        return Choice(fitting[0], reasons)
+            reasons[kernel.name] = (
+                f"costs {kernel.cost:g}, more than {best.cost:g}"
+                if kernel.cost > best.cost
+                else f"costs {kernel.cost:g} like {best.name}, whose name comes first"
+            )
+        return Choice(best, reasons)
 
     def _misfit(
         self, kernel: Kernel, traits: Mapping[str, Any], device: str, dtype: str, rows: int | None
     ) -> str | None:
         if kernel.name in self.disable:
             return "disabled"
-        if kernel.device != device:
+        if kernel.device != device.partition(":")[0]:
             return f"is for {kernel.device}"
         if dtype not in kernel.dtypes:
             return f"takes {', '.join(kernel.dtypes)}, not {dtype}"
@@ -141,7 +190,19 @@ class KernelRegistry:
         for name, allowed in kernel.constraints.items():
             if traits.get(name) not in allowed:
                 return f"needs {name} in {allowed}, here it is {traits.get(name)!r}"
-        return self.unavailable(kernel)
+        return self.unavailable(kernel) or _too_old(kernel, device)
+
+
+def _too_old(kernel: Kernel, device: str) -> str | None:
+    wanted = [item.compute_capability for item in kernel.requirements if item.compute_capability]
+    if not wanted or kernel.device != "cuda":
+        return None
+    import torch
+
+    have, least = torch.cuda.get_device_capability(device), max(wanted)
+    if have >= least:
+        return None
+    return f"needs compute capability {least[0]}.{least[1]}, here it is {have[0]}.{have[1]}"
 
 
 def _environment(variable: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The core's own linear: holds any form, computes with the chosen kernel or the reference.
 
-Methods without a linear of their own use it. Its ``state_dict`` is what the codec encodes, under
-the layout's own names, whatever a kernel did to the live copy.
+Methods without a linear of their own use it. What lives in it is the form, or the live layout
+that the chosen kernel prepared from it; the form itself is freed then. Its ``state_dict`` is what
+the codec encodes, under the layout's own names, whatever a kernel did to the live copy.
 """
 
 from __future__ import annotations
@@ -13,44 +14,80 @@ from torch import Tensor, nn
 
 from quantmill.backend import Codec, LinearFactory
 from quantmill.forms import Form
-from quantmill.kernels import KernelRegistry
+from quantmill.kernels import Choice, KernelRegistry, Prepared
 from quantmill.targeting.types import Target
 
 __all__ = ["FormLinear", "FormLinearFactory"]
+
+
+def _matmul(
+    kernels: KernelRegistry, form: Form, device: str, dtype: str, **limits: Any
+) -> Choice | None:
+    return kernels.choose("matmul", form.kind, form.traits(), device=device, dtype=dtype, **limits)
+
+
+def _live(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> Form | Prepared:
+    """The form as the best kernel for one row wants it: decoding is what a layout is made for."""
+    choice = _matmul(kernels, form, device, dtype, rows=1)
+    if choice is None or choice.kernel.prepare is None:
+        return form
+    return Prepared.of(choice.kernel, form)
 
 
 class FormLinear(nn.Module):
     """``y = x @ W.T + bias`` with ``W`` held as a form, ``[out, in]``."""
 
     def __init__(
-        self, form: Form, bias: Tensor | None, codec: Codec[Any], kernels: KernelRegistry
+        self,
+        form: Form,
+        bias: Tensor | None,
+        codec: Codec[Any],
+        kernels: KernelRegistry,
+        dtype: str = "bfloat16",
     ) -> None:
+        """``dtype`` is the activations', by which a kernel is chosen."""
         super().__init__()
         self.out_features, self.in_features = form.shape[-2:]
-        self._form = form
         self._codec = codec
         self._kernels = kernels
+        self._dtype = dtype
+        self._hold(form)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _hold(self, form: Form) -> None:
+        device = next(iter(form.tensors().values())).device.type
+        self._live = _live(self._kernels, form, device, self._dtype)
 
     @property
     def form(self) -> Form:
         """The form this module computes with."""
-        return self._form
+        return self._live.restore() if isinstance(self._live, Prepared) else self._live
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the weight as it lives here."""
+        return self._live.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        choice = self._kernels.choose(
-            "matmul",
-            self._form.kind,
-            self._form.traits(),
-            device=x.device.type,
-            dtype=str(x.dtype).removeprefix("torch."),
-            rows=x.numel() // max(1, x.shape[-1]),
-        )
+        live = self._live
+        skeleton = live.skeleton if isinstance(live, Prepared) else live
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        if choice is None or x.requires_grad:
-            return self._form.matmul(x, bias)
-        result: Tensor = choice.load()(x, self._form, bias)
-        return result
+        if x.requires_grad and torch.is_grad_enabled():
+            # Kernels compute no gradients: the reference does, and keeps no float weight.
+            result: Tensor = _Differentiable.apply(x, self)  # type: ignore[no-untyped-call]
+            return result if bias is None else result + bias
+        choice = _matmul(
+            self._kernels,
+            skeleton,
+            x.device.type,
+            str(x.dtype).removeprefix("torch."),
+            rows=x.numel() // max(1, x.shape[-1]),
+            layout=live.kernel.layout if isinstance(live, Prepared) else "",
+        )
+        if choice is None:
+            return self.form.matmul(x, bias)
+        result = choice.load()(x, live, bias)
+        return result  # noqa: RET504 the name carries the type
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -60,17 +97,34 @@ class FormLinear(nn.Module):
             moved: Tensor = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._form = self._form.map_tensors(move)
+        self._hold(self.form.map_tensors(move))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, tensor in self._codec.encode(self._form).items():
+        for name, tensor in self._codec.encode(self.form).items():
             destination[prefix + name] = tensor
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, form={self._form.kind}"
+        live = self._live
+        skeleton = live.skeleton if isinstance(live, Prepared) else live
+        layout = f", layout={live.kernel.layout}" if isinstance(live, Prepared) else ""
+        return f"in={self.in_features}, out={self.out_features}, form={skeleton.kind}{layout}"
+
+
+class _Differentiable(torch.autograd.Function):
+    """``x @ W.T`` whose backward pass dequantizes again in place of keeping ``W``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: FormLinear) -> Tensor:
+        ctx.module = module
+        return module.form.matmul(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.module.form.dequantize(grad.dtype), None
 
 
 class FormLinearFactory(LinearFactory[Any]):
@@ -79,7 +133,10 @@ class FormLinearFactory(LinearFactory[Any]):
     def build(
         self, target: Target, form: Form, bias: Tensor | None, compute_dtype: torch.dtype
     ) -> nn.Module:
-        return FormLinear(form, bias, self.codec, self.kernels)
+        return FormLinear(form, bias, self.codec, self.kernels, self.dtype)
 
     def form_of(self, module: nn.Module) -> Form | None:
         return module.form if isinstance(module, FormLinear) else None
+
+    def resident_bytes(self, form: Form) -> int:
+        return _live(self.kernels, form, self.device, self.dtype).nbytes

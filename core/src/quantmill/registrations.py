@@ -20,6 +20,7 @@ __all__ = [
     "Capabilities",
     "CodecRegistration",
     "ConfigReader",
+    "Container",
     "Finalizer",
     "ImportString",
     "Kernel",
@@ -149,7 +150,10 @@ class ConfigReader:
     marker_keys: tuple[str, ...] = ()
     """Keys that identify the dialect in a dict without ``quant_method``."""
     rules: ImportString | None = None
-    """``rules(config) -> list[Rule]``: the dialect's skip lists as targeting rules."""
+    """``rules(config, origin) -> list[Rule]``: the dialect's skip lists and per-module options as
+    targeting rules; :mod:`quantmill.targeting.dialects` has the usual translations."""
+    accepts: ImportString | None = None
+    """``accepts(raw) -> bool``, for a ``quant_method`` that several dialects share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +188,15 @@ class Kernel:
     """``available() -> str | None``: None, or why it can't run on this machine."""
     max_rows: int | None = None
     """Most activation rows for which it is meant (batch), None for any."""
+    layout: str = ""
+    """Name of the live layout it reads; empty when it reads the form as it is. Kernels of one
+    layout work on the same prepared tensors."""
+    prepare: ImportString | None = None
+    """``prepare(form) -> dict[str, Tensor]``: the form in the layout. Works on the meta device
+    too, so that a plan knows the bytes."""
+    restore: ImportString | None = None
+    """``restore(tensors, skeleton) -> Form``: the exact inverse; ``skeleton`` is the form on the
+    meta device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,3 +239,20 @@ class ModelSource:
     requirements: tuple[Requirement, ...] = ()
     priority: int = 0
     """Asked in descending order; the first that answers builds the model."""
+    tokenizer: ImportString | None = None
+    """``tokenizer(source) -> object | None``: the tokenizer that belongs to a source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A file format that holds a whole checkpoint in one file, such as GGUF."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    """File name endings, with the dot."""
+    read: ImportString
+    """``read(path) -> CheckpointHeaders``: names, shapes, positions and config of the file, under
+    the names and with the config that model sources know; no weight is read."""
+    tokenizer: ImportString | None = None
+    """``tokenizer(path) -> object | None``: the tokenizer in the file."""
+    requirements: tuple[Requirement, ...] = ()

@@ -60,9 +60,9 @@ def read_config(job: Job, raw: Mapping[str, Any], origin: str) -> tuple[str, Met
     if not isinstance(name, str) or name not in job.host.methods:
         name = None
         for dialect in job.host.dialects:
-            if raw.get("quant_method") in dialect.quant_methods or (
-                "quant_method" not in raw and any(key in raw for key in dialect.marker_keys)
-            ):
+            named = raw.get("quant_method") in dialect.quant_methods
+            marked = "quant_method" not in raw and any(key in raw for key in dialect.marker_keys)
+            if (named or marked) and (dialect.accepts is None or resolve(dialect.accepts)(raw)):
                 name = dialect.method
                 break
     if name is None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from quantmill.findings import Finding, QuantmillError, declare
-from quantmill.forms import Form
 from quantmill.job import Job
+from quantmill.stages.attach import detach_forms
 from quantmill.stages.quantize import factory_of
+from quantmill.stages.table import stored_config
 
-__all__ = ["attach_form", "core_finalize", "dequantize_model", "detach_forms", "prepare_training"]
+__all__ = ["core_finalize", "dequantize_model", "prepare_training"]
 
 NOT_TRAINABLE = declare("QM-FINAL-001", "The method can't carry gradients to adapters")
 
@@ -26,7 +26,7 @@ def core_finalize(job: Job, model: nn.Module) -> Iterator[Finding]:
         model.quantmill_job = job  # type: ignore[assignment]
         config = getattr(model, "config", None)
         if config is not None:
-            config.quantization_config = dict(selection.config.to_checkpoint())
+            config.quantization_config = stored_config(job)
     if job.options.training:
         for item in job.selections.values():
             if not item.method.capabilities.trainable:
@@ -77,48 +77,6 @@ def _to_weight_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, .
         item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
         for item in inputs
     )
-
-
-class _FromForm(nn.Module):
-    """A parametrization whose value is a form, dequantized at each use."""
-
-    def __init__(self, form: Form, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.form = form
-        self.dtype = dtype
-
-    def forward(self, placeholder: Tensor) -> Tensor:
-        return self.form.dequantize(self.dtype).to(placeholder.device)
-
-
-def attach_form(module: nn.Module, name: str, form: Form, dtype: torch.dtype) -> None:
-    """Let ``module.<name>`` give the dequantized form at each forward.
-
-    For targets that no linear class covers: the float weight exists only while it is used.
-    Undo with :func:`detach_forms`.
-    """
-    original = getattr(module, name)
-    placeholder = torch.empty(0, dtype=dtype, device=original.device)
-    module._parameters.pop(name, None)
-    module.register_parameter(name, nn.Parameter(placeholder, requires_grad=False))
-    parametrize.register_parametrization(module, name, _FromForm(form, dtype), unsafe=True)
-
-
-def detach_forms(module: nn.Module) -> int:
-    """Turn every attached form below ``module`` back into a plain float parameter; their count."""
-    count = 0
-    for part in list(module.modules()):
-        if not parametrize.is_parametrized(part):
-            continue
-        for name in list(part.parametrizations):  # type: ignore[arg-type]
-            chain: Any = part.parametrizations[name]  # type: ignore[index]
-            if not any(isinstance(item, _FromForm) for item in chain):
-                continue
-            value = getattr(part, name).detach().clone()
-            parametrize.remove_parametrizations(part, name, leave_parametrized=False)
-            part._parameters[name] = nn.Parameter(value, requires_grad=False)
-            count += 1
-    return count
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

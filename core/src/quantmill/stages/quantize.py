@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec, LinearFactory, Quantizer
+from quantmill.backend import Codec, LinearFactory, NonFiniteWeight, Quantizer
 from quantmill.checkpoint.headers import CheckpointHeaders, TensorHeader
 from quantmill.checkpoint.reader import TensorReader, torch_dtype
 from quantmill.findings import Findings, QuantmillError, Severity, declare
@@ -128,7 +128,13 @@ def factory_of(job: Job, selection: Selection) -> LinearFactory[Any]:
     made: LinearFactory[Any] = _cached(
         job,
         ("factory", selection.label),
-        lambda: resolve(reference)(selection.config, codec_of(job, selection), job.kernels),
+        lambda: resolve(reference)(
+            selection.config,
+            codec_of(job, selection),
+            job.kernels,
+            device=job.device.partition(":")[0],
+            dtype=job.compute_dtype,
+        ),
     )
     return made
 
@@ -204,7 +210,13 @@ def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: 
             )
         except NonFiniteWeight as error:
             if job.options.non_finite != "keep":
-                raise QuantmillError(error.finding(weight.shape)) from None
+                raise QuantmillError(
+                    NOT_FINITE(
+                        weight.name,
+                        error.cause(weight.shape),
+                        'repair the checkpoint, or keep such modules float with non_finite="keep"',
+                    )
+                ) from None
             job.findings.add(
                 NOT_FINITE_KEPT(weight.name, error.cause(weight.shape), "repair the checkpoint")
             )
@@ -223,31 +235,6 @@ def _resident(reader: TensorReader, header: TensorHeader, device: str) -> Tensor
     if device == "cpu":
         return reader.mapped(header.name)
     return reader.tensor(header.name).to(device)
-
-
-class NonFiniteWeight(Exception):
-    """A quantizer found NaN or infinity; the engine names the weight."""
-
-    def __init__(self, name: str, index: int) -> None:
-        super().__init__(name, index)
-        self.name = name
-        self.index = index
-
-    def cause(self, shape: tuple[int, ...]) -> str:
-        """Where in the weight it is."""
-        where, rest = [], self.index
-        for size in reversed(shape):
-            where.append(rest % size)
-            rest //= size
-        return f"element {list(reversed(where))} of {self.name} is NaN or infinite"
-
-    def finding(self, shape: tuple[int, ...]) -> Any:
-        """The error that stops the job."""
-        return NOT_FINITE(
-            self.name,
-            self.cause(shape),
-            'repair the checkpoint, or keep such modules float with non_finite="keep"',
-        )
 
 
 def _position(module: ModuleInfo, headers: CheckpointHeaders) -> tuple[str, int]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from quantmill.checkpoint.reader import TensorReader, torch_dtype
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
-from quantmill.stages.quantize import factory_of
+from quantmill.stages.attach import attach_form
+from quantmill.stages.quantize import codec_of, factory_of
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
 if TYPE_CHECKING:
@@ -21,11 +22,13 @@ __all__ = ["ModelSink", "linear_for"]
 
 def linear_for(
     job: Job, selection: Selection, target: Target, form: Form, bias: Tensor | None
-) -> nn.Module:
-    """The module of the method's linear factory for a form."""
+) -> nn.Module | None:
+    """The module of the method's linear factory for a form; None when it has none for the kind."""
     assert job.plan is not None
-    dtype = getattr(torch, job.plan.dtype)
-    return factory_of(job, selection).build(target, form, bias, dtype)
+    factory = factory_of(job, selection)
+    if not factory.covers(target):
+        return None
+    return factory.build(target, form, bias, getattr(torch, job.plan.dtype))
 
 
 class ModelSink:
@@ -45,7 +48,7 @@ class ModelSink:
         """Put the method's module in the target's place; float again when dequantizing."""
         module = self.model.get_submodule(target.name)
         bias = None if bias is None else bias.to(self.dtype)
-        if self.job.options.dequantize or target.kind == "stacked":
+        if self.job.options.dequantize:
             weight = form.dequantize(self.dtype)
             if target.transposed:
                 weight = weight.transpose(-1, -2).contiguous()
@@ -56,6 +59,19 @@ class ModelSink:
         new: Any = self.job.host.hook.quantmill_replace(
             job=self.job, selection=selection, target=target, module=module, form=form, bias=bias
         )
+        if new is None:
+            # No linear class covers it: the float parameter is made of the form when it is used.
+            attach_form(
+                module,
+                target.parameter,
+                form,
+                self.dtype,
+                codec=codec_of(self.job, selection),
+                transposed=target.transposed,
+            )
+            if bias is not None:
+                _set(module, "bias", bias)
+            return
         new.train(module.training)
         self.model.set_submodule(target.name, new)
 

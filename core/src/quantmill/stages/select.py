@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,17 @@ from quantmill.host import Host, missing_requirements
 from quantmill.job import Job, Request, Selection
 from quantmill.registrations import Method
 from quantmill.stages.configure import configure, merge
+from quantmill.stages.table import is_table, read_table
 
-__all__ = ["parse_method", "select"]
+__all__ = ["add_selection", "parse_method", "select"]
 
 UNKNOWN_METHOD = declare("QM-SELECT-001", "No installed plugin has this method")
 UNREADABLE_METHOD = declare("QM-SELECT-002", "METHOD can't be read")
 NOTHING_ASKED = declare("QM-SELECT-003", "No method was given and the checkpoint is not quantized")
 CONFLICTING_SELECTION = declare("QM-SELECT-004", "Two plugins select different methods")
+ALREADY_SEVERAL = declare(
+    "QM-SELECT-006", "A method was asked for, and the checkpoint holds several already"
+)
 MISSING_LIBRARY = declare("QM-SELECT-005", "A method's library is missing or of a wrong version")
 
 _OWN_KEYS = ("method", "skip", "include", "assign")
@@ -50,7 +55,7 @@ def parse_method(value: Any, host: Host) -> Request:
         raw = value.model_dump(exclude_defaults=True)
         for method in host.methods.values():
             if method.config == f"{type(value).__module__}:{type(value).__qualname__}":
-                return Request(raw=raw, method=method.name, text=method.name)
+                return Request(raw, method.name, method.name)
     if isinstance(value, Mapping):
         return _from_mapping(dict(value), "the given config", host)
     to_dict = getattr(value, "to_dict", None)
@@ -102,10 +107,10 @@ def _from_short_name(text: str, host: Host) -> Request:
             options[key.strip()] = value.strip()
     if name in host.presets:
         method, preset = host.presets[name]
-        return Request({**preset.options, **options}, method.name, text)
+        return Request({**preset.options, **options}, method.name, text, text)
     for method in host.methods.values():
         if name == method.name or name in method.aliases:
-            return Request(options, method.name, text)
+            return Request(options, method.name, text, text)
     raise QuantmillError(unknown_method(name, host))
 
 
@@ -137,7 +142,8 @@ def _from_mapping(data: dict[str, Any], where: str, host: Host) -> Request:
     if name is not None:
         base = parse_method(str(name), host)
         raw, method = {**(base.raw or {}), **raw}, base.method
-    return Request(raw, method, where, skip, include, assign)
+    label = "" if name is None else str(name)
+    return Request(raw, method, where, label, skip, include, assign)
 
 
 def _patterns(value: Any, where: str) -> tuple[str, ...]:
@@ -160,6 +166,8 @@ def select(job: Job) -> dict[str, Selection]:
     """
     with job.stage("select"):
         stored = job.headers.config.get("quantization_config")
+        if stored and is_table(stored):
+            return _several(job, stored)
         if stored:
             name, config = configure(job, stored, "checkpoint")
             job.checkpoint_config = _selection(job, name, config, "checkpoint")
@@ -176,15 +184,47 @@ def select(job: Job) -> dict[str, Selection]:
             main = job.checkpoint_config
         else:
             name, config = configure(job, request.raw, "user", method=request.method)
-            main = _selection(job, name, config, request.text or name)
+            main = _selection(job, name, config, request.label or name)
             if job.checkpoint_config is not None:
                 main = merge(job, job.checkpoint_config, main, request.raw)
         job.selections = {main.label: main}
-        for part in request.assign.values():
+        job.assigned = {}
+        for pattern, part in request.assign.items():
             part_name, part_config = configure(job, part.raw or {}, "user", method=part.method)
-            label = part.text or part_name
-            job.selections[label] = _selection(job, part_name, part_config, label)
+            made = _selection(job, part_name, part_config, part.label or part_name)
+            job.assigned[pattern] = add_selection(job, made)
         return job.selections
+
+
+def add_selection(job: Job, selection: Selection) -> str:
+    """Add a selection under a label of its own; the same method and config share one."""
+    for label, other in job.selections.items():
+        if other.method.name == selection.method.name and other.config == selection.config:
+            return label
+    label, count = selection.label, 1
+    while label in job.selections:
+        count += 1
+        label = f"{selection.label} #{count}"
+    job.selections[label] = replace(selection, label=label)
+    return label
+
+
+def _several(job: Job, raw: Mapping[str, Any]) -> dict[str, Selection]:
+    """Selections of a checkpoint that holds several methods."""
+    if job.request.raw is not None:
+        raise QuantmillError(
+            ALREADY_SEVERAL(
+                job.request.text or "method",
+                "the checkpoint holds several methods already, and another was asked for",
+                "load it as it is, or give the float checkpoint as the source",
+            )
+        )
+    methods, job.stored_targets = read_table(raw)
+    for label, config in methods.items():
+        name, typed = configure(job, config, "checkpoint")
+        job.selections[label] = _selection(job, name, typed, label)
+    job.checkpoint_config = next(iter(job.selections.values()))
+    return job.selections
 
 
 def _selection(job: Job, name: str, config: MethodConfig, label: str) -> Selection:

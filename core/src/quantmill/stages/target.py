@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quantmill.architecture import open_architecture
@@ -12,8 +13,16 @@ from quantmill.job import Job, Request, Selection
 from quantmill.planning import ModulePlan, Plan
 from quantmill.registrations import resolve
 from quantmill.stages.quantize import codec_of, factory_of, member_headers, quantizer_of
+from quantmill.stages.select import add_selection
 from quantmill.targeting.rules import decide
-from quantmill.targeting.types import Decision, ModuleInfo, ParameterInfo, Rule, targets_of
+from quantmill.targeting.types import (
+    FLOAT_DTYPES,
+    Decision,
+    ModuleInfo,
+    ParameterInfo,
+    Rule,
+    targets_of,
+)
 
 if TYPE_CHECKING:
     from quantmill.forms import Form
@@ -24,6 +33,9 @@ TENSORS_OUTRANK = declare(
     "QM-TARGET-101",
     "The tensors present contradict the config; the tensors are followed",
     Severity.WARNING,
+)
+STORED_SKIPPED = declare(
+    "QM-TARGET-103", "A module that the user keeps float is quantized in the checkpoint"
 )
 KIND_NOT_COVERED = declare(
     "QM-TARGET-102", "The method does not take this kind of module", Severity.WARNING, fallback=True
@@ -48,9 +60,7 @@ def _user_rules(request: Request, job: Job) -> Iterator[Rule]:
         yield Rule(pattern, "skip", "user", reason="you asked to keep it")
     for pattern in request.include:
         yield Rule(pattern, "include", "user", reason="you asked to quantize it")
-    for pattern, part in request.assign.items():
-        label = part.text or part.method
-        label = label if label in job.selections else next(iter(job.selections))
+    for pattern, label in job.assigned.items():
         yield Rule(pattern, "assign", "user", method=label, reason=f"you assigned {label}")
 
 
@@ -72,9 +82,13 @@ def make_plan(job: Job) -> Plan:
         if job.selections:
             rules = [rule for answer in job.host.hook.quantmill_target(job=job) for rule in answer]
             decisions, findings = decide(
-                modules, rules, kinds=kinds, allow_unmatched=job.options.allow_unmatched
+                [_as_float(item) for item in modules] if job.prequantized else modules,
+                rules,
+                kinds=kinds,
+                allow_unmatched=job.options.allow_unmatched,
             )
             job.findings.extend(findings)
+            decisions = [_configured(job, item) for item in decisions]
         else:
             why = "no method was asked for"
             decisions = [Decision(item.name, "keep", None, why, "user") for item in modules]
@@ -98,6 +112,28 @@ def make_plan(job: Job) -> Plan:
         return job.plan
 
 
+def _as_float(module: ModuleInfo) -> ModuleInfo:
+    """A stored quantized weight is as much a target as the float one it stands for."""
+    weight = module.parameters.get("weight")
+    if weight is None or weight.dtype in FLOAT_DTYPES:
+        return module
+    parameters = {**module.parameters, "weight": replace(weight, dtype="BF16")}
+    return replace(module, parameters=parameters)
+
+
+def _configured(job: Job, decision: Decision) -> Decision:
+    """Options of a rule become a selection of their own."""
+    if not decision.options or decision.action != "quantize" or job.prequantized:
+        return decision
+    base = job.selections[decision.method or next(iter(job.selections))]
+    fields = {**base.config.model_dump(exclude_defaults=True), **decision.options}
+    words = ", ".join(f"{key}={value}" for key, value in decision.options.items())
+    made = replace(
+        base, label=f"{base.label} ({words})", config=type(base.config).from_user(fields)
+    )
+    return replace(decision, method=add_selection(job, made))
+
+
 class _Planner:
     def __init__(self, job: Job) -> None:
         import torch
@@ -108,7 +144,7 @@ class _Planner:
         architecture = job.architecture
         assert architecture is not None
         self.architecture = architecture
-        self.dtype_name = job.dtype or architecture.default_dtype or "bfloat16"
+        self.dtype_name = job.compute_dtype
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)
         self.target_cast = job.dtype is not None
         # Layers repeat: the same shape with the same method has the same form and bytes.
@@ -133,6 +169,13 @@ class _Planner:
         quantizer = quantizer_of(self.job, selection)
         covered = selection.method.capabilities.target_kinds
         targets = [item for item in targets_of(module) if item.kind in covered]
+        if not targets:
+            why = f"{selection.label} does not take modules of kind {module.kind}"
+            self.job.findings.add(
+                KIND_NOT_COVERED(module.name, why, "assign another method, or leave it out")
+            )
+            yield self._kept(module, Decision(module.name, "keep", None, why, "method"))
+            return
         rest = sum(
             _bytes(parameter)
             for local, parameter in module.parameters.items()
@@ -192,10 +235,15 @@ class _Planner:
 
     def _stored(self, module: ModuleInfo, decision: Decision) -> ModulePlan | None:
         """The entry of a module that the checkpoint holds quantized, or None."""
+        prefix = self.architecture.module_prefix(module)
         selection = self.job.checkpoint_config
-        assert selection is not None
+        if self.job.stored_targets is not None:
+            label = self.job.stored_targets.get(prefix)
+            selection = None if label is None else self.job.selections[label]
+        if selection is None:
+            return None
         codec: Codec[Any] = codec_of(self.job, selection)
-        members = member_headers(self.architecture.module_prefix(module), codec, self.job.headers)
+        members = member_headers(prefix, codec, self.job.headers)
         if not members:
             return None
         target = _stored_target(module)
@@ -209,6 +257,14 @@ class _Planner:
                     f"the config would keep it float ({decision.reason}),"
                     " but its tensors are quantized",
                     "nothing to do; correct the config to silence this",
+                )
+            )
+        if decision.action == "keep" and decision.origin == "user":
+            self.job.findings.add(
+                STORED_SKIPPED(
+                    module.name,
+                    "you asked to keep it float, and the checkpoint holds it quantized",
+                    "leave it out, or load the whole model with dequantize=True",
                 )
             )
         stored = sum(item.nbytes for item in members.values())

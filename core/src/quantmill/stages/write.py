@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +18,7 @@ from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.planning import Plan
 from quantmill.stages.quantize import codec_of, run
+from quantmill.stages.table import stored_config
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
 __all__ = ["WriteReport", "write_checkpoint"]
@@ -91,14 +93,14 @@ def write_checkpoint(job: Job, folder: Path, max_shard_bytes: int) -> WriteRepor
     """Carry out ``job.plan`` into ``folder``, which appears only when all of it is written."""
     start = perf_counter()
     assert job.plan is not None and job.architecture is not None
-    selection = next(iter(job.selections.values()))
     config = dict(job.headers.config)
-    config["quantization_config"] = _stored_config(job, selection)
+    config["quantization_config"] = stored_config(job)
     if job.dtype:
         config["dtype"] = job.dtype
+    text = json.dumps(config["quantization_config"], sort_keys=True)
     manifest = {
-        "method": selection.label,
-        "config_sha256": hashlib.sha256(selection.config.to_json().encode()).hexdigest(),
+        "method": ", ".join(job.selections),
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     with CheckpointWriter(folder, max_shard_bytes=max_shard_bytes, manifest=manifest) as writer:
         run(job, CheckpointSink(job, writer))
@@ -109,20 +111,3 @@ def write_checkpoint(job: Job, folder: Path, max_shard_bytes: int) -> WriteRepor
         writer.commit()
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return WriteReport(folder, files, job.plan, perf_counter() - start)
-
-
-def _stored_config(job: Job, selection: Selection) -> dict[str, Any]:
-    """The peer's config; modules kept because the user said so are named in its skip list."""
-    config = selection.config.to_checkpoint()
-    assert job.plan is not None
-    field = "llm_int8_skip_modules" if "llm_int8_skip_modules" in config else None
-    if field is None:
-        field = "modules_to_not_convert" if "modules_to_not_convert" in config else None
-    kept = [
-        item.name
-        for item in job.plan.modules
-        if item.action == "keep" and item.origin in ("user", "default", "architecture")
-    ]
-    if field is not None and kept:
-        config[field] = sorted({*(config[field] or []), *kept})
-    return config

@@ -1,13 +1,24 @@
-"""The peers' skip lists as rules of our language."""
+"""The peers' dialects of skip lists and per-module options, as rules of our language.
+
+Only the translation is here; which dialect a config speaks, its plugin says. ``origin`` is
+``checkpoint`` or ``user``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from quantmill.targeting.types import Rule
 
-__all__ = ["from_transformers_skip"]
+__all__ = [
+    "from_compressed_tensors",
+    "from_gptq_dynamic",
+    "from_hqq_dynamic",
+    "from_torchao_fqn",
+    "from_transformers_skip",
+]
 
 
 def from_transformers_skip(value: Sequence[str], origin: str = "checkpoint") -> list[Rule]:
@@ -24,3 +35,127 @@ def from_transformers_skip(value: Sequence[str], origin: str = "checkpoint") -> 
             pattern = rf"re:(?:{entry})(?:\..*)?"
         rules.append(Rule(pattern, "skip", origin, reason=f"skip list: {entry}"))
     return rules
+
+
+def from_gptq_dynamic(
+    value: Mapping[str, Mapping[str, Any]], origin: str = "checkpoint"
+) -> list[Rule]:
+    """``dynamic`` of GPTQModel: regular expressions matched from the start of a name; the first
+    that matches decides. ``-:`` skips, ``+:`` or nothing gives other options."""
+    rules = []
+    for index, (entry, options) in enumerate(value.items()):
+        sign, colon, body = entry.partition(":")
+        if not colon or sign not in ("+", "-"):
+            sign, body = "+", entry
+        reason = f"dynamic: {entry}"
+        # Matched from the start only, so the rest of the name may be anything.
+        pattern, order = f"re:(?:{body}).*", len(value) - index
+        if sign == "-":
+            rules.append(Rule(pattern, "skip", origin, reason=reason, order=order))
+        else:
+            rules.append(
+                Rule(
+                    pattern,
+                    "configure",
+                    origin,
+                    reason=reason,
+                    options=dict(options),
+                    order=order,
+                    optional=True,
+                )
+            )
+    return rules
+
+
+def from_compressed_tensors(
+    groups: Mapping[str, Mapping[str, Any]], ignore: Sequence[str], origin: str = "checkpoint"
+) -> list[Rule]:
+    """``config_groups`` and ``ignore`` of compressed-tensors.
+
+    A target or an ignored entry is a module's name, ``re:`` with an expression matched from the
+    start of a name, or a class name; names outrank expressions, and those outrank classes. What
+    no group targets is not quantized. A rule's options are the group without its targets.
+    """
+    reason = "no config group targets it"
+    rules = [Rule("**", "skip", origin, reason=reason, order=-1, optional=True)]
+    rules += [
+        # An ignored module stays float whatever a group says.
+        Rule(pattern, "skip", origin, reason=f"ignore: {entry}", order=3, optional=True)
+        for entry in ignore
+        for pattern, _ in [_compressed_pattern(entry)]
+    ]
+    for name, group in groups.items():
+        options = {key: item for key, item in group.items() if key != "targets"}
+        rules += [
+            Rule(
+                pattern,
+                "include",
+                origin,
+                reason=f"config group {name}",
+                options=options,
+                order=order,
+                optional=True,
+            )
+            for entry in group.get("targets") or ()
+            for pattern, order in [_compressed_pattern(entry)]
+        ]
+    return rules
+
+
+def _compressed_pattern(entry: str) -> tuple[str, int]:
+    """The pattern of a target and its order."""
+    if entry.startswith("re:"):
+        return f"re:(?:{entry[3:]}).*", 1
+    if re.fullmatch(r"[A-Z]\w*", entry):
+        return f"cls:{entry}", 0
+    return f"re:{re.escape(entry)}", 2
+
+
+def from_torchao_fqn(value: Mapping[str, Any], origin: str = "checkpoint") -> list[Rule]:
+    """``FqnToConfig`` of torchao: full names first, then ``re:`` expressions in their order, then
+    ``_default``. ``None`` skips. A rule's option ``config`` is the entry's value."""
+    rules = []
+    count = len(value)
+    for index, (entry, config) in enumerate(value.items()):
+        if entry == "_default":
+            pattern, order = "**", 0
+        elif entry.startswith("re:"):
+            pattern, order = entry, count - index
+        else:
+            pattern, order = f"re:{re.escape(entry.removesuffix('.weight'))}", count + 1
+        if config is None:
+            action: Any = "skip"
+        else:
+            action = "configure" if entry == "_default" else "include"
+        rules.append(
+            Rule(
+                pattern,
+                action,
+                origin,
+                reason=f"module config: {entry}",
+                options=None if config is None else {"config": config},
+                order=order,
+                optional=True,
+            )
+        )
+    if "_default" not in value:
+        rules.append(Rule("**", "skip", origin, reason="no module config names it", optional=True))
+    return rules
+
+
+def from_hqq_dynamic(
+    value: Mapping[str, Mapping[str, Any]], origin: str = "checkpoint"
+) -> list[Rule]:
+    """``dynamic_config`` of HQQ: the end of a module's name within its block
+    (``self_attn.q_proj``) to other options."""
+    return [
+        Rule(
+            entry,
+            "configure",
+            origin,
+            reason=f"dynamic config: {entry}",
+            options=dict(options),
+            optional=True,
+        )
+        for entry, options in value.items()
+    ]

@@ -1,10 +1,10 @@
-"""The pattern language of targeting.
+r"""The pattern language of targeting.
 
 ==========================  ====================================================================
 ``model.layers.0.mlp``      the module of that name, and everything under it
 ``lm_head``, ``mlp.up``     also modules whose last components are these
 ``model.*.q_proj``          glob: ``*`` within a component, ``**`` across, ``?``, ``[...]``
-``re:.*down.*``             a regular expression that the whole name must match
+``re:.*down.*``             a regular expression that the whole name must match (``&`` is ``\&``)
 ``cls:Linear``              modules of that class
 ``layers:0-3,-1``           modules in those blocks; negative counts from the last
 ``role:mlp``                ``attention``, ``mlp``, ``head``, ``embedding``, ``expert``, ...
@@ -17,19 +17,24 @@ regular expression over roles, layers and classes; a conjunction counts its part
 
 from __future__ import annotations
 
+import difflib
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
 from quantmill.findings import QuantmillError, declare
-from quantmill.targeting.types import ModuleInfo
+from quantmill.targeting.types import ROLES, ModuleInfo
 
 __all__ = ["Pattern", "parse"]
 
 BAD_PATTERN = declare("QM-TARGET-001", "A pattern can't be read")
 
 Specificity = tuple[int, int]
+
+_KINDS = {"re": "re:.*down.*", "cls": "cls:Linear", "layers": "layers:0-3", "role": "role:mlp"}
+_AND = re.compile(r"(?<!\\)&")
+_SIGNS = re.compile(r"(?:!\s*)+")
 
 
 class Pattern(ABC):
@@ -164,44 +169,67 @@ def parse(text: str) -> Pattern:
         QuantmillError: ``QM-TARGET-001`` with the place of the error.
     """
     text = text.strip()
-    if text.startswith("re:"):
-        return _regex(text)
-    parts = [part.strip() for part in text.split("&")]
-    if len(parts) > 1:
-        parsed = tuple(parse(part) for part in parts)
-        return _And(" & ".join(map(str, parsed)), parsed)
-    if text.startswith("!"):
-        part = parse(text[1:])
-        return _Not(f"!{part}", part)
     if not text:
         raise _refuse(text, "a pattern is empty", "name a module, or leave the pattern out")
+    parts = [part.strip() for part in _AND.split(text)]
+    if not all(parts):
+        raise _refuse(text, "a side of & is empty", "write a pattern on both sides of each &")
+    parsed = tuple(_part(part) for part in parts)
+    return parsed[0] if len(parsed) == 1 else _And(" & ".join(map(str, parsed)), parsed)
+
+
+def _part(text: str) -> Pattern:
+    # Counted, not recursed: any number of signs is legal.
+    signs = _SIGNS.match(text)
+    body = text[signs.end() :] if signs else text
+    if not body:
+        raise _refuse(text, "nothing follows !", "write the pattern to exclude after !")
+    pattern = _atom(body)
+    negations = text[: len(text) - len(body)].count("!")
+    for _ in range(negations if negations < 2 else 2 - negations % 2):
+        pattern = _Not(f"!{pattern}", pattern)
+    return pattern
+
+
+def _atom(text: str) -> Pattern:
     kind, colon, value = text.partition(":")
-    if colon and kind == "cls":
+    if not colon:
+        if not any(sign in text for sign in "*?["):
+            return _Name(text)
+        glob, literals = _glob(text)
+        return _Regex(text, _compile(text, glob), (4, literals))
+    if kind not in _KINDS:
+        hint = difflib.get_close_matches(kind, _KINDS, n=1)
+        fix = f"did you mean {hint[0]}:?" if hint else "use re:, cls:, layers: or role:"
+        raise _refuse(text, f"{kind!r} is no kind of pattern", fix)
+    value = value.strip()
+    if not value:
+        raise _refuse(text, f"nothing follows {kind}:", f"write {_KINDS[kind]}, for example")
+    if kind == "re":
+        return _Regex(text, _compile(text, value), (3, len(value)))
+    if kind == "cls":
         return _Class(text, value)
-    if colon and kind == "role":
-        return _Role(text, value)
-    if colon and kind == "layers":
+    if kind == "layers":
         return _Layers(text, _ranges(text, value))
-    if colon:
-        raise _refuse(text, f"{kind!r} is no kind of pattern", "use re:, cls:, layers: or role:")
-    if any(sign in text for sign in "*?["):
-        return _Regex(text, re.compile(_glob(text)), (4, sum(c not in "*?[]" for c in text)))
-    return _Name(text)
+    if value not in ROLES:
+        hint = difflib.get_close_matches(value.lower(), ROLES, n=1)
+        fix = f"did you mean role:{hint[0]}?" if hint else f"use one of {', '.join(ROLES)}"
+        raise _refuse(text, f"{value!r} is no role", fix)
+    return _Role(text, value)
 
 
-def _regex(text: str) -> Pattern:
-    body = text[3:]
+def _compile(text: str, body: str) -> re.Pattern[str]:
     try:
-        compiled = re.compile(body)
-    except re.error as error:
+        return re.compile(body)
+    except (re.error, OverflowError, RecursionError) as error:
         raise _refuse(
             text, f"not a regular expression: {error}", "correct it at that position"
         ) from None
-    return _Regex(text, compiled, (3, len(body)))
 
 
-def _glob(text: str) -> str:
-    out, index = "", 0
+def _glob(text: str) -> tuple[str, int]:
+    """The regular expression of a glob, and how many literal characters it has."""
+    out, index, literals = "", 0, 0
     while index < len(text):
         char = text[index]
         if text.startswith("**", index):
@@ -215,21 +243,40 @@ def _glob(text: str) -> str:
             end = text.find("]", index + 1)
             if end < 0:
                 raise _refuse(text, f"'[' at {index} has no ']'", "close the bracket")
-            body = text[index + 1 : end].replace("\\", "\\\\")
-            out += "[" + ("^" + body[1:] if body.startswith("!") else body) + "]"
+            out += _bracket(text, text[index + 1 : end])
+            # More than `?`, at most as much as a character: not the length of the list.
+            literals += 1
             index = end
         else:
             out += re.escape(char)
+            literals += 1
         index += 1
-    return out
+    return out, literals
+
+
+def _bracket(text: str, body: str) -> str:
+    negated = body.startswith(("!", "^"))
+    out = ""
+    for low, high, single in re.findall(r"(?s)(.)-(.)|(.)", body[negated:]):
+        if low > high:
+            raise _refuse(text, f"the range {low}-{high} is reversed", f"write [{high}-{low}]")
+        out += f"{re.escape(low)}-{re.escape(high)}" if low else re.escape(single)
+    if not out:
+        raise _refuse(text, f"[{body}] allows no character", "name some in the bracket")
+    # Like `*` and `?`, a negated bracket stays within a component.
+    return f"[^.{out}]" if negated else f"[{out}]"
 
 
 def _ranges(text: str, value: str) -> tuple[tuple[int, int], ...]:
     found = []
     for part in value.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)(?:-(-?\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(-?[0-9]{1,9})(?:-(-?[0-9]{1,9}))?\s*", part)
         if match is None:
             raise _refuse(text, f"{part!r} is no layer or range", "write layers:0-3,-1")
         first = int(match.group(1))
-        found.append((first, int(match.group(2)) if match.group(2) else first))
+        last = int(match.group(2)) if match.group(2) else first
+        # Of unlike signs, only the number of layers tells.
+        if first > last and (first < 0) == (last < 0):
+            raise _refuse(text, f"{part.strip()!r} is reversed", f"write layers:{last}-{first}")
+        found.append((first, last))
     return tuple(found)

@@ -8,7 +8,7 @@ __all__ = ["guess_layer", "guess_role"]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.(\d+)(?:\.|$)")
 _ROLES: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)(lm_head|embed_out|output_projection|classifier|score)$", "head"),
+    (r"(^|\.)(lm_head|embed_out|output_projection|classifier|score)$|^output$", "head"),
     (
         r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|position_embeddings|token_type_embeddings"
         r"|tok_embeddings|shared|embed_positions|embed_in|embeddings)$",

@@ -9,7 +9,8 @@ specific pattern wins; equal ones that disagree are an error.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from quantmill.findings import Findings, Severity, declare
 from quantmill.targeting.patterns import Pattern, parse
@@ -26,7 +27,15 @@ TIED_INCLUDED = declare("QM-TARGET-013", "A weight that two modules share can't 
 KIND_KEPT = declare(
     "QM-TARGET-014", "Modules of a kind that the method does not take stay float", Severity.WARNING
 )
+NOTHING_INCLUDED = declare(
+    "QM-TARGET-015",
+    "A pattern of the user includes only modules that can't be quantized",
+    Severity.WARNING,
+    fallback=True,
+)
 
+_REPORTED = {"stacked": "stacked expert weights", "conv1d": "transposed linears (Conv1D)"}
+"""Kinds whose float weights would surprise; of embeddings, most methods take none."""
 _RANK = {"user": 3, "plugin": 2, "checkpoint": 1}
 
 
@@ -52,20 +61,32 @@ def decide(
     findings = Findings()
     parsed = [(parse(rule.pattern), rule) for rule in rules]
     layers = 1 + max((item.layer for item in modules if item.layer is not None), default=-1)
-    used: set[int] = set()
+    used: dict[int, bool] = {}
     decisions = [_one(item, parsed, kinds, layers, used, findings) for item in modules]
     for index, (_, rule) in enumerate(parsed):
-        if index not in used and not rule.optional:
+        if rule.optional:
+            continue
+        if index not in used:
             _unmatched(rule, modules, allow_unmatched, findings)
-    stacked = [item.name for item in modules if item.kind == "stacked" and "stacked" not in kinds]
-    if stacked:
-        findings.add(
-            KIND_KEPT(
-                stacked[0] + (f" and {len(stacked) - 1} more" if len(stacked) > 1 else ""),
-                "these are stacked expert weights, which the method does not take",
-                "choose a method that takes stacked targets",
+        elif not used[index] and rule.origin == "user" and rule.action != "skip":
+            findings.add(
+                NOTHING_INCLUDED(
+                    rule.pattern,
+                    f"{rule.action} {rule.pattern!r} matches only modules without a weight that"
+                    " can be quantized",
+                    "see the reasons in the plan, or leave the pattern out",
+                )
             )
-        )
+    for kind, words in _REPORTED.items():
+        kept = [item.name for item in modules if item.kind == kind and targets_of(item)]
+        if kept and kind not in kinds:
+            findings.add(
+                KIND_KEPT(
+                    kept[0] + (f" and {len(kept) - 1} more" if len(kept) > 1 else ""),
+                    f"these are {words}, which the method does not take",
+                    f"choose a method that takes {kind} targets",
+                )
+            )
     return decisions, findings
 
 
@@ -74,13 +95,14 @@ def _one(
     rules: Sequence[tuple[Pattern, Rule]],
     kinds: Collection[str],
     layers: int,
-    used: set[int],
+    used: dict[int, bool],
     findings: Findings,
 ) -> Decision:
     matching = []
+    able = bool(targets_of(module)) and module.kind in kinds and not module.keep_float
     for index, (pattern, rule) in enumerate(rules):
         if pattern.matches(module, layers):
-            used.add(index)
+            used[index] = used.get(index, False) or able
             matching.append((pattern, rule))
     name = module.name
     if not targets_of(module):
@@ -92,7 +114,15 @@ def _one(
     if module.keep_float:
         reason = "the architecture keeps it in fp32"
         return Decision(name, "keep", None, reason, "architecture")
-    winner = _winner(module, matching, findings)
+    configuring = [item for item in matching if item[1].action == "configure"]
+    configured = _winner(module, configuring, findings)
+    deciding = [
+        (pattern, rule)
+        for pattern, rule in matching
+        if rule.action != "configure" and not _came_later(rule, configured)
+    ]
+    winner = _winner(module, deciding, findings)
+    options = _options(winner, configured)
     if module.tied_to is not None:
         if winner is not None and winner.action != "skip" and winner.origin == "user":
             findings.add(
@@ -102,10 +132,30 @@ def _one(
     if winner is None:
         if module.role == "head":
             return Decision(name, "keep", None, "the output head stays float", "default")
-        return Decision(name, "quantize", None, "linear layer", "default")
+        words = "linear layer" if module.kind == "linear" else f"{module.kind} weight"
+        return Decision(name, "quantize", None, words, "default", options=options)
     outcome = "keep" if winner.action == "skip" else "quantize"
     reason = winner.reason or f"pattern {winner.pattern}"
-    return Decision(name, outcome, winner.method, reason, winner.origin, winner)  # type: ignore[arg-type]
+    return Decision(name, outcome, winner.method, reason, winner.origin, winner, options)  # type: ignore[arg-type]
+
+
+def _came_later(rule: Rule, configured: Rule | None) -> bool:
+    """Whether a skip stands behind a ``configure`` in a dialect where the first match decides."""
+    return (
+        configured is not None
+        and rule.action == "skip"
+        and _rank(rule) == _rank(configured)
+        and 0 < rule.order < configured.order
+    )
+
+
+def _options(winner: Rule | None, configured: Rule | None) -> Mapping[str, Any] | None:
+    """The winner's own options over those of the best ``configure`` rule."""
+    joined = {
+        **((configured.options if configured is not None else None) or {}),
+        **((winner.options if winner is not None else None) or {}),
+    }
+    return joined or None
 
 
 def _winner(
@@ -126,7 +176,11 @@ def _winner(
             best_pattern.specificity,
         ):
             break
-        if (rule.action, rule.method) != (best.action, best.method):
+        if (rule.action, rule.method, rule.options or {}) != (
+            best.action,
+            best.method,
+            best.options or {},
+        ):
             findings.add(
                 TIE(
                     module.name,
@@ -141,12 +195,26 @@ def _winner(
 def _unmatched(
     rule: Rule, modules: Sequence[ModuleInfo], allowed: bool, findings: Findings
 ) -> None:
-    names = [module.name for module in modules]
-    words = {*names, *(name.rpartition(".")[2] for name in names)}
-    close = difflib.get_close_matches(rule.pattern, sorted(words), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "see the names in the plan"
+    hint = _hint(rule.pattern, modules)
     cause = f"{rule.action} {rule.pattern!r} matches no module"
     if rule.origin != "user":
         findings.add(NO_MATCH_STORED(rule.pattern, cause, hint))
     elif not allowed:
         findings.add(NO_MATCH(rule.pattern, cause, f"{hint} Or allow unmatched patterns"))
+
+
+def _hint(pattern: str, modules: Sequence[ModuleInfo]) -> str:
+    kind, _, value = pattern.strip().partition(":") if "&" not in pattern else ("", "", "")
+    if kind == "role":
+        roles = sorted({module.role for module in modules if module.role is not None})
+        return f"the roles here are {', '.join(roles) or 'unknown'}."
+    if kind == "layers":
+        last = max((module.layer for module in modules if module.layer is not None), default=None)
+        return "no module is in a block." if last is None else f"the blocks here are 0-{last}."
+    if kind == "cls":
+        words, wanted, prefix = {module.cls for module in modules}, value.strip(), "cls:"
+    else:
+        names = [module.name for module in modules]
+        words, wanted, prefix = {*names, *(name.rpartition(".")[2] for name in names)}, pattern, ""
+    close = difflib.get_close_matches(wanted, sorted(words), n=1, cutoff=0.5)
+    return f"did you mean {prefix}{close[0]}?" if close else "see the names in the plan."

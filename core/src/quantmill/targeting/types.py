@@ -28,11 +28,12 @@ __all__ = [
     "targets_of",
 ]
 
-Action = Literal["include", "skip", "assign"]
-"""``include``: quantize with the job's method; ``assign``: with the rule's; ``skip``: keep."""
+Action = Literal["include", "skip", "assign", "configure"]
+"""``include``: quantize with the job's method; ``assign``: with the rule's; ``skip``: keep;
+``configure``: change the options of what is quantized anyway."""
 Outcome = Literal["quantize", "keep", "not-a-target"]
 
-ACTIONS: Final = ("include", "skip", "assign")
+ACTIONS: Final = ("include", "skip", "assign", "configure")
 TARGET_KINDS: Final = ("linear", "conv1d", "embedding", "stacked")
 """Kinds of modules that hold a weight a method may quantize."""
 KINDS: Final = (*TARGET_KINDS, "norm", "other")
@@ -178,3 +179,5 @@ class Decision:
     """Who decided: the origin of the rule; ``default`` where no rule spoke; ``architecture``
     and ``method`` for what cannot or must not be quantized."""
     rule: Rule | None = None
+    options: Mapping[str, Any] | None = None
+    """Fields of the method's config that differ for this module."""

@@ -26,5 +26,6 @@ def quantmill_model_sources() -> Sequence[ModelSource]:
             open="quantmill_transformers.architecture:open_folder",
             requirements=(TRANSFORMERS,),
             priority=10,
+            tokenizer="quantmill_transformers.tokenizer:load_tokenizer",
         )
     ]

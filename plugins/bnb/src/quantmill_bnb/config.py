@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -92,6 +92,10 @@ class BnbConfig(MethodConfig):
         data["_load_in_8bit"] = self.load_in_8bit
         data["quant_method"] = "bitsandbytes"
         return dict(sorted(data.items()))
+
+    def keeping(self, modules: Sequence[str]) -> BnbConfig:
+        names = sorted({*(self.llm_int8_skip_modules or []), *modules})
+        return self.model_copy(update={"llm_int8_skip_modules": names or None})
 
     def summary(self) -> str:
         if self.load_in_8bit:

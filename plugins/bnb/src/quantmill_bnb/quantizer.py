@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantmill.backend import Quantizer, WeightSource
+from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
 from quantmill.forms import Affine, Channel, Codebook, Codes, Flat, Form
-from quantmill.stages.quantize import NonFiniteWeight
 from quantmill.targeting.types import Target
 from quantmill_bnb.codec import NESTED_BLOCK, abstract_four_bit, abstract_int8
 from quantmill_bnb.config import BnbConfig

@@ -1,0 +1,41 @@
+"""Sources that a plugin reads: single files such as GGUF, found by the ending of their name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmill.checkpoint.source import open_source, read_headers
+from quantmill.host import missing_requirements
+from quantmill.registrations import resolve
+
+if TYPE_CHECKING:
+    from quantmill.checkpoint.headers import CheckpointHeaders
+    from quantmill.host import Host
+    from quantmill.registrations import Container
+
+__all__ = ["container_of", "open_checkpoint"]
+
+
+def container_of(spec: str | Path | Any, host: Host) -> Container | None:
+    """The registered file format that ``spec`` is an existing file of, or None."""
+    if not isinstance(spec, str | Path) or not Path(spec).is_file():
+        return None
+    name = Path(spec).name.lower()
+    for container in host.containers:
+        if name.endswith(container.suffixes) and not missing_requirements(container.requirements):
+            return container
+    return None
+
+
+def open_checkpoint(spec: str | Path | Any, host: Host) -> CheckpointHeaders:
+    """The headers of what a user wrote as SOURCE, or of an open source.
+
+    Raises:
+        QuantmillError: nothing is there, or it can't be read.
+    """
+    container = container_of(spec, host)
+    if container is not None:
+        headers: CheckpointHeaders = resolve(container.read)(Path(spec))
+        return headers
+    return read_headers(open_source(spec) if isinstance(spec, str | Path) else spec)
