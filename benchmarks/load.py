@@ -1,8 +1,9 @@
 """Loading, beside transformers: wall time, peak memory above imports, ratios.
 
-    python benchmarks/load.py WORK_FOLDER [--peer] [--rounds 3] [--json]
+    python benchmarks/load.py WORK_FOLDER [--peer] [--rounds 3] [--device cuda] [--json]
 
-Each load runs in a process of its own, in turn. Time and peak count from after the imports.
+Each load runs in a process of its own, in turn. Time and peak count from after the imports. On
+CUDA the peak is what torch's allocator held at most.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fabricate import fabricate
 CHILD = r"""
 import json, sys, time, threading, os
 from typing import Any
-kind, folder, method = sys.argv[1:4]
+kind, folder, method, device = sys.argv[1:5]
 import torch, transformers
 import bitsandbytes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -29,6 +30,8 @@ import quantmill.checkpoint.reader, quantmill.stages.quantize, quantmill.stages.
 import quantmill_bnb.linear, quantmill_bnb.quantizer, quantmill_transformers.architecture
 import transformers.models.llama.modeling_llama
 torch.set_num_threads(2)
+if device == "cuda":
+    torch.zeros(1, device="cuda")
 
 def rss() -> int:
     with open("/proc/self/statm") as f:
@@ -47,7 +50,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
 if kind == "quantmill":
-    model = quantmill.load(folder, None if method == "stored" else method)
+    model = quantmill.load(folder, None if method == "stored" else method, device=device)
 else:
     options = {}
     if method == "bnb-nf4":
@@ -55,19 +58,24 @@ else:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     elif method == "bnb-int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if device == "cuda":
+        options["device_map"] = {"": 0}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+if device == "cuda":
+    torch.cuda.synchronize()
 seconds = time.perf_counter() - start
 stop.set()
 tensors = {t.data_ptr(): t for t in model.state_dict().values()}
 size = sum(t.numel() * t.element_size() for t in tensors.values())
-print(json.dumps({"seconds": seconds, "peak": max(peak[0], rss()) - base,
+top = torch.cuda.max_memory_allocated() if device == "cuda" else max(peak[0], rss()) - base
+print(json.dumps({"seconds": seconds, "peak": top,
                   "peak_anonymous": max(peak[1], anonymous()) - base_anon, "model": size}))
 """
 
 
-def measure(kind: str, folder: Path, method: str) -> dict[str, Any]:
+def measure(kind: str, folder: Path, method: str, device: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, kind, str(folder), method],
+        [sys.executable, "-c", CHILD, kind, str(folder), method, device],
         capture_output=True,
         text=True,
         check=False,
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="also run transformers (minutes)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, nargs="*", default=[4, 8, 16, 32])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     source = fabricate(options.work / "llama-1.1b", "1.1b")
@@ -92,13 +101,14 @@ def main() -> None:
         import quantmill
 
         quantmill.quantize(source, stored, "bnb-nf4")
+    largest = 32000 * 2048 * 2  # the embedding
     rows = []
     for folder, method in ((source, "bnb-nf4"), (source, "bnb-int8"), (stored, "stored")):
         kinds = ["quantmill", "transformers"] if options.peer else ["quantmill"]
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for _ in range(options.rounds):
             for kind in kinds:
-                runs[kind].append(measure(kind, folder, method))
+                runs[kind].append(measure(kind, folder, method, options.device))
         for kind in kinds:
             seconds = [run["seconds"] for run in runs[kind]]
             rows.append(
@@ -117,18 +127,20 @@ def main() -> None:
     curve = []
     for layers in options.layers:
         folder = fabricate(options.work / f"layers-{layers}", "252m", layers)
-        run = measure("quantmill", folder, "bnb-nf4")
+        run = measure("quantmill", folder, "bnb-nf4", options.device)
         curve.append({"layers": layers, "beyond_model": run["peak"] - run["model"], **run})
     if options.json:
         print(json.dumps({"loads": rows, "layers": curve}, indent=2))
         return
     for row in rows:
-        bound = 1.15 * row["model"] + (64 << 20)
+        bound, words = 1.15 * row["model"] + (64 << 20), "1.15 x model + 64 MiB"
+        if options.device == "cuda":
+            bound, words = row["model"] + 2 * largest + (256 << 20), "model + 2 largest + 256 MiB"
         print(
             f"{row['what']:9} {row['who']:13} {row['seconds']:7.2f} s"
             f" [{row['spread'][0]:.2f}, {row['spread'][1]:.2f}]"
             f"  model {row['model'] / 2**20:7.0f} MiB  peak {row['peak'] / 2**20:7.0f} MiB"
-            f"  ({row['peak'] / bound:.2f} of 1.15 x model + 64 MiB)"
+            f"  ({row['peak'] / bound:.2f} of {words})"
         )
     for method in ("bnb-nf4", "bnb-int8", "stored"):
         pair = {row["who"]: row["seconds"] for row in rows if row["what"] == method}

@@ -4,7 +4,15 @@ from quantmill.forms.affine import Affine
 from quantmill.forms.base import Form, FormValue, value_of
 from quantmill.forms.codebook import Codebook, nearest_on_grid, register_table, table_values
 from quantmill.forms.codes import Codes
-from quantmill.forms.grouping import Blocks, Channel, Flat, Group, Grouping, PerTensor
+from quantmill.forms.grouping import (
+    Blocks,
+    Channel,
+    Flat,
+    Group,
+    Grouping,
+    PerTensor,
+    Strided,
+)
 from quantmill.forms.scaled_float import ScaledFloat
 
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "Grouping",
     "PerTensor",
     "ScaledFloat",
+    "Strided",
     "nearest_on_grid",
     "register_table",
     "table_values",

@@ -12,7 +12,7 @@ Evaluation, in float32 and in this order, then one rounding to the asked dtype::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +66,10 @@ class Affine(Form):
             result = result + self._spread(self.offset)
         return result.to(dtype or self.dtype)
 
+    def with_packing(self, packing: str) -> Affine:
+        """The same form with its codes packed otherwise."""
+        return replace(self, codes=self.codes.repacked(packing))
+
     def traits(self) -> Mapping[str, Any]:
         return {
             "bits": self.codes.bits,
@@ -76,6 +80,63 @@ class Affine(Form):
             "act_order": self.group_index is not None,
             "nested": isinstance(self.scale, Form),
         }
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: Tensor,
+        bits: int,
+        grouping: Grouping,
+        *,
+        symmetric: bool = False,
+        offset: str = "zero",
+        packing: str = "dense",
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> Affine:
+        """Round to nearest over each group's range: the plainest quantizer, and the reference.
+
+        Args:
+            weight: float ``[out, in]``.
+            bits: 1 to 8; codes are 0 to ``2**bits - 1``.
+            grouping: which elements share a scale.
+            symmetric: the zero point is the middle code ``2**(bits - 1)`` and the scale
+                ``absmax / (2**(bits - 1) - 1)`` (for 1 bit ``absmax``); otherwise the range
+                from the group's minimum to its maximum, both widened to zero, is divided evenly.
+            offset: ``zero`` for an integer zero point, ``minimum`` for an additive minimum.
+            packing: how the codes are held.
+            scale_dtype: scales are rounded to it before codes are chosen, so codes fit them.
+        """
+        work = weight.to(torch.float32)
+        shape = tuple(weight.shape)
+        top = float(2**bits - 1)
+        low = grouping.reduce(work, "amin").clamp(max=0)
+        high = grouping.reduce(work, "amax").clamp(min=0)
+        zero: Tensor
+        if symmetric:
+            middle = float(2 ** (bits - 1))
+            scale = torch.maximum(high, -low) / max(1.0, middle - 1)
+            zero = torch.full_like(scale, middle)
+        else:
+            scale = (high - low) / top
+            zero = torch.zeros_like(scale)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        scale = scale.to(scale_dtype).to(torch.float32)
+        if not symmetric:
+            zero = torch.round(-low / scale).clamp(0, top) if offset == "zero" else low
+        wide_scale = grouping.expand(scale, shape)
+        wide_zero = grouping.expand(zero, shape)
+        if offset == "minimum" and not symmetric:
+            codes = torch.round((work - wide_zero) / wide_scale)
+        else:
+            codes = torch.round(work / wide_scale) + wide_zero
+        return cls(
+            Codes.pack(codes.clamp(0, top).to(torch.uint8), bits, packing),
+            scale.to(scale_dtype),
+            grouping,
+            zero,
+            "minimum" if offset == "minimum" and not symmetric else "zero",
+            dtype=weight.dtype,
+        )
 
     @classmethod
     def quantize_rows_int8(cls, weight: Tensor, dtype: torch.dtype | None = None) -> Affine:

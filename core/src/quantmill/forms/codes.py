@@ -2,27 +2,32 @@
 
 ``packing`` names how ``data`` holds them:
 
-========  ============================================================================
-``u8``    one unsigned code per byte, ``data`` has the tensor's shape
-``i8``    one signed code per byte, ``data`` has the tensor's shape
-``hi4``   two 4-bit codes per byte over the flattened tensor, the first in the high nibble;
-          an odd count leaves the last low nibble unused
-``lo4``   the same with the first code in the low nibble
-========  ============================================================================
+=========  ===========================================================================
+``u8``     one unsigned code per byte, ``data`` has the tensor's shape
+``i8``     one signed code per byte, ``data`` has the tensor's shape
+``hi4``    two 4-bit codes per byte over the flattened tensor, the first in the high nibble;
+           an odd count leaves the last low nibble unused
+``lo4``    the same with the first code in the low nibble
+``dense``  a stream of ``bits``-bit codes over the flattened tensor, the first in the lowest bits
+           of the first byte; a code may cross bytes, unused bits of the last byte are zero.
+           With 4 bits it is ``lo4``.
+=========  ===========================================================================
 
-Disk layouts with other packings are a codec's business; those that kernels read directly are
-added here.
+Disk layouts with other packings are a codec's business.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
 
 __all__ = ["Codes"]
+
+_CHUNK = 1 << 24
+"""Codes converted at a time: the temporaries are wider than the codes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,21 +54,26 @@ class Codes:
         if self.packing in ("u8", "i8"):
             return self.data.reshape(self.shape)
         flat = self.data.reshape(-1).view(torch.uint8)
+        if self.packing == "dense" and self.bits != 4:
+            return _unpack_dense(flat, self.bits, self.count).reshape(self.shape)
         high, low = flat >> 4, flat & 0x0F
         pair = (high, low) if self.packing == "hi4" else (low, high)
-        if self.packing not in ("hi4", "lo4"):
+        if self.packing not in ("hi4", "lo4", "dense"):
             raise ValueError(f"unknown packing {self.packing!r}")
         return torch.stack(pair, dim=-1).reshape(-1)[: self.count].reshape(self.shape)
 
     @classmethod
     def pack(cls, codes: Tensor, bits: int, packing: str, *, pad: int = 0) -> Codes:
-        """Pack codes (integers, any shape). ``hi4`` and ``lo4`` give ``uint8 [ceil(n / 2), 1]``;
-        ``pad`` fills the unused half of the last byte."""
+        """Pack codes (integers in range, any shape). ``hi4`` and ``lo4`` give ``uint8
+        [ceil(n / 2), 1]``, ``dense`` gives ``uint8 [ceil(n * bits / 8)]``; ``pad`` fills the
+        unused half of the last byte of ``hi4`` and ``lo4``."""
         shape = tuple(codes.shape)
         if packing in ("u8", "i8"):
             kind = torch.uint8 if packing == "u8" else torch.int8
             return cls(codes.to(kind), bits, shape, packing)
         flat = codes.reshape(-1).to(torch.uint8)
+        if packing == "dense":
+            return cls(_pack_dense(flat, bits), bits, shape, packing)
         if flat.numel() % 2:
             flat = torch.cat([flat, flat.new_full((1,), pad)])
         first, second = flat[::2], flat[1::2]
@@ -83,6 +93,10 @@ class Codes:
         if packing in ("u8", "i8"):
             kind = torch.uint8 if packing == "u8" else torch.int8
             return cls(torch.empty(shape, dtype=kind, device=device), bits, shape, packing)
+        if packing == "dense":
+            size = (prod(shape) * bits + 7) // 8
+            data = torch.empty(size, dtype=torch.uint8, device=device)
+            return cls(data, bits, shape, packing)
         size = (prod(shape) + 1) // 2
         data = torch.empty((size, 1), dtype=torch.uint8, device=device)
         return cls(data, bits, shape, packing)
@@ -90,3 +104,57 @@ class Codes:
     def to(self, device: str | torch.device) -> Codes:
         """The same codes on another device."""
         return Codes(self.data.to(device), self.bits, self.shape, self.packing)
+
+    def repacked(self, packing: str) -> Codes:
+        """The same codes in another packing."""
+        if packing == self.packing:
+            return self
+        if "i8" in (packing, self.packing):
+            raise ValueError("signed codes are not repacked: their values would change")
+        return Codes.pack(self.unpack(), self.bits, packing)
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """Codes and bytes after which a dense stream is at a byte's start again."""
+    common = gcd(bits, 8)
+    return 8 // common, bits // common
+
+
+def _pack_dense(flat: Tensor, bits: int) -> Tensor:
+    codes, size = _period(bits)
+    out = torch.empty((flat.numel() * bits + 7) // 8, dtype=torch.uint8, device=flat.device)
+    step = _CHUNK // codes * codes
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
+        rest = -part.numel() % codes
+        if rest:
+            part = torch.cat([part, part.new_zeros(rest)])
+        part = part.reshape(-1, codes).to(torch.int64)
+        word = torch.zeros(part.shape[0], dtype=torch.int64, device=flat.device)
+        for index in range(codes):
+            word |= part[:, index] << (bits * index)
+        packed = torch.stack([(word >> (8 * index)) & 0xFF for index in range(size)], dim=1)
+        where = start * bits // 8
+        packed = packed.to(torch.uint8).reshape(-1)[: out.numel() - where]
+        out[where : where + packed.numel()] = packed
+    return out
+
+
+def _unpack_dense(data: Tensor, bits: int, count: int) -> Tensor:
+    codes, size = _period(bits)
+    out = torch.empty(count, dtype=torch.uint8, device=data.device)
+    step = _CHUNK // codes * codes
+    mask = (1 << bits) - 1
+    for start in range(0, count, step):
+        stop = min(count, start + step)
+        part = data[start * bits // 8 : (stop * bits + 7) // 8]
+        rest = -part.numel() % size
+        if rest:
+            part = torch.cat([part, part.new_zeros(rest)])
+        part = part.reshape(-1, size).to(torch.int64)
+        word = torch.zeros(part.shape[0], dtype=torch.int64, device=data.device)
+        for index in range(size):
+            word |= part[:, index] << (8 * index)
+        spread = torch.stack([(word >> (bits * index)) & mask for index in range(codes)], dim=1)
+        out[start:stop] = spread.to(torch.uint8).reshape(-1)[: stop - start]
+    return out

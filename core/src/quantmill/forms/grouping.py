@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Channel", "Flat", "Group", "Grouping", "PerTensor"]
+__all__ = ["Blocks", "Channel", "Flat", "Group", "Grouping", "PerTensor", "Strided"]
 
 
 def _ceil(value: int, size: int) -> int:
@@ -35,6 +35,17 @@ class Grouping:
     def expand(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Spread ``values`` (one per group) so that they broadcast against ``shape``."""
         raise NotImplementedError
+
+    def reduce(self, tensor: Tensor, how: str) -> Tensor:
+        """``amin`` or ``amax`` of each group of ``tensor``, in :meth:`scale_shape`."""
+        shape = tuple(tensor.shape)
+        out = self.scale_shape(shape)
+        numbers = torch.arange(prod(out), device=tensor.device).reshape(out)
+        index = self.expand(numbers, shape).expand(shape).reshape(-1)
+        first = torch.zeros(prod(out), dtype=tensor.dtype, device=tensor.device)
+        return first.scatter_reduce(0, index, tensor.reshape(-1), how, include_self=False).reshape(
+            out
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,12 @@ class Group(Grouping):
         values = values.reshape(self.scale_shape(shape))
         return values.repeat_interleave(self.size, dim=-1)[..., : shape[-1]]
 
+    def reduce(self, tensor: Tensor, how: str) -> Tensor:
+        if tensor.shape[-1] % self.size:
+            return Grouping.reduce(self, tensor, how)
+        result: Tensor = getattr(tensor.reshape(*tensor.shape[:-1], -1, self.size), how)(dim=-1)
+        return result
+
 
 @dataclass(frozen=True, slots=True)
 class Flat(Grouping):
@@ -93,6 +110,26 @@ class Flat(Grouping):
         count = prod(shape)
         spread = values.reshape(-1).repeat_interleave(self.size)[:count]
         return spread.reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Strided(Grouping):
+    """Groups of ``size`` elements of the flattened tensor that lie ``n / size`` apart.
+
+    The view ``[size, n / size]`` grouped by column: HQQ's axis 0. ``size`` must divide ``n``.
+    """
+
+    size: int
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        count = prod(shape)
+        if count % self.size:
+            raise ValueError(f"strided groups of {self.size} do not divide {count} elements")
+        return (count // self.size,)
+
+    def expand(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        groups = prod(self.scale_shape(shape))
+        return values.reshape(1, groups).expand(self.size, groups).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)

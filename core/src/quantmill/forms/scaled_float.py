@@ -58,20 +58,7 @@ class ScaledFloat(Form):
         """Scale each group so that its absmax is the largest finite value, round to nearest."""
         work = weight.to(torch.float32)
         top = torch.finfo(values).max
-        spread_shape = grouping.scale_shape(tuple(weight.shape))
-        index = grouping.expand(
-            torch.arange(max(1, _count(spread_shape)), device=weight.device).reshape(spread_shape),
-            tuple(weight.shape),
-        ).expand(weight.shape)
-        absmax = torch.zeros(max(1, _count(spread_shape)), device=weight.device)
-        absmax = absmax.scatter_reduce(0, index.reshape(-1), work.abs().reshape(-1), "amax")
-        scale = torch.where(absmax > 0, absmax / top, torch.ones_like(absmax)).reshape(spread_shape)
+        absmax = grouping.reduce(work.abs(), "amax")
+        scale = torch.where(absmax > 0, absmax / top, torch.ones_like(absmax))
         scaled = (work / grouping.expand(scale, tuple(weight.shape))).clamp(-top, top)
         return cls(scaled.to(values), scale, grouping, dtype=weight.dtype)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
