@@ -167,6 +167,15 @@ class MethodConfig(BaseModel):
         )
         return finding
 
+    def changed(self) -> dict[str, Any]:
+        """Fields that differ from their defaults, those left out of the peer's dialect too."""
+        return {
+            name: getattr(self, name)
+            for name, info in type(self).model_fields.items()
+            if name != "unknown"
+            and getattr(self, name) != info.get_default(call_default_factory=True)
+        }
+
     def keeping(self, modules: Sequence[str]) -> Self:
         """The config with ``modules`` added to the peer's skip list, where its dialect has one.
 

@@ -90,17 +90,21 @@ class KernelRegistry:
         *,
         force: Collection[str] = (),
         disable: Collection[str] = (),
+        environment: bool = True,
     ) -> None:
         """``QUANTMILL_KERNELS`` and ``QUANTMILL_DISABLE_KERNELS`` (comma-separated names) add to
-        ``force`` and ``disable``."""
+        ``force`` and ``disable``, unless ``environment`` is false."""
         self.kernels = sorted(kernels, key=lambda kernel: (kernel.cost, kernel.name))
-        self.force = {*force, *_environment("QUANTMILL_KERNELS")}
-        self.disable = {*disable, *_environment("QUANTMILL_DISABLE_KERNELS")}
+        self.force = {*force, *(_environment("QUANTMILL_KERNELS") if environment else ())}
+        self.disable = {
+            *disable,
+            *(_environment("QUANTMILL_DISABLE_KERNELS") if environment else ()),
+        }
         unknown = (self.force | self.disable) - {kernel.name for kernel in self.kernels}
         if unknown:
             raise QuantmillError(
                 *(
-                    UNKNOWN_KERNEL(name, f"there is no kernel {name!r}", "see `quantmill doctor`")
+                    UNKNOWN_KERNEL(name, f"there is no kernel {name!r}", "see `quantmill kernels`")
                     for name in sorted(unknown)
                 )
             )
@@ -145,10 +149,31 @@ class KernelRegistry:
 
         ``layout`` is that of tensors already prepared; without it kernels of any layout fit.
         """
+        kernel, reasons = self.explain(
+            operation, form, traits, device=device, dtype=dtype, rows=rows, layout=layout
+        )
+        return None if kernel is None else Choice(kernel, reasons)
+
+    def explain(
+        self,
+        operation: str,
+        form: str,
+        traits: Mapping[str, Any],
+        *,
+        device: str,
+        dtype: str,
+        rows: int | None = None,
+        layout: str | None = None,
+    ) -> tuple[Kernel | None, dict[str, str]]:
+        """What :meth:`choose` takes, and why each other kernel of the operation was not taken:
+        the reasons are there also when none fits."""
         reasons: dict[str, str] = {}
         fitting = []
         for kernel in self.kernels:
-            if kernel.operation != operation or kernel.form != form:
+            if kernel.operation != operation:
+                continue
+            if kernel.form != form:
+                reasons[kernel.name] = f"is for the form {kernel.form}"
                 continue
             reason = self._misfit(kernel, traits, device, dtype, rows)
             if reason is None and layout is not None and kernel.layout != layout:
@@ -157,24 +182,18 @@ class KernelRegistry:
                 fitting.append(kernel)
             else:
                 reasons[kernel.name] = reason
-        forced = [kernel for kernel in fitting if kernel.name in self.force]
-        if forced:
-            reasons |= {
-                kernel.name: f"{forced[0].name} is forced"
-                for kernel in fitting
-                if kernel not in forced
-            }
-            fitting = forced
         if not fitting:
-            return None
-        best = fitting[0]
-        for kernel in fitting[1:]:
-            reasons[kernel.name] = (
-                f"costs {kernel.cost:g}, more than {best.cost:g}"
-                if kernel.cost > best.cost
-                else f"costs {kernel.cost:g} like {best.name}, whose name comes first"
-            )
-        return Choice(best, reasons)
+            return None, reasons
+        chosen = next((kernel for kernel in fitting if kernel.name in self.force), fitting[0])
+        for kernel in fitting:
+            if kernel is not chosen:
+                forced = chosen.name in self.force and kernel.name not in self.force
+                reasons[kernel.name] = (
+                    f"{chosen.name} is forced"
+                    if forced
+                    else f"costs {kernel.cost:g}, not less than {chosen.cost:g}"
+                )
+        return chosen, reasons
 
     def _misfit(
         self, kernel: Kernel, traits: Mapping[str, Any], device: str, dtype: str, rows: int | None

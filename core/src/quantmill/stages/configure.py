@@ -57,11 +57,14 @@ def _unknown(job: Job, raw: Mapping[str, Any], origin: str) -> Any:
 def read_config(job: Job, raw: Mapping[str, Any], origin: str) -> tuple[str, MethodConfig] | None:
     """The core's answer to ``quantmill_configure``: by method name, quant_method or marker key."""
     name = raw.get("method")
-    if not isinstance(name, str) or name not in job.host.methods:
+    methods = job.host.methods
+    if not isinstance(name, str) or name not in methods:
         name = None
         for dialect in job.host.dialects:
             named = raw.get("quant_method") in dialect.quant_methods
             marked = "quant_method" not in raw and any(key in raw for key in dialect.marker_keys)
+            if dialect.method not in methods:
+                continue
             if (named or marked) and (dialect.accepts is None or resolve(dialect.accepts)(raw)):
                 name = dialect.method
                 break

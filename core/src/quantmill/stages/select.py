@@ -14,6 +14,7 @@ patterns) and ``assign`` (pattern to METHOD, for several methods in one model).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ CONFLICTING_SELECTION = declare("QM-SELECT-004", "Two plugins select different m
 ALREADY_SEVERAL = declare(
     "QM-SELECT-006", "A method was asked for, and the checkpoint holds several already"
 )
+UNREADABLE_STORED = declare("QM-SELECT-007", "A checkpoint's quantization_config can't be read")
 MISSING_LIBRARY = declare("QM-SELECT-005", "A method's library is missing or of a wrong version")
 
 _OWN_KEYS = ("method", "skip", "include", "assign")
@@ -52,7 +54,7 @@ def parse_method(value: Any, host: Host) -> Request:
     if isinstance(value, Request):
         return value
     if isinstance(value, MethodConfig):
-        raw = value.model_dump(exclude_defaults=True)
+        raw = value.changed()
         for method in host.methods.values():
             if method.config == f"{type(value).__module__}:{type(value).__qualname__}":
                 return Request(raw, method.name, method.name)
@@ -70,7 +72,13 @@ def parse_method(value: Any, host: Host) -> Request:
             raise QuantmillError(
                 UNREADABLE_METHOD(text, f"there is no file {text}", "give an existing file")
             )
-        return _from_text(path.read_text(encoding="utf-8"), path.name, host)
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise QuantmillError(
+                UNREADABLE_METHOD(text, f"it can't be read: {error}", "give a file of UTF-8 text")
+            ) from None
+        return _from_text(content, path.name, host)
     return _from_short_name(text, host)
 
 
@@ -93,7 +101,8 @@ def _from_text(text: str, where: str, host: Host) -> Request:
 def _from_short_name(text: str, host: Host) -> Request:
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
+    # A comma within brackets belongs to a value: name:patterns=["a","b"].
+    for item in filter(None, re.split(r",(?![^\[{]*[\]}])", rest)):
         key, separator, value = item.partition("=")
         if not separator:
             raise QuantmillError(
@@ -134,13 +143,16 @@ def _from_mapping(data: dict[str, Any], where: str, host: Host) -> Request:
     name = data.get("method")
     skip = _patterns(data.get("skip"), where)
     include = _patterns(data.get("include"), where)
-    assign = {
-        pattern: parse_method(value, host) for pattern, value in (data.get("assign") or {}).items()
-    }
+    given = data.get("assign") or {}
+    if not isinstance(given, Mapping):
+        raise QuantmillError(
+            UNREADABLE_METHOD(where, "assign is no mapping", "write pattern: METHOD pairs")
+        )
+    assign = {str(pattern): parse_method(value, host) for pattern, value in given.items()}
     raw = {key: value for key, value in data.items() if key not in _OWN_KEYS}
     method = None
     if name is not None:
-        base = parse_method(str(name), host)
+        base = _from_short_name(str(name), host)
         raw, method = {**(base.raw or {}), **raw}, base.method
     label = "" if name is None else str(name)
     return Request(raw, method, where, label, skip, include, assign)
@@ -166,6 +178,14 @@ def select(job: Job) -> dict[str, Selection]:
     """
     with job.stage("select"):
         stored = job.headers.config.get("quantization_config")
+        if stored and not isinstance(stored, Mapping):
+            raise QuantmillError(
+                UNREADABLE_STORED(
+                    "quantization_config",
+                    f"it is a {type(stored).__name__}, not an object",
+                    "correct config.json",
+                )
+            )
         if stored and is_table(stored):
             return _several(job, stored)
         if stored:

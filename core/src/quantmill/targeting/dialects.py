@@ -24,17 +24,30 @@ __all__ = [
 def from_transformers_skip(value: Sequence[str], origin: str = "checkpoint") -> list[Rule]:
     """``llm_int8_skip_modules`` and ``modules_to_not_convert`` of transformers.
 
-    There an entry matches from the start of a name up to a component's end, literally or as a
-    regular expression, or as the end of a name.
+    There an entry matches as a regular expression from the start of a name up to a component's
+    end, or literally as the end of a name, at a component's start or not.
     """
-    rules = []
-    for entry in value:
-        if re.fullmatch(r"[\w.]+", entry):
-            pattern = entry
-        else:
-            pattern = rf"re:(?:{entry})(?:\..*)?"
-        rules.append(Rule(pattern, "skip", origin, reason=f"skip list: {entry}"))
-    return rules
+    boundary = r"(?:(?<=\.)|(?=\.|$)).*"
+    return [
+        Rule(
+            _expression(rf"(?:{_grouped(entry)}){boundary}|.*{re.escape(entry)}"),
+            "skip",
+            origin,
+            reason=f"skip list: {entry}",
+        )
+        for entry in value
+    ]
+
+
+def _expression(body: str) -> str:
+    """A pattern of our language that is one regular expression: ``&`` would join two."""
+    return "re:" + body.replace("&", r"\&")
+
+
+def _grouped(expression: str) -> str:
+    """An expression that may stand within another: flags at its start hold for it alone."""
+    found = re.match(r"\(\?([aiLmsux]+)\)", expression)
+    return f"(?{found.group(1)}:{expression[found.end() :]})" if found else expression
 
 
 def from_gptq_dynamic(
@@ -49,7 +62,7 @@ def from_gptq_dynamic(
             sign, body = "+", entry
         reason = f"dynamic: {entry}"
         # Matched from the start only, so the rest of the name may be anything.
-        pattern, order = f"re:(?:{body}).*", len(value) - index
+        pattern, order = _expression(f"(?:{_grouped(body)}).*"), len(value) - index
         if sign == "-":
             rules.append(Rule(pattern, "skip", origin, reason=reason, order=order))
         else:
@@ -105,7 +118,7 @@ def from_compressed_tensors(
 def _compressed_pattern(entry: str) -> tuple[str, int]:
     """The pattern of a target and its order."""
     if entry.startswith("re:"):
-        return f"re:(?:{entry[3:]}).*", 1
+        return _expression(f"(?:{_grouped(entry[3:])}).*"), 1
     if re.fullmatch(r"[A-Z]\w*", entry):
         return f"cls:{entry}", 0
     return f"re:{re.escape(entry)}", 2
@@ -120,7 +133,7 @@ def from_torchao_fqn(value: Mapping[str, Any], origin: str = "checkpoint") -> li
         if entry == "_default":
             pattern, order = "**", 0
         elif entry.startswith("re:"):
-            pattern, order = entry, count - index
+            pattern, order = _expression(_grouped(entry[3:])), count - index
         else:
             pattern, order = f"re:{re.escape(entry.removesuffix('.weight'))}", count + 1
         if config is None:
