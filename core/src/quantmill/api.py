@@ -78,6 +78,7 @@ def make_job(
         dtype=name,
         options=Options(**options),
         progress=progress,
+        findings=Findings(headers.findings),
     )
 
 
@@ -125,6 +126,7 @@ def plan(
         allow_unmatched=allow_unmatched,
         strict=strict,
         max_memory=max_memory,
+        planning=True,
     )
     return _prepare(job)
 
@@ -144,13 +146,19 @@ def load(
     gradient_checkpointing: bool = True,
     dequantize: bool = False,
     non_finite: str = "error",
+    calibration: Any = None,
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
     progress: Progress | None = None,
     host: Host | None = None,
 ) -> nn.Module:
     """A live model, quantized on the fly or from a quantized checkpoint, streaming.
 
     Without a method a float checkpoint loads as it is and a quantized one as it says.
-    ``training`` prepares the model for adapters (QLoRA).
+    ``training`` prepares the model for adapters (QLoRA). Calibrated methods take ``calibration``
+    (a path, texts or token ids), of which at most ``samples`` windows of ``length`` tokens are
+    chosen by ``seed``.
 
     Raises:
         FindingsError: every error found before loading, at once.
@@ -172,8 +180,12 @@ def load(
         dequantize=dequantize,
         non_finite=non_finite,
         max_memory=max_memory,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
     )
-    from quantmill.stages.quantize import run
+    from quantmill.stages.calibrate import carry_out
     from quantmill.stages.replace import ModelSink
 
     made = _prepare(job, allow_float=True)
@@ -182,7 +194,7 @@ def load(
     assert architecture is not None
     with job.stage("replace"):
         model = architecture.build()
-        run(job, ModelSink(job, model, architecture))
+        carry_out(job, ModelSink(job, model, architecture))
         architecture.finish(model, job.device)
     with job.stage("finalize"):
         for answer in job.host.hook.quantmill_finalize(job=job, model=model):
@@ -205,10 +217,17 @@ def quantize(
     strict: bool = False,
     non_finite: str = "error",
     max_shard_bytes: int = 5 * 10**9,
+    calibration: Any = None,
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
     progress: Progress | None = None,
     host: Host | None = None,
 ) -> WriteReport:
     """Quantize a checkpoint into a new folder, streaming; the folder appears when it is complete.
+
+    Calibrated methods take ``calibration`` as :func:`load` does; such a job can be interrupted
+    and goes on, with the same bytes in the end, when it is called again in the same way.
 
     Raises:
         FindingsError: every error found before anything is written, at once.
@@ -229,6 +248,10 @@ def quantize(
         strict=strict,
         non_finite=non_finite,
         output=str(output),
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
     )
     _prepare(job).raise_errors()
     return write_checkpoint(job, Path(output), max_shard_bytes)
@@ -307,7 +330,9 @@ def fits(
     found: list[Candidate] = []
     architecture = None
     for name, (method, preset) in host.presets.items():
-        job = make_job(first.headers.source, name, device=device, dtype=dtype, host=host)
+        job = make_job(
+            first.headers.source, name, device=device, dtype=dtype, host=host, planning=True
+        )
         job.architecture = architecture
         loss = 16.0 - preset.bits
         try:

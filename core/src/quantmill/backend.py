@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from quantmill.calibration.block import Block
     from quantmill.checkpoint.headers import TensorHeader
     from quantmill.config import MethodConfig
     from quantmill.findings import Finding
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
     from quantmill.kernels import KernelRegistry
     from quantmill.targeting.types import Target
 
-__all__ = ["Codec", "LinearFactory", "NonFiniteWeight", "Quantizer", "WeightSource"]
+__all__ = [
+    "BlockCalibrator",
+    "Codec",
+    "LinearFactory",
+    "NonFiniteWeight",
+    "Quantizer",
+    "WeightSource",
+]
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -94,6 +102,26 @@ class Quantizer(ABC, Generic[ConfigT]):
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
         """Memory used while quantizing ``target``, beyond the form and the row buffers."""
         return 0
+
+
+class BlockCalibrator(ABC, Generic[ConfigT]):
+    """Quantizes the targets of a block with the inputs they really get."""
+
+    def __init__(
+        self, config: ConfigT, *, device: torch.device, kernels: KernelRegistry, seed: int = 0
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.kernels = kernels
+        self.seed = seed
+
+    @abstractmethod
+    def calibrate(self, block: Block) -> None:
+        """Give every target of ``block`` its form with :meth:`Block.put`.
+
+        Raises:
+            NonFiniteWeight: a weight holds NaN or infinity.
+        """
 
 
 class Codec(ABC, Generic[ConfigT]):

@@ -176,6 +176,11 @@ class MethodConfig(BaseModel):
             and getattr(self, name) != info.get_default(call_default_factory=True)
         }
 
+    def extra_files(self, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """JSON files that the peer expects beside ``config.json``, from the config that is
+        ``stored`` there; name to content."""
+        return {}
+
     def keeping(self, modules: Sequence[str]) -> Self:
         """The config with ``modules`` added to the peer's skip list, where its dialect has one.
 

@@ -78,6 +78,15 @@ class Options:
     """Load a quantized checkpoint as a float model."""
     output: str | None = None
     """Folder to be written, for the disk space check."""
+    calibration: Any = None
+    """Calibration data: see :func:`quantmill.calibration.data.read_calibration`."""
+    samples: int = 128
+    """Most calibration windows."""
+    length: int = 512
+    """Tokens per calibration window."""
+    seed: int = 0
+    planning: bool = False
+    """Only a plan is asked for: that calibration data is needed is worth knowing, no error."""
 
 
 @dataclass(slots=True)

@@ -132,6 +132,8 @@ class Method:
     linear: ImportString | None = None
     """A subclass of :class:`quantmill.backend.LinearFactory`; without one the core's own linear
     holds the form."""
+    calibrator: ImportString | None = None
+    """A subclass of :class:`quantmill.backend.BlockCalibrator`, for calibrated methods."""
     presets: tuple[Preset, ...] = ()
     aliases: tuple[str, ...] = ()
     requirements: tuple[Requirement, ...] = ()

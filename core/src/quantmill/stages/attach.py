@@ -83,7 +83,7 @@ def detach_forms(module: nn.Module) -> int:
             chain: Any = part.parametrizations[name]  # type: ignore[index]
             if not any(isinstance(item, _FromForm) for item in chain):
                 continue
-            value = getattr(part, name).detach().clone()
+            value = getattr(part, name).detach().clone(memory_format=torch.contiguous_format)
             parametrize.remove_parametrizations(part, name, leave_parametrized=False)
             part._parameters[name] = nn.Parameter(value, requires_grad=False)
             part._quantmill_hooks.pop(name).remove()  # type: ignore[operator, union-attr]

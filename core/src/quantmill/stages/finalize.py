@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantmill.findings import Finding, QuantmillError, declare
+from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.job import Job
 from quantmill.stages.attach import detach_forms
 from quantmill.stages.quantize import factory_of
@@ -17,6 +18,12 @@ from quantmill.stages.table import stored_config
 __all__ = ["core_finalize", "dequantize_model", "prepare_training"]
 
 NOT_TRAINABLE = declare("QM-FINAL-001", "The method can't carry gradients to adapters")
+NO_CHECKPOINTING = declare(
+    "QM-FINAL-002",
+    "The model can't be trained with gradient checkpointing",
+    Severity.WARNING,
+    fallback=True,
+)
 
 
 def core_finalize(job: Job, model: nn.Module) -> Iterator[Finding]:
@@ -37,24 +44,27 @@ def core_finalize(job: Job, model: nn.Module) -> Iterator[Finding]:
                         "take a trainable method: see `quantmill doctor`",
                     )
                 )
-        prepare_training(model, checkpointing=job.options.gradient_checkpointing)
-    yield from ()
+        checkpointing = job.options.gradient_checkpointing
+        if checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+            checkpointing = False
+            yield NO_CHECKPOINTING(
+                type(model).__name__,
+                "the framework has no gradient checkpointing for it; activations stay in memory",
+                "pass gradient_checkpointing=False",
+            )
+        prepare_training(model, checkpointing=checkpointing)
 
 
 def prepare_training(model: nn.Module, *, checkpointing: bool = True) -> nn.Module:
     """Make a quantized model ready for adapters, as QLoRA does (arXiv 2305.14314).
 
-    The base is frozen, norms and other one-dimensional float parameters go to float32, inputs of
-    the first block get gradients, and gradient checkpointing is switched on if asked.
+    The base is frozen, norms compute in float32 between 16-bit neighbours, inputs of the first
+    block get gradients, and gradient checkpointing is switched on if asked.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim == 1 and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.to(torch.float32)
+    model.requires_grad_(False)
     for module in model.modules():
-        # A norm in float32 gives float32: what stayed a 16-bit linear takes it in its own dtype.
-        if type(module) is nn.Linear:
-            module.register_forward_pre_hook(_to_weight_dtype)
+        if "norm" in type(module).__name__.lower():
+            _norm_in_float32(module)
     if checkpointing:
         # transformers renamed these in 5.x; the old name warns.
         enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
@@ -69,18 +79,37 @@ def prepare_training(model: nn.Module, *, checkpointing: bool = True) -> nn.Modu
     return model
 
 
-def _to_weight_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dtype = weight.dtype
-    return tuple(
-        item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
-        for item in inputs
-    )
+def _norm_in_float32(module: nn.Module) -> None:
+    """Put a norm's own weights into float32; everything around it keeps its dtype, so that masks,
+    experts and convolutions, which no hook of ours sees, still meet tensors of one dtype."""
+    stores = (module._parameters, module._buffers)
+    own = [tensor for store in stores for tensor in store.values() if tensor is not None]
+    narrow = [tensor for tensor in own if tensor.dtype in (torch.float16, torch.bfloat16)]
+    if not narrow:
+        return
+    dtype = narrow[0].dtype
+    for tensor in narrow:
+        tensor.data = tensor.data.to(torch.float32)
+    module.register_forward_pre_hook(partial(_cast_inputs, torch.float32))
+    module.register_forward_hook(partial(_cast_output, dtype))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _cast_inputs(dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_cast(item, dtype) for item in inputs)
+
+
+def _cast_output(
+    dtype: torch.dtype, module: nn.Module, inputs: tuple[Any, ...], output: Any
+) -> Any:
+    return _cast(output, dtype)
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turn every quantized linear of a model that quantmill loaded into ``nn.Linear``, in place.
+    """Turn every quantized linear of a model that quantmill loaded into the float one, in place.
 
     Modules are converted one at a time, so the peak is the float model and one weight.
     """
@@ -98,16 +127,21 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             continue
         weight = form.dequantize(wanted)
         bias = getattr(old, "bias", None)
-        new = nn.Linear(
-            entry.target.in_features,
-            entry.target.out_features,
-            bias=bias is not None,
-            device="meta",
-            dtype=wanted,
-        )
-        new.weight = nn.Parameter(weight, requires_grad=False)
+        new = job.architecture.float_module(entry.target) if job.architecture else None
+        if new is None:
+            new = nn.Linear(
+                entry.target.in_features,
+                entry.target.out_features,
+                bias=bias is not None,
+                device="meta",
+                dtype=wanted,
+            )
+        elif entry.target.transposed:
+            weight = weight.transpose(-1, -2).contiguous()
+        new.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         if bias is not None:
-            new.bias = nn.Parameter(bias.detach().to(wanted), requires_grad=False)
+            value = nn.Parameter(bias.detach().to(wanted), requires_grad=False)
+            new.register_parameter("bias", value)
         new.train(old.training)
         model.set_submodule(entry.target.name, new)
     detach_forms(model)

@@ -7,7 +7,7 @@ What the sink is (a live model, a checkpoint) the engine does not know.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 if TYPE_CHECKING:
     from quantmill.forms import Form
 
-__all__ = ["Sink", "StreamedWeight", "run"]
+__all__ = ["Sink", "StreamedWeight", "run", "run_modules"]
 
 NOT_FINITE = declare("QM-WEIGHT-001", "A weight holds NaN or infinity")
 NOT_FINITE_KEPT = declare(
@@ -164,29 +164,72 @@ def run(job: Job, sink: Sink) -> None:
     Raises:
         QuantmillError: a weight can't be read or quantized; nothing has been committed then.
     """
-    plan, architecture = job.plan, job.architecture
-    assert plan is not None and architecture is not None
-    planned: dict[str, list[tuple[Target, Selection]]] = {}
-    for entry in plan.modules:
-        if entry.action == "quantize" and entry.target is not None:
-            selection = job.selections[entry.method or next(iter(job.selections))]
-            planned.setdefault(entry.target.name, []).append((entry.target, selection))
-    order = sorted(architecture.modules, key=lambda module: _position(module, job.headers))
+    architecture = job.architecture
+    assert architecture is not None
     total = sum(header.nbytes for header in job.headers.tensors.values())
     done = 0
     with job.stage("quantize"), TensorReader(job.headers, buffer_bytes=BLOCK_BYTES) as reader:
-        for module in order:
-            targets = planned.get(module.name, [])
-            made = {target.parameter for target, _ in targets if _one(job, reader, sink, target, _)}
-            for local, parameter in module.parameters.items():
-                if local in made or not parameter.sources or parameter.name in architecture.tied:
-                    continue
-                if made and local == "bias":
-                    continue
-                sink.put_tensor(module, parameter, reader)
-            done += _source_bytes(module, job, architecture, bool(targets))
+        for module in run_modules(job, sink, architecture.modules, reader):
+            done += _source_bytes(module, job)
             job.advance(min(done, total), total, module.name)
         job.advance(total, total, "done")
+
+
+def run_modules(
+    job: Job,
+    sink: Sink,
+    modules: Iterable[ModuleInfo],
+    reader: TensorReader,
+    forms: Mapping[str, Form] | None = None,
+) -> Iterator[ModuleInfo]:
+    """Send ``modules`` to the sink in the order of the checkpoint's files; yields each when done.
+
+    ``forms`` (by target name) were made before, by calibration, and are not made again.
+    """
+    plan, architecture = job.plan, job.architecture
+    assert plan is not None and architecture is not None
+    planned = _planned(job)
+    for module in sorted(modules, key=lambda item: _position(item, job.headers)):
+        made = set()
+        for target, selection in planned.get(module.name, []):
+            form = (forms or {}).get(target.name)
+            if form is not None:
+                bias = _bias(job, reader, target)
+                sink.put_form(selection, target, form, bias)
+            elif not _one(job, reader, sink, target, selection):
+                continue
+            made.add(target.parameter)
+        for local, parameter in module.parameters.items():
+            if local in made or not parameter.sources or parameter.name in architecture.tied:
+                continue
+            if made and local == "bias":
+                continue
+            sink.put_tensor(module, parameter, reader)
+        yield module
+
+
+def _planned(job: Job) -> dict[str, list[tuple[Target, Selection]]]:
+    """Targets and their selections by module name; made once per plan."""
+    assert job.plan is not None
+
+    def make() -> dict[str, list[tuple[Target, Selection]]]:
+        planned: dict[str, list[tuple[Target, Selection]]] = {}
+        for entry in job.plan.modules if job.plan is not None else ():
+            if entry.action == "quantize" and entry.target is not None:
+                selection = job.selections[entry.method or next(iter(job.selections))]
+                planned.setdefault(entry.target.name, []).append((entry.target, selection))
+        return planned
+
+    found: dict[str, list[tuple[Target, Selection]]] = _cached(job, ("planned", ""), make)
+    return found
+
+
+def _bias(job: Job, reader: TensorReader, target: Target) -> Tensor | None:
+    assert job.architecture is not None
+    info = target.module.parameters.get("bias")
+    if info is None or not info.sources:
+        return None
+    return job.architecture.assemble(info, reader).to(job.device)
 
 
 def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: Selection) -> bool:
@@ -223,10 +266,7 @@ def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: 
             if job.options.strict:
                 Findings(job.findings).strict().raise_errors()
             return False
-    bias_info = target.module.parameters.get("bias")
-    bias = None
-    if bias_info is not None and bias_info.sources:
-        bias = architecture.assemble(bias_info, reader).to(job.device)
+    bias = _bias(job, reader, target)
     sink.put_form(selection, target, form, bias)
     return True
 
@@ -246,7 +286,7 @@ def _position(module: ModuleInfo, headers: CheckpointHeaders) -> tuple[str, int]
     return "", -1
 
 
-def _source_bytes(module: ModuleInfo, job: Job, architecture: Any, quantized: bool) -> int:
+def _source_bytes(module: ModuleInfo, job: Job) -> int:
     count = 0
     for parameter in module.parameters.values():
         for source in parameter.sources:

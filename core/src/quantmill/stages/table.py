@@ -67,7 +67,8 @@ def stored_config(job: Job) -> dict[str, Any]:
         if entry.action == "quantize" and entry.target is not None and entry.method is not None:
             labels[names[entry.target.name]] = entry.method
         elif entry.action == "keep" and entry.origin in ("user", "default", "architecture"):
-            kept.append(names.get(entry.name, entry.name))
+            # Peers look for the model's names, which a renaming may have changed since the file's.
+            kept.append(entry.name)
     used = {label: job.selections[label] for label in dict.fromkeys(labels.values())}
     if not used:
         used = dict(list(job.selections.items())[:1])

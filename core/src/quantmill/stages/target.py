@@ -70,7 +70,7 @@ def make_plan(job: Job) -> Plan:
     Findings (unmatched patterns, ragged shapes, missing tensors) go to ``job.findings``.
     """
     with job.stage("target"):
-        architecture = job.architecture or open_architecture(job.host, job.headers)
+        architecture = job.architecture or open_architecture(job.host, job.headers, job.dtype)
         job.architecture = architecture
         job.findings.extend(architecture.findings())
         modules = list(architecture.modules)
@@ -126,7 +126,7 @@ def _configured(job: Job, decision: Decision) -> Decision:
     if not decision.options or decision.action != "quantize" or job.prequantized:
         return decision
     base = job.selections[decision.method or next(iter(job.selections))]
-    fields = {**base.config.model_dump(exclude_defaults=True), **decision.options}
+    fields = {**base.config.changed(), **decision.options}
     words = ", ".join(f"{key}={value}" for key, value in decision.options.items())
     made = replace(
         base, label=f"{base.label} ({words})", config=type(base.config).from_user(fields)
@@ -330,7 +330,10 @@ def _stored_target(module: ModuleInfo) -> Any:
         return found[0]
     weight = module.parameters["weight"]
     rows, columns = weight.shape[0], weight.shape[-1]
-    return Target(module, "weight", module.kind, rows, columns, None, module.kind == "conv1d")
+    transposed = module.kind == "conv1d"
+    if transposed:
+        rows, columns = columns, rows
+    return Target(module, "weight", module.kind, rows, columns, None, transposed)
 
 
 def describe_form(form: Form) -> str:

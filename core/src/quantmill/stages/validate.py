@@ -21,6 +21,7 @@ OUT_OF_MEMORY = declare("QM-MEMORY-001", "The model does not fit into the memory
 NO_SPACE = declare("QM-DISK-001", "The output does not fit on the disk")
 NOT_SERIALISABLE = declare("QM-METHOD-001", "The method can't be written to a checkpoint")
 NEEDS_CALIBRATION = declare("QM-METHOD-002", "The method needs calibration data")
+CALIBRATION_NOTE = declare("QM-METHOD-006", "The method will need calibration data", Severity.INFO)
 CANT_LOAD_STORED = declare("QM-METHOD-003", "The method can't load quantized checkpoints")
 OPTIONAL_MISSING = declare(
     "QM-METHOD-004", "An optional library of a method is missing", Severity.WARNING, fallback=True
@@ -92,11 +93,14 @@ def _methods(job: Job) -> Iterator[Finding]:
                 f"{item.method.name} can't load checkpoints that are quantized",
                 "load the float checkpoint and quantize it on the fly",
             )
-        if not job.prequantized and not able.on_the_fly:
-            yield NEEDS_CALIBRATION(
+        if not job.prequantized and not able.on_the_fly and job.options.calibration is None:
+            code = CALIBRATION_NOTE if job.options.planning else NEEDS_CALIBRATION
+            if not able.calibrated:
+                code = NEEDS_CALIBRATION
+            yield code(
                 item.label,
-                f"{item.method.name} can't quantize while loading",
-                "quantize with calibration data first",
+                f"{item.method.name} quantizes with calibration data only",
+                "give a text: --calibration FILE, or calibration= in Python",
             )
         if job.options.output and not able.serialisable:
             yield NOT_SERIALISABLE(

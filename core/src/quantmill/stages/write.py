@@ -17,7 +17,8 @@ from quantmill.checkpoint.writer import CheckpointWriter
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.planning import Plan
-from quantmill.stages.quantize import codec_of, run
+from quantmill.stages.calibrate import carry_out, resume_folder
+from quantmill.stages.quantize import codec_of
 from quantmill.stages.table import stored_config
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
@@ -94,7 +95,7 @@ def write_checkpoint(job: Job, folder: Path, max_shard_bytes: int) -> WriteRepor
     start = perf_counter()
     assert job.plan is not None and job.architecture is not None
     config = dict(job.headers.config)
-    config["quantization_config"] = stored_config(job)
+    stored = config["quantization_config"] = stored_config(job)
     if job.dtype:
         config["dtype"] = job.dtype
     text = json.dumps(config["quantization_config"], sort_keys=True)
@@ -103,8 +104,13 @@ def write_checkpoint(job: Job, folder: Path, max_shard_bytes: int) -> WriteRepor
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     with CheckpointWriter(folder, max_shard_bytes=max_shard_bytes, manifest=manifest) as writer:
-        run(job, CheckpointSink(job, writer))
+        carry_out(job, CheckpointSink(job, writer), resume_folder(folder))
         writer.write_json("config.json", config)
+        for selection in job.selections.values():
+            if selection.method.quant_methods[:1] == (stored.get("quant_method"),):
+                for name, content in selection.config.extra_files(stored).items():
+                    writer.write_json(name, content)
+                break
         for name in job.architecture.companions():
             source = job.headers.source
             writer.write_bytes(name, source.read(name, 0, source.size(name)))

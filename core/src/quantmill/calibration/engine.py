@@ -1,0 +1,283 @@
+"""The calibrating engine: block by block, from the checkpoint to the same sinks as all others.
+
+Memory holds the modules outside the blocks, one block, and the hidden states between two blocks.
+A block's weights are read, its linears meet their real inputs (those that the quantized blocks
+before it give), its calibrator turns them into forms, the sink takes them, and it is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantmill.backend import BlockCalibrator
+from quantmill.calibration.block import Block
+from quantmill.calibration.data import CalibrationData
+from quantmill.calibration.overlay import OverlayReader
+from quantmill.calibration.replay import Replay, find_blocks
+from quantmill.calibration.resume import Progress
+from quantmill.checkpoint.reader import TensorReader
+from quantmill.findings import QuantmillError, Severity, declare
+from quantmill.forms import Form
+from quantmill.job import Job, Selection
+from quantmill.registrations import resolve
+from quantmill.stages.quantize import Sink, codec_of, run_modules
+from quantmill.targeting.types import ModuleInfo, Target
+
+__all__ = ["calibrate"]
+
+NOT_REACHED = declare(
+    "QM-CALIB-040",
+    "Modules got no form from calibration",
+    Severity.ERROR,
+)
+SEVERAL_CALIBRATED = declare("QM-CALIB-041", "Two calibrated methods in one model")
+
+
+def calibrate(job: Job, sink: Sink, data: CalibrationData, keep: Path | None) -> None:
+    """Carry out ``job.plan`` with calibration; ``keep`` is a folder for resuming, or None.
+
+    Raises:
+        QuantmillError: the model can't be replayed, a weight or an activation is not finite, or
+            ``keep`` holds another job.
+    """
+    with TensorReader(job.headers) as reader:
+        _Run(job, sink, data, keep, reader).run()
+
+
+class _Run:
+    def __init__(
+        self, job: Job, sink: Sink, data: CalibrationData, keep: Path | None, reader: TensorReader
+    ) -> None:
+        assert job.plan is not None and job.architecture is not None
+        self.job, self.sink, self.data, self.reader = job, sink, data, reader
+        self.plan, self.architecture = job.plan, job.architecture
+        self.dtype: torch.dtype = getattr(torch, job.plan.dtype)
+        self.targets: dict[str, tuple[Target, Selection]] = {}
+        for entry in job.plan.modules:
+            if entry.action == "quantize" and entry.target is not None:
+                label = entry.method or next(iter(job.selections))
+                self.targets[entry.target.name] = (entry.target, job.selections[label])
+        self.calibrated = {
+            name: pair for name, pair in self.targets.items() if pair[1].method.calibrator
+        }
+        self.modules = {module.name: module for module in self.architecture.modules}
+        self.changed: dict[str, Tensor] = {}
+        """Float tensors that calibration changed, by checkpoint name."""
+        self.progress = Progress(keep, self._about())
+
+    def _about(self) -> dict[str, Any]:
+        import quantmill
+
+        return {
+            "source": self.job.headers.source.identity(),
+            "methods": {
+                label: item.config.to_checkpoint() for label, item in self.job.selections.items()
+            },
+            "targets": {name: pair[1].label for name, pair in sorted(self.targets.items())},
+            "tokens": self.data.digest,
+            "dtype": self.plan.dtype,
+            "device": self.job.device,
+            "seed": self.job.options.seed,
+            "version": quantmill.__version__,
+            "torch": torch.__version__,
+        }
+
+    def _calibrator(self) -> BlockCalibrator[Any]:
+        kinds = {pair[1].method.calibrator: pair[1] for pair in self.calibrated.values()}
+        if len(kinds) > 1:
+            raise QuantmillError(
+                SEVERAL_CALIBRATED(
+                    "method",
+                    f"{' and '.join(item.label for item in kinds.values())} both calibrate",
+                    "quantize with one of them, and assign methods without calibration beside it",
+                )
+            )
+        reference, selection = next(iter(kinds.items()))
+        assert reference is not None
+        made: BlockCalibrator[Any] = resolve(reference)(
+            selection.config,
+            device=torch.device(self.job.device),
+            kernels=self.job.kernels,
+            seed=self.job.options.seed,
+        )
+        return made
+
+    def run(self) -> None:
+        """All blocks, then what lies outside them, then everything to the sink."""
+        job = self.job
+        calibrator = self._calibrator()
+        with job.stage("calibrate"):
+            model = self.architecture.build()
+            blocks, count = find_blocks(model, list(self.calibrated))
+            outside = [m for m in self.modules.values() if not m.name.startswith(f"{blocks}.")]
+            self._load(model, outside)
+            self.architecture.finish(model, job.device)
+            model.eval()
+            batches = [batch.to(job.device) for batch in self.data.batches()]
+            replay = Replay(model, blocks, batches)
+            total = count + 1
+            for index in range(count):
+                name = f"{blocks}.{index}"
+                inside = [m for m in self.modules.values() if m.name.startswith(f"{name}.")]
+                if index < self.progress.finished:
+                    forms = self._restore(index)
+                    if index + 1 == self.progress.finished:
+                        replay.hidden = [t.to(job.device) for t in self.progress.inputs()]
+                else:
+                    job.advance(index, total, name)
+                    forms = self._block(model, replay, calibrator, name, index, inside)
+                self._send(inside, forms)
+            job.advance(count, total, "outside the blocks")
+            self._send(outside, self._tail(replay, calibrator, blocks))
+            job.advance(total, total, "done")
+        self.progress.remove()
+
+    def _send(self, modules: list[ModuleInfo], forms: Mapping[str, Form]) -> None:
+        overlay: Any = OverlayReader(self.reader, self.changed)
+        for _ in run_modules(self.job, self.sink, modules, overlay, forms):
+            pass
+
+    def _load(self, model: nn.Module, modules: list[ModuleInfo]) -> None:
+        from quantmill.stages.replace import ModelSink
+
+        sink = ModelSink(self.job, model, self.architecture)
+        overlay: Any = OverlayReader(self.reader, self.changed)
+        for module in modules:
+            for parameter in module.parameters.values():
+                if parameter.sources and parameter.name not in self.architecture.tied:
+                    sink.put_tensor(module, parameter, overlay)
+
+    def _block(
+        self,
+        model: nn.Module,
+        replay: Replay,
+        calibrator: BlockCalibrator[Any],
+        name: str,
+        index: int,
+        inside: list[ModuleInfo],
+    ) -> dict[str, Form]:
+        self._load(model, inside)
+        module = model.get_submodule(name)
+        targets = [self.calibrated[m.name] for m in inside if m.name in self.calibrated]
+        configs = {target.name: selection.config for target, selection in targets}
+        block = Block(index, name, module, [item[0] for item in targets], configs, replay)
+        if targets:
+            calibrator.calibrate(block)
+            self._complete(block)
+        self._take_changes(block)
+        replay.advance(index, module)
+        self._keep(block, replay)
+        _drop(module)
+        return block.forms
+
+    def _complete(self, block: Block) -> None:
+        lost = [target.name for target in block.targets if target.name not in block.forms]
+        if lost:
+            raise QuantmillError(
+                NOT_REACHED(
+                    lost[0], f"{len(lost)} targets of {block.name} got no form", "report this"
+                )
+            )
+        losses = sorted(block.losses.values())
+        if losses:
+            self.job.state.setdefault("losses", {})[block.name] = dict(block.losses)
+            words = f"{block.name} loss {sum(losses) / len(losses):.2e}"
+            self.job.advance(block.index, len(block._replay.blocks) + 1, words)
+
+    def _take_changes(self, block: Block) -> None:
+        for name, value in block.changed.items():
+            module, _, local = name.rpartition(".")
+            sources = self.modules[module].parameters[local].sources
+            self.changed[sources[0]] = value.detach().clone()
+
+    def _keep(self, block: Block, replay: Replay) -> None:
+        if self.progress.folder is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, form in block.forms.items():
+            _, selection = self.calibrated[name]
+            for local, tensor in codec_of(self.job, selection).encode(form).items():
+                tensors[f"form|{name}|{local}"] = tensor
+        for name, value in block.changed.items():
+            tensors[f"float|{name}"] = value
+        about = {"losses": block.losses, "forms": sorted(block.forms)}
+        self.progress.save(block.index, tensors, about, replay.hidden)
+
+    def _restore(self, index: int) -> dict[str, Form]:
+        tensors, about = self.progress.block(index)
+        forms: dict[str, Form] = {}
+        for name in about["forms"]:
+            target, selection = self.calibrated[name]
+            prefix = f"form|{name}|"
+            members = {
+                key.removeprefix(prefix): tensor.to(self.job.device)
+                for key, tensor in tensors.items()
+                if key.startswith(prefix)
+            }
+            forms[name] = codec_of(self.job, selection).decode(members, target, self.dtype)
+        for key, tensor in tensors.items():
+            if key.startswith("float|"):
+                module, _, local = key.removeprefix("float|").rpartition(".")
+                sources = self.modules[module].parameters[local].sources
+                self.changed[sources[0]] = tensor
+        return forms
+
+    def _tail(
+        self, replay: Replay, calibrator: BlockCalibrator[Any], blocks: str
+    ) -> dict[str, Form]:
+        """Targets outside the blocks, such as the output head."""
+        outside = [
+            pair for name, pair in self.calibrated.items() if not name.startswith(f"{blocks}.")
+        ]
+        if not outside:
+            return {}
+        configs = {target.name: selection.config for target, selection in outside}
+        block = _Tail(
+            len(replay.blocks), "", replay.model, [pair[0] for pair in outside], configs, replay
+        )
+        calibrator.calibrate(block)
+        self._complete(block)
+        return block.forms
+
+
+class _Tail(Block):
+    """The model around its blocks: calls give the output through the stored hidden states."""
+
+    def inputs(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """One call of the whole model per batch, made by :meth:`Replay.finish`."""
+        for _ in self._replay.finish():
+            yield (), {}
+
+    def observe(self, observers: Mapping[str, Any]) -> None:
+        handles = []
+        for name, observer in observers.items():
+            module = self._replay.model.get_submodule(name)
+
+            def seen(_: nn.Module, args: tuple[Any, ...], observer: Any = observer) -> None:
+                observer(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+            handles.append(module.register_forward_pre_hook(seen))
+        try:
+            for _ in self._replay.finish():
+                pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def call_order(self) -> list[list[Target]]:
+        return [[target] for target in self.targets]
+
+
+def _drop(module: nn.Module) -> None:
+    """Free the weights of a block."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(
+                    torch.empty_like(parameter, device="meta"), requires_grad=False
+                )

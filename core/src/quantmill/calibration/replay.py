@@ -1,0 +1,190 @@
+"""Replaying a model block by block, through its own forward.
+
+The model's own code makes the arguments of each block (masks, positions, whatever it passes per
+layer); only the hidden states are ours. To call block ``i``, the model runs with every earlier
+block replaced by one that passes its input on, and the stored hidden states are put in at block
+``i``. Hidden states are kept per batch in the model's dtype; nothing else is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantmill.findings import QuantmillError, declare
+
+__all__ = ["Replay", "find_blocks"]
+
+NO_BLOCKS = declare("QM-CALIB-020", "The model has no list of blocks to calibrate one by one")
+ODD_BLOCK = declare("QM-CALIB-021", "A block takes or gives no hidden states that can be replayed")
+
+
+def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
+    """The ``ModuleList`` that holds most of the modules ``names``, and its length.
+
+    Raises:
+        QuantmillError: none holds any.
+    """
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0:
+            inside = sum(item.startswith(f"{name}.") for item in names)
+            # Of nested lists (experts in blocks) the outer one holds at least as many.
+            if inside and inside > max(counts.values(), default=0):
+                counts[name] = inside
+    if not counts:
+        raise QuantmillError(
+            NO_BLOCKS(
+                type(model).__name__,
+                "no ModuleList or Sequential in it holds the modules to quantize",
+                "use a method that needs no calibration",
+            )
+        )
+    best = max(counts, key=lambda name: counts[name])
+    blocks: Any = model.get_submodule(best)
+    return best, len(blocks)
+
+
+class _Pass(nn.Module):
+    """Stands for a block that was run before: gives its input back as that block would."""
+
+    def __init__(self, original: nn.Module, replay: Replay) -> None:
+        super().__init__()
+        # transformers asks layers for such plain attributes (attention_type, layer_idx).
+        for name, value in vars(original).items():
+            if not name.startswith("_") and not isinstance(value, nn.Module | Tensor):
+                object.__setattr__(self, name, value)
+        self._replay = [replay]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return self._replay[0].like_output(hidden)
+
+
+class _Caught(Exception):
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.call = (args, kwargs)
+
+
+class Replay:
+    """The model, its blocks and the hidden states between two of them."""
+
+    def __init__(self, model: nn.Module, blocks: str, batches: Sequence[Any]) -> None:
+        """Args:
+        model: computes with real weights outside its blocks; its blocks may be on meta.
+        blocks: name of the list of blocks.
+        batches: arguments of the model, one per call: token ids ``[n, length]``, or what a
+            plain module takes (a tensor, a tuple, or a mapping of keyword arguments).
+        """
+        self.model = model
+        self.blocks: Any = model.get_submodule(blocks)
+        self.blocks_name = blocks
+        self.batches = list(batches)
+        self.hidden: list[Tensor] = []
+        """Input of the block at hand, per batch."""
+        self._rest: tuple[Any, ...] | None = None
+
+    def like_output(self, hidden: Tensor) -> Any:
+        """``hidden`` in the shape of a block's output: a tensor, or a tuple that begins with it."""
+        return hidden if self._rest is None else (hidden, *self._rest)
+
+    def _call(self, batch: Any) -> Any:
+        if isinstance(batch, dict):
+            return self.model(**batch)
+        if isinstance(batch, tuple):
+            return self.model(*batch)
+        if hasattr(self.model, "config"):
+            return self.model(input_ids=batch, use_cache=False)
+        return self.model(batch)
+
+    @contextmanager
+    def _passing(self, index: int) -> Iterator[None]:
+        real = list(self.blocks)
+        for position in range(index):
+            self.blocks[position] = _Pass(real[position], self)
+        try:
+            yield
+        finally:
+            for position in range(index):
+                self.blocks[position] = real[position]
+
+    def calls(self, index: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Arguments with which the model calls block ``index``, per batch."""
+        for number, batch in enumerate(self.batches):
+            args, kwargs = self._arguments(index, batch)
+            if index > 0 or self.hidden:
+                args, kwargs = _with_hidden(args, kwargs, self.hidden[number])
+            yield args, kwargs
+
+    def _arguments(self, index: int, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def caught(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Caught(args, kwargs)
+
+        handle = self.blocks[index].register_forward_pre_hook(caught, with_kwargs=True)
+        try:
+            with torch.no_grad(), self._passing(index):
+                self._call(batch)
+        except _Caught as found:
+            return found.call
+        finally:
+            handle.remove()
+        raise QuantmillError(
+            ODD_BLOCK(
+                f"{self.blocks_name}.{index}",
+                "the model did not call it",
+                "use a method that needs no calibration",
+            )
+        )
+
+    def advance(self, index: int, module: nn.Module) -> None:
+        """Run block ``index`` on its inputs; its outputs are the inputs of the next."""
+        following = []
+        for args, kwargs in self.calls(index):
+            with torch.no_grad():
+                output = module(*args, **kwargs)
+            if isinstance(output, tuple):
+                self._rest = tuple(None for _ in output[1:])
+                output = output[0]
+            if not isinstance(output, Tensor):
+                raise QuantmillError(
+                    ODD_BLOCK(
+                        f"{self.blocks_name}.{index}",
+                        f"it gives a {type(output).__name__}",
+                        "use a method that needs no calibration",
+                    )
+                )
+            following.append(output)
+        self.hidden = following
+
+    def finish(self) -> Iterator[Any]:
+        """The model's output per batch, from the hidden states after the last block."""
+        count = len(self.blocks)
+        with torch.no_grad(), self._passing(count):
+            for number, batch in enumerate(self.batches):
+                hidden = self.hidden[number]
+
+                def put(module: nn.Module, args: Any, output: Any, hidden: Tensor = hidden) -> Any:
+                    return self.like_output(hidden)
+
+                handle = self.blocks[count - 1].register_forward_hook(put)
+                try:
+                    yield self._call(batch)
+                finally:
+                    handle.remove()
+
+
+def _with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), kwargs
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": hidden}
+    raise QuantmillError(
+        ODD_BLOCK("block", "its call has no hidden states", "use a method without calibration")
+    )

@@ -1,0 +1,204 @@
+"""The disk layout of GPTQ checkpoints as a codec over the affine form.
+
+Relative to the module, with ``in`` and ``out`` features and ``groups`` of input columns::
+
+    qweight  int32 [in * bits / 32, out]      each column a stream of codes, lowest bits first
+    qzeros   int32 [groups, out * bits / 32]  each row a stream of zero points
+    scales   float16 or bfloat16 [groups, out]
+    g_idx    int32 [in]                       group of each input column
+
+Format ``gptq`` (v1) stores zero points minus one. With 2, 4 and 8 bits its writers subtract the
+ones from whole 32-bit words, so a zero point of 0 borrows from the next field; with 3 bits they
+work on fields, modulo 8. ``gptq_v2`` stores them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import Codec
+from quantmill.checkpoint.headers import TensorHeader
+from quantmill.findings import QuantmillError, declare
+from quantmill.forms import Affine, Codes, Form, Group
+from quantmill.targeting.types import Target
+from quantmill_gptq.config import GptqConfig
+
+__all__ = ["GptqCodec", "abstract_form"]
+
+BAD_TENSORS = declare("QM-GPTQ-001", "A quantized weight's tensors contradict each other")
+
+
+def _refuse(target: Target, cause: str) -> QuantmillError:
+    return QuantmillError(
+        BAD_TENSORS(target.name, cause, "the checkpoint is damaged: get it again")
+    )
+
+
+def abstract_form(
+    target: Target,
+    bits: int,
+    size: int,
+    groups: int,
+    ordered: bool,
+    scale: torch.dtype,
+    dtype: torch.dtype,
+) -> Affine:
+    """An affine form on the meta device."""
+    shape = (target.out_features, target.in_features)
+    meta = torch.device("meta")
+    return Affine(
+        Codes.empty(shape, bits, "dense", meta),
+        torch.empty(shape[0], groups, dtype=scale, device=meta),
+        Group(size),
+        torch.empty(shape[0], groups, dtype=torch.uint8, device=meta),
+        "zero",
+        torch.empty(shape[1], dtype=torch.int32, device=meta) if ordered else None,
+        dtype=dtype,
+    )
+
+
+class GptqCodec(Codec[GptqConfig]):
+    """Formats v1 and v2 at 2, 3, 4 and 8 bits."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+
+    def encode(self, form: Form) -> dict[str, Tensor]:
+        assert isinstance(form, Affine) and isinstance(form.grouping, Group)
+        assert isinstance(form.scale, Tensor) and isinstance(form.offset, Tensor)
+        out_features, in_features = form.shape
+        bits = form.codes.bits
+        groups = form.scale.shape[1]
+        data = form.codes.repacked("dense").data if not form.codes.data.is_meta else None
+        words = in_features * bits // 32
+        zero_words = out_features * bits // 32
+        if data is None:
+            meta = torch.device("meta")
+            return {
+                "qweight": torch.empty(words, out_features, dtype=torch.int32, device=meta),
+                "qzeros": torch.empty(groups, zero_words, dtype=torch.int32, device=meta),
+                "scales": form.scale.t().contiguous(),
+                "g_idx": torch.empty(in_features, dtype=torch.int32, device=meta),
+            }
+        index = form.group_index
+        if index is None:
+            index = torch.arange(in_features, device=data.device) // form.grouping.size
+        zeros = Codes.pack(form.offset.t().contiguous(), bits, "dense").data
+        packed = zeros.view(torch.int32).reshape(groups, zero_words)
+        if self.config.checkpoint_format == "gptq":
+            packed = _minus_one(packed, form.offset.t(), bits)
+        return {
+            "qweight": data.view(torch.int32).reshape(out_features, words).t().contiguous(),
+            "qzeros": packed,
+            "scales": form.scale.t().contiguous(),
+            "g_idx": index.to(torch.int32).clone(),
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        bits, size, groups = self._measure(shapes, target)
+        out_features, in_features = target.out_features, target.in_features
+        for name in ("qweight", "qzeros"):
+            if tensors[name].dtype != torch.int32:
+                raise _refuse(target, f"{name} is {tensors[name].dtype}, not int32")
+        qweight = tensors["qweight"].t().contiguous()
+        data = qweight.view(torch.uint8).reshape(-1)
+        zeros = _plus_one(tensors["qzeros"], bits, self.config.checkpoint_format == "gptq")
+        return Affine(
+            Codes(data, bits, (out_features, in_features), "dense"),
+            tensors["scales"].t().contiguous(),
+            Group(size),
+            zeros.reshape(groups, out_features).t().contiguous(),
+            "zero",
+            self._order(tensors.get("g_idx"), size, groups, target),
+            dtype=dtype,
+        )
+
+    def describe(
+        self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
+    ) -> Form | None:
+        if "qweight" not in headers:
+            return None
+        shapes = {name: tuple(item.shape) for name, item in headers.items()}
+        bits, size, groups = self._measure(shapes, target)
+        scale = torch.bfloat16 if headers["scales"].dtype == "BF16" else torch.float16
+        if headers["scales"].dtype == "F32":
+            scale = torch.float32
+        return abstract_form(target, bits, size, groups, self.config.desc_act, scale, dtype)
+
+    def _measure(
+        self, shapes: Mapping[str, tuple[int, ...]], target: Target
+    ) -> tuple[int, int, int]:
+        """Bits, group size and number of groups, from the tensors: they outrank the config."""
+        out_features, in_features = target.out_features, target.in_features
+        missing = [name for name in ("qweight", "qzeros", "scales") if name not in shapes]
+        if missing:
+            raise _refuse(target, f"{' and '.join(missing)} are missing")
+        rows, columns = (*shapes["qweight"], 0, 0)[:2]
+        if columns != out_features or rows * 32 % in_features:
+            raise _refuse(
+                target,
+                f"qweight is {list(shapes['qweight'])}, the model wants {out_features} columns"
+                f" of {in_features} codes",
+            )
+        bits = rows * 32 // in_features
+        if bits not in (2, 3, 4, 8):
+            raise _refuse(target, f"qweight {list(shapes['qweight'])} would hold {bits} bits")
+        groups = shapes["scales"][0] if shapes["scales"] else 0
+        if shapes["scales"] != (groups, out_features) or not 0 < groups <= in_features:
+            raise _refuse(target, f"scales is {list(shapes['scales'])}")
+        if prod(shapes["qzeros"]) * 32 // bits != groups * out_features:
+            raise _refuse(
+                target, f"qzeros is {list(shapes['qzeros'])}, not {groups} groups of {out_features}"
+            )
+        size = self.config.group_size
+        if size <= 0 or -(-in_features // size) != groups:
+            size = -(-in_features // groups)
+        return bits, size, groups
+
+    @staticmethod
+    def _order(index: Tensor | None, size: int, groups: int, target: Target) -> Tensor | None:
+        if index is None:
+            return None
+        if index.shape != (target.in_features,):
+            raise _refuse(target, f"g_idx is {list(index.shape)}, not [{target.in_features}]")
+        plain = torch.arange(target.in_features, device=index.device) // size
+        if torch.equal(index.to(torch.int64), plain):
+            return None
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= groups:
+            raise _refuse(target, f"g_idx names groups {low} to {high}, and there are {groups}")
+        return index.to(torch.int32)
+
+
+def _ones(bits: int) -> int:
+    return sum(1 << position for position in range(0, 32, bits))
+
+
+def _signed(words: Tensor) -> Tensor:
+    """The low 32 bits of int64 words as int32."""
+    low = words & 0xFFFFFFFF
+    return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
+
+
+def _minus_one(packed: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """v1's zero points: minus one, on words, or with 3 bits on fields."""
+    if bits == 3:
+        fields = (zeros.to(torch.int16) - 1) & 7
+        data = Codes.pack(fields.contiguous(), 3, "dense").data
+        return data.view(torch.int32).reshape(packed.shape)
+    return _signed(packed.to(torch.int64) - _ones(bits))
+
+
+def _plus_one(packed: Tensor, bits: int, first: bool) -> Tensor:
+    """uint8 zero points of ``qzeros``; ``first`` for format v1."""
+    words = packed.contiguous()
+    if first and bits != 3:
+        words = _signed(words.to(torch.int64) + _ones(bits))
+    count = words.numel() * 32 // bits
+    fields = Codes(words.view(torch.uint8).reshape(-1), bits, (count,), "dense").unpack()
+    return (fields + 1) & 7 if first and bits == 3 else fields
