@@ -22,8 +22,10 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "quantmill": "quantmill",
+    "quantmill-awq": "quantmill_awq",
     "quantmill-bnb": "quantmill_bnb",
     "quantmill-cpu": "quantmill_cpu",
+    "quantmill-gptq": "quantmill_gptq",
     "quantmill-transformers": "quantmill_transformers",
 }
 PLUGINS = {name.removeprefix("quantmill-"): name for name in PACKAGES if name != "quantmill"}

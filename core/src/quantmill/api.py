@@ -185,7 +185,7 @@ def load(
         length=length,
         seed=seed,
     )
-    from quantmill.stages.calibrate import carry_out
+    from quantmill.calibration.carry_out import carry_out
     from quantmill.stages.replace import ModelSink
 
     made = _prepare(job, allow_float=True)
@@ -233,6 +233,7 @@ def quantize(
         FindingsError: every error found before anything is written, at once.
         QuantmillError: a weight can't be quantized or written; nothing is left behind.
     """
+    from quantmill.calibration.carry_out import carry_out, resume_folder
     from quantmill.stages.write import write_checkpoint
 
     job = make_job(
@@ -254,7 +255,10 @@ def quantize(
         seed=seed,
     )
     _prepare(job).raise_errors()
-    return write_checkpoint(job, Path(output), max_shard_bytes)
+    keep = resume_folder(Path(output))
+    return write_checkpoint(
+        job, Path(output), max_shard_bytes, lambda job, sink: carry_out(job, sink, keep)
+    )
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

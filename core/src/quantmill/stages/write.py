@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,8 +18,7 @@ from quantmill.checkpoint.writer import CheckpointWriter
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.planning import Plan
-from quantmill.stages.calibrate import carry_out, resume_folder
-from quantmill.stages.quantize import codec_of
+from quantmill.stages.quantize import Sink, codec_of, run
 from quantmill.stages.table import stored_config
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
@@ -90,8 +90,13 @@ class CheckpointSink:
         return store
 
 
-def write_checkpoint(job: Job, folder: Path, max_shard_bytes: int) -> WriteReport:
-    """Carry out ``job.plan`` into ``folder``, which appears only when all of it is written."""
+def write_checkpoint(
+    job: Job, folder: Path, max_shard_bytes: int, engine: Callable[[Job, Sink], None] = run
+) -> WriteReport:
+    """Carry out ``job.plan`` into ``folder``, which appears only when all of it is written.
+
+    ``engine`` sends everything to a sink: the streaming one, or one that calibrates.
+    """
     start = perf_counter()
     assert job.plan is not None and job.architecture is not None
     config = dict(job.headers.config)
@@ -104,7 +109,7 @@ def write_checkpoint(job: Job, folder: Path, max_shard_bytes: int) -> WriteRepor
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     with CheckpointWriter(folder, max_shard_bytes=max_shard_bytes, manifest=manifest) as writer:
-        carry_out(job, CheckpointSink(job, writer), resume_folder(folder))
+        engine(job, CheckpointSink(job, writer))
         writer.write_json("config.json", config)
         for selection in job.selections.values():
             if selection.method.quant_methods[:1] == (stored.get("quant_method"),):

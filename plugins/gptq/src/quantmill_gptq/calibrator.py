@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantmill.backend import BlockCalibrator, NonFiniteWeight
 from quantmill.calibration.block import Block
+from quantmill.forms import Affine
 from quantmill.targeting.types import Target
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.hessian import Hessian, inverse_factor
@@ -61,7 +62,7 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
 
 def gptq(
     weight: Tensor, hessian: Tensor, config: GptqConfig, name: str, dtype: torch.dtype
-) -> tuple[object, float]:
+) -> tuple[Affine, float]:
     """The form of ``weight`` and the relative squared error of its output.
 
     Args:

@@ -1,0 +1,29 @@
+"""``WQLinear``: the core's linear under the name by which AWQ's users know it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantmill.linear import FormLinear, FormLinearFactory
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from quantmill.forms import Form
+    from quantmill.targeting.types import Target
+
+__all__ = ["WQLinear", "WQLinearFactory"]
+
+
+class WQLinear(FormLinear):
+    """A linear whose ``state_dict`` is the layout on disk: qweight, qzeros, scales."""
+
+
+class WQLinearFactory(FormLinearFactory):
+    """Makes :class:`WQLinear` modules."""
+
+    def build(
+        self, target: Target, form: Form, bias: Tensor | None, compute_dtype: torch.dtype
+    ) -> nn.Module:
+        return WQLinear(form, bias, self.codec, self.kernels, self.dtype)

@@ -1,0 +1,69 @@
+"""Registrations of the AWQ backend. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantmill.hookspecs import HOOK_API_VERSION, hookimpl
+from quantmill.registrations import (
+    Capabilities,
+    CodecRegistration,
+    ConfigReader,
+    Method,
+    Preset,
+)
+
+QUANTMILL_API = HOOK_API_VERSION
+
+
+@hookimpl
+def quantmill_methods() -> Sequence[Method]:
+    return [
+        Method(
+            name="awq",
+            summary="AWQ: 4-bit groups, scaled by activations before rounding",
+            config="quantmill_awq.config:AwqConfig",
+            quantizer="quantmill_awq.quantizer:AwqQuantizer",
+            codec="quantmill_awq.codec:AwqCodec",
+            linear="quantmill_awq.linear:WQLinearFactory",
+            calibrator="quantmill_awq.calibrator:AwqCalibrator",
+            quant_methods=("awq",),
+            capabilities=Capabilities(
+                calibrated=True,
+                prequantized=True,
+                serialisable=True,
+                trainable=True,
+                dequantizable=True,
+                devices=("cpu", "cuda"),
+                target_kinds=("linear",),
+                bits=(4,),
+            ),
+            presets=(
+                Preset("awq-4", {"bits": 4, "group_size": 128}, "4 bits, groups of 128", 4.15),
+                Preset(
+                    "awq-4-sym",
+                    {"bits": 4, "group_size": 128, "zero_point": False},
+                    "4 bits, groups of 128, symmetric",
+                    4.15,
+                ),
+            ),
+        )
+    ]
+
+
+@hookimpl
+def quantmill_dialects() -> Sequence[ConfigReader]:
+    return [
+        ConfigReader(
+            name="awq",
+            quant_methods=("awq",),
+            method="awq",
+            marker_keys=("zero_point", "w_bit"),
+            rules="quantmill_awq.config:rules",
+        )
+    ]
+
+
+@hookimpl
+def quantmill_codecs() -> Sequence[CodecRegistration]:
+    return [CodecRegistration("awq", "affine", "quantmill_awq.codec:AwqCodec", "awq")]
