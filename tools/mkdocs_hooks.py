@@ -1,12 +1,15 @@
-"""Documentation that is generated from the code while mkdocs builds: the table of finding codes.
+"""Documentation that is generated from the code while mkdocs builds: finding codes and hooks.
 
-The codes are read from the sources, not by importing them, so the documentation builds without
-torch: every ``declare("QM-AREA-000", "title", ...)`` in any package is a row.
+The sources are read, not imported, so the documentation builds without torch or pluggy: every
+``declare("QM-AREA-000", "title", ...)`` in any package is a row of the findings, and every function
+of ``quantmill/hookspecs.py`` with ``@hookspec`` is a section of the hooks.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +22,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("core/src", "plugins/*/src", "integrations/*/src")
+HOOKSPECS = ROOT / "core/src/quantmill/hookspecs.py"
 
-HEADER = """\
+FINDINGS = """\
 # Findings
 
 A finding has a stable code, a severity, a place, a cause and a fix. An *error* stops the job before
@@ -31,15 +35,32 @@ with `--strict` it is an error. This table is generated from the declarations in
 |---|---|---|---|
 """
 
+HOOKS = """\
+# Hooks
+
+This page is generated from `quantmill/hookspecs.py`. The types in the signatures are those of
+`quantmill.registrations`, `quantmill.job`, `quantmill.backend` and `quantmill.targeting`;
+[writing a backend](../authors/index.md) shows them in use.
+
+"""
+
+_SECTION = re.compile(r"^# --- (.+?) -+$", re.MULTILINE)
+_ROLE = re.compile(r":\w+:`~?([^`]+)`")
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages to the site."""
-    rows = "".join(
+    files.append(File.generated(config, "reference/findings.md", content=findings_page()))
+    files.append(File.generated(config, "reference/hooks.md", content=hooks_page()))
+    return files
+
+
+def findings_page() -> str:
+    """The table of every declared finding."""
+    return FINDINGS + "".join(
         f"| `{code}` | {severity} | {title} | `{module}` |\n"
         for code, severity, title, module in sorted(declarations())
     )
-    files.append(File.generated(config, "reference/findings.md", content=HEADER + rows))
-    return files
 
 
 def declarations() -> Iterator[tuple[str, str, str, str]]:
@@ -67,3 +88,38 @@ def _declaration(call: ast.Call) -> tuple[str, str, str] | None:
     if isinstance(fallback, ast.Constant) and fallback.value is True:
         text += ", fallback"
     return str(code.value), text, str(title.value).replace("|", "\\|")
+
+
+def hooks_page() -> str:
+    """Every hook in the order of the file, under the file's own headings."""
+    text = HOOKSPECS.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    rest = (ast.get_docstring(tree) or "").partition("\n\n")[2]
+    marks = [(text.count("\n", 0, m.start()) + 1, m[1]) for m in _SECTION.finditer(text)]
+    parts = [HOOKS, _markdown(rest), "\n"]
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef) or not node.decorator_list:
+            continue
+        while marks and marks[0][0] < node.lineno:
+            parts.append(f"\n## {marks.pop(0)[1]}\n")
+        parts.append(f"\n### {node.name}\n\n```python\n{_signature(node)}\n```\n\n")
+        parts.append(_markdown(ast.get_docstring(node) or "") + "\n")
+    return "".join(parts)
+
+
+def _signature(node: ast.FunctionDef) -> str:
+    arguments = [ast.unparse(item) for item in node.args.args]
+    returns = ast.unparse(node.returns) if node.returns is not None else "None"
+    line = f"def {node.name}({', '.join(arguments)}) -> {returns}"
+    if len(line) <= 88:
+        return line
+    inner = "".join(f"    {item},\n" for item in arguments)
+    return f"def {node.name}(\n{inner}) -> {returns}"
+
+
+def _markdown(docstring: str) -> str:
+    """The little reStructuredText that our docstrings use, as Markdown."""
+    text = _ROLE.sub(r"`\1`", inspect.cleandoc(docstring)).replace("``", "`")
+    text = re.sub(r"^(Returns|Raises|Args):\n\s+", r"**\1:** ", text, flags=re.MULTILINE)
+    # Continuation lines of a list item need the indentation that Markdown asks for.
+    return re.sub(r"^   (?=\S)", "    ", text, flags=re.MULTILINE)

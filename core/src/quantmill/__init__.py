@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         method_schema,
         plan,
         quantize,
+        quantize_module,
     )
     from quantmill.findings import Finding, FindingsError, QuantmillError, Severity
     from quantmill.host import Host, default_host
@@ -34,6 +35,7 @@ _PUBLIC = {
     "method_schema": "quantmill.api",
     "plan": "quantmill.api",
     "quantize": "quantmill.api",
+    "quantize_module": "quantmill.api",
     "Finding": "quantmill.findings",
     "FindingsError": "quantmill.findings",
     "QuantmillError": "quantmill.findings",
@@ -58,6 +60,7 @@ __all__ = [
     "method_schema",
     "plan",
     "quantize",
+    "quantize_module",
 ]
 
 

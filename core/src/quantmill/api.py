@@ -32,9 +32,11 @@ __all__ = [
     "method_schema",
     "plan",
     "quantize",
+    "quantize_module",
 ]
 
 BAD_DTYPE = declare("QM-DTYPE-001", "The dtype can't be a model's")
+BAD_DEVICE = declare("QM-DEVICE-004", "A device's name can't be read")
 NO_TOKENIZER = declare("QM-ARCH-010", "No tokenizer can be loaded from the source")
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -57,6 +59,7 @@ def make_job(
         QuantmillError: the source or METHOD can't be read.
     """
     from quantmill.checkpoint.containers import open_checkpoint
+    from quantmill.checkpoint.headers import CheckpointHeaders
     from quantmill.stages.select import parse_method
 
     host = host or default_host()
@@ -69,7 +72,8 @@ def make_job(
     request = dataclasses.replace(
         request, skip=(*request.skip, *skip), include=(*request.include, *include)
     )
-    headers = open_checkpoint(source, host)
+    _check_device(str(device))
+    headers = source if isinstance(source, CheckpointHeaders) else open_checkpoint(source, host)
     return Job(
         host=host,
         headers=headers,
@@ -80,6 +84,17 @@ def make_job(
         progress=progress,
         findings=Findings(headers.findings),
     )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise QuantmillError(
+            BAD_DEVICE(device, str(error).splitlines()[0], "write cpu, cuda or cuda:0")
+        ) from None
 
 
 def _prepare(job: Job, *, allow_float: bool = False) -> Plan:
@@ -202,6 +217,61 @@ def load(
     if strict:
         job.findings.strict().raise_errors()
     return model
+
+
+def quantize_module(
+    module: nn.Module,
+    method: Any,
+    *,
+    device: str = "cpu",
+    skip: Sequence[str] = (),
+    include: Sequence[str] = (),
+    allow_unmatched: bool = False,
+    strict: bool = False,
+    non_finite: str = "error",
+    calibration: Any = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    host: Host | None = None,
+) -> nn.Module:
+    """Quantize a live module of any framework, in place, and return it.
+
+    Its linears become the method's; what is not a target stays. Calibrated methods take
+    ``calibration``: a sequence of arguments for the module's forward, one per call (a tensor, a
+    tuple, or a mapping of keyword arguments); the module must hold its blocks in a ``ModuleList``
+    or ``Sequential``.
+
+    Raises:
+        FindingsError: every error found before anything is changed, at once.
+        QuantmillError: a weight can't be quantized; the module is then partly quantized.
+    """
+    from quantmill.calibration.carry_out import carry_out
+    from quantmill.modules import ModuleArchitecture, headers_of
+    from quantmill.stages.replace import ModelSink
+
+    job = make_job(
+        headers_of(module),
+        method,
+        device=device,
+        skip=skip,
+        include=include,
+        host=host,
+        progress=progress,
+        allow_unmatched=allow_unmatched,
+        strict=strict,
+        non_finite=non_finite,
+        calibration=calibration,
+        seed=seed,
+    )
+    architecture = ModuleArchitecture(module)
+    job.architecture = architecture
+    _prepare(job).raise_errors()
+    training = module.training
+    carry_out(job, ModelSink(job, module, architecture))
+    architecture.finish(module, device)
+    for answer in job.host.hook.quantmill_finalize(job=job, model=module):
+        job.findings.extend(answer or ())
+    return module.train(training)
 
 
 def quantize(
@@ -455,11 +525,12 @@ def method_schema(name: str, host: Host | None = None) -> dict[str, Any]:
     Raises:
         QuantmillError: no installed plugin has it.
     """
-    from quantmill.stages.select import parse_method
+    from quantmill.stages.select import parse_method, unknown_method
 
     host = host or default_host()
     method = parse_method(name, host).method
-    assert method is not None
+    if method is None:
+        raise QuantmillError(unknown_method(name, host))
     schema: dict[str, Any] = resolve(host.methods[method].config).model_json_schema()
     schema.get("properties", {}).pop("unknown", None)
     return schema

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.registrations import resolve
 from quantmill.targeting.roles import guess_layer, guess_role
-from quantmill.targeting.types import ModuleInfo, ParameterInfo
+from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Architecture(ABC):
 
     source_name: str = ""
     """Name of the model source that made it."""
+    dtype: str | None = None
+    """Torch name of the dtype the job asks for; None for :attr:`default_dtype`."""
 
     @property
     @abstractmethod
@@ -85,6 +87,11 @@ class Architecture(ABC):
 
     def finish(self, model: nn.Module, device: str) -> None:  # noqa: B027 nothing to do is fine
         """Tie weights and give buffers that no checkpoint stores their values."""
+
+    def float_module(self, target: Target) -> nn.Module | None:
+        """A fresh module on the meta device of the class that ``target`` had before it was
+        quantized; None for ``nn.Linear``."""
+        return None
 
     def companions(self) -> list[str]:
         """Files beside the weights that a written checkpoint needs too (tokenizer, ...)."""
@@ -175,13 +182,16 @@ def _modules_from(headers: CheckpointHeaders, tied: bool) -> Iterator[ModuleInfo
         yield ModuleInfo(module, kind, cls, owned, role, guess_layer(module), tied_to, False)
 
 
-def open_architecture(host: Host, headers: CheckpointHeaders) -> Architecture:
+def open_architecture(
+    host: Host, headers: CheckpointHeaders, dtype: str | None = None
+) -> Architecture:
     """Ask the registered model sources, then fall back to the headers."""
     reasons: list[str] = []
     for source in host.model_sources:
         answer: Any = resolve(source.open)(headers)
         if isinstance(answer, Architecture):
             answer.source_name = source.name
+            answer.dtype = dtype
             return answer
         if isinstance(answer, str):
             reasons.append(f"{source.name}: {answer}")

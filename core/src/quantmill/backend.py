@@ -117,11 +117,8 @@ class BlockCalibrator(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def calibrate(self, block: Block) -> None:
-        """Give every target of ``block`` its form with :meth:`Block.put`.
-
-        Raises:
-            NonFiniteWeight: a weight holds NaN or infinity.
-        """
+        """Give every target of ``block`` its form with :meth:`Block.put`. The engine has seen to
+        it that all their weights are finite."""
 
 
 class Codec(ABC, Generic[ConfigT]):

@@ -117,6 +117,10 @@ class Job:
     state: dict[str, Any] = field(default_factory=dict)
     """For plugins that implement several stages: keyed by plugin name."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Job:
+        # A copied model is of the same run: hosts and sources are not copied with it.
+        return self
+
     @property
     def prequantized(self) -> bool:
         """The checkpoint's weights are quantized already."""

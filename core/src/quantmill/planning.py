@@ -77,6 +77,21 @@ class Plan:
             "kept": sum(1 for item in self.modules if item.action == "keep"),
         }
 
+    def __str__(self) -> str:
+        totals = self.totals
+        lines = [f"plan of {self.source}: {', '.join(self.methods.values()) or 'no method'}"]
+        lines += [
+            f"  {item.name}  {item.action}  {item.form}  {item.bytes_before:,} -> "
+            f"{item.bytes_after:,} bytes  ({item.reason})"
+            for item in self.modules
+        ]
+        lines.append(
+            f"{totals['quantized']} quantized, {totals['kept']} kept,"
+            f" {totals['bytes_before']:,} -> {totals['bytes_after']:,} bytes,"
+            f" {totals['bits_per_weight']:.3f} bits per quantized weight"
+        )
+        return "\n".join([*lines, *(str(item) for item in self.findings)])
+
     def raise_errors(self) -> None:
         """Raise every finding of severity error."""
         self.findings.raise_errors()

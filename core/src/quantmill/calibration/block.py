@@ -47,8 +47,8 @@ class Block:
         self.targets = list(targets)
         self.configs = dict(configs)
         """Config by target name."""
-        self.forms: dict[str, Form] = {}
-        """What :meth:`put` got, by target name."""
+        self.forms: dict[str, Form | None] = {}
+        """What :meth:`put` got, by target name; None for what stays float after all."""
         self.losses: dict[str, float] = {}
         """Relative squared output error by target name, where the calibrator measured it."""
         self.changed: dict[str, Tensor] = {}
@@ -57,7 +57,7 @@ class Block:
 
     def linear(self, target: Target) -> nn.Module:
         """The float module of a target."""
-        return self._replay.model.get_submodule(target.name)
+        return self.model.get_submodule(target.name)
 
     def weight(self, target: Target) -> Tensor:
         """A target's weight as ``[out, in]``, sharing memory with the module."""
@@ -74,13 +74,24 @@ class Block:
 
     def change(self, name: str, value: Tensor) -> None:
         """Change a float parameter (full name), here and in what is written."""
-        parameter = self._replay.model.get_parameter(name)
+        parameter = self.model.get_parameter(name)
         parameter.data.copy_(value)
         self.changed[name] = parameter.data
 
     def inputs(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Arguments of each call of the block, in order."""
         yield from self._replay.calls(self.index)
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole model; of its blocks only this one has weights."""
+        return self._replay.model
+
+    def run_first(self) -> Any:
+        """The block's output for the first batch."""
+        args, kwargs = next(self.inputs())
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
 
     def observe(self, observers: Mapping[str, Observer]) -> None:
         """Run all batches through the block, and give inputs of targets (by name) to observers.
@@ -109,7 +120,7 @@ class Block:
 
         with ExitStack() as stack:
             for name, observer in observers.items():
-                module = self._replay.model.get_submodule(name)
+                module = self.model.get_submodule(name)
                 handle = module.register_forward_pre_hook(hook(name, observer))
                 stack.callback(handle.remove)
             for args, kwargs in self.inputs():
@@ -124,7 +135,7 @@ class Block:
     @contextmanager
     def weights(self, changes: Mapping[str, Tensor]) -> Iterator[None]:
         """Compute with other weights (full parameter names) for a while."""
-        model = self._replay.model
+        model = self.model
         before = {name: model.get_parameter(name).data for name in changes}
         try:
             for name, value in changes.items():
@@ -154,12 +165,10 @@ class Block:
         alive: list[Tensor] = []  # an id is only good while its object lives
         with ExitStack() as stack:
             for name, target in by_name.items():
-                module = self._replay.model.get_submodule(name)
+                module = self.model.get_submodule(name)
                 handle = module.register_forward_pre_hook(hook(target))
                 stack.callback(handle.remove)
-            args, kwargs = next(self.inputs())
-            with torch.no_grad():
-                self.module(*args, **kwargs)
+            self.run_first()
         found = [_distinct(members) for _, members in order]
         reached = {target.name for members in found for target in members}
         rest = [[target] for target in self.targets if target.name not in reached]

@@ -38,7 +38,7 @@ def carry_out(job: Job, sink: Sink, keep: Path | None = None) -> None:
     if not needs_calibration(job):
         run(job, sink)
         return
-    from quantmill.calibration.data import read_calibration
+    from quantmill.calibration.data import read_calibration, read_calls
     from quantmill.calibration.engine import calibrate
 
     assert job.architecture is not None
@@ -51,6 +51,9 @@ def carry_out(job: Job, sink: Sink, keep: Path | None = None) -> None:
             )
         )
     options = job.options
+    if job.architecture.source_name == "module":
+        calibrate(job, sink, read_calls(options.calibration), None)
+        return
     vocabulary: Any = job.headers.config.get("vocab_size")
     data = read_calibration(
         options.calibration,

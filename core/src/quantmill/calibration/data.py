@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantmill.findings import QuantmillError, declare
 
-__all__ = ["CalibrationData", "read_calibration"]
+__all__ = ["CalibrationData", "Calls", "read_calibration", "read_calls"]
 
 NO_DATA = declare("QM-CALIB-001", "There is no calibration data, or it can't be read")
 TOO_SHORT = declare("QM-CALIB-002", "The calibration data is too short")
@@ -37,7 +37,45 @@ class CalibrationData:
     def batches(self, tokens: int = 4096) -> list[Tensor]:
         """Batches of about that many tokens."""
         size = max(1, tokens // max(1, self.tokens.shape[1]))
-        return list(self.tokens.split(size))
+        return list(torch.split(self.tokens, size))
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """Arguments for a plain module's forward, one per call."""
+
+    arguments: tuple[Any, ...]
+
+    @property
+    def digest(self) -> str:
+        """Not told from other calls: a live module is not resumed."""
+        return ""
+
+    def batches(self) -> list[Any]:
+        """One per call."""
+        return list(self.arguments)
+
+
+def read_calls(data: Any) -> Calls:
+    """Calls from a sequence of arguments, or from one tensor, split into batches of 8.
+
+    Raises:
+        QuantmillError: there is none.
+    """
+    found: tuple[Any, ...] = ()
+    if isinstance(data, Tensor):
+        found = tuple(torch.split(data, 8))
+    elif isinstance(data, Sequence) and not isinstance(data, str):
+        found = tuple(data)
+    if not found:
+        raise QuantmillError(
+            NO_DATA(
+                "calibration",
+                "the method needs calibration data and none was given",
+                "give a list of inputs for the module's forward",
+            )
+        )
+    return Calls(found)
 
 
 def read_calibration(

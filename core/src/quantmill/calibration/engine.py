@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantmill.backend import BlockCalibrator
+from quantmill.backend import BlockCalibrator, NonFiniteWeight
 from quantmill.calibration.block import Block
-from quantmill.calibration.data import CalibrationData
+from quantmill.calibration.data import CalibrationData, Calls
 from quantmill.calibration.overlay import OverlayReader
 from quantmill.calibration.replay import Replay, find_blocks
 from quantmill.calibration.resume import Progress
@@ -25,7 +25,7 @@ from quantmill.findings import QuantmillError, Severity, declare
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.registrations import resolve
-from quantmill.stages.quantize import Sink, codec_of, run_modules
+from quantmill.stages.quantize import Sink, codec_of, keep_non_finite, open_reader, run_modules
 from quantmill.targeting.types import ModuleInfo, Target
 
 __all__ = ["calibrate"]
@@ -38,20 +38,32 @@ NOT_REACHED = declare(
 SEVERAL_CALIBRATED = declare("QM-CALIB-041", "Two calibrated methods in one model")
 
 
-def calibrate(job: Job, sink: Sink, data: CalibrationData, keep: Path | None) -> None:
+def calibrate(job: Job, sink: Sink, data: CalibrationData | Calls, keep: Path | None) -> None:
     """Carry out ``job.plan`` with calibration; ``keep`` is a folder for resuming, or None.
 
     Raises:
         QuantmillError: the model can't be replayed, a weight or an activation is not finite, or
             ``keep`` holds another job.
     """
-    with TensorReader(job.headers) as reader:
-        _Run(job, sink, data, keep, reader).run()
+    with open_reader(job.headers) as reader:
+        run = _Run(job, sink, data, keep, reader)
+        try:
+            run.run()
+        except QuantmillError as error:
+            # Bad weights or data stay bad: only a full disk is worth another try.
+            if not any(item.code.startswith("QM-CKPT") for item in error.findings):
+                run.progress.remove()
+            raise
 
 
 class _Run:
     def __init__(
-        self, job: Job, sink: Sink, data: CalibrationData, keep: Path | None, reader: TensorReader
+        self,
+        job: Job,
+        sink: Sink,
+        data: CalibrationData | Calls,
+        keep: Path | None,
+        reader: TensorReader,
     ) -> None:
         assert job.plan is not None and job.architecture is not None
         self.job, self.sink, self.data, self.reader = job, sink, data, reader
@@ -114,16 +126,21 @@ class _Run:
         with job.stage("calibrate"):
             model = self.architecture.build()
             blocks, count = find_blocks(model, list(self.calibrated))
-            outside = [m for m in self.modules.values() if not m.name.startswith(f"{blocks}.")]
+            inner = f"{blocks}." if blocks else ""
+            outside = [m for m in self.modules.values() if not m.name.startswith(inner)]
             self._load(model, outside)
             self.architecture.finish(model, job.device)
             model.eval()
-            batches = [batch.to(job.device) for batch in self.data.batches()]
+            batches = [_to(batch, job.device) for batch in self.data.batches()]
             replay = Replay(model, blocks, batches)
             total = count + 1
             for index in range(count):
-                name = f"{blocks}.{index}"
-                inside = [m for m in self.modules.values() if m.name.startswith(f"{name}.")]
+                name = f"{inner}{index}"
+                inside = [
+                    m
+                    for m in self.modules.values()
+                    if m.name == name or m.name.startswith(f"{name}.")
+                ]
                 if index < self.progress.finished:
                     forms = self._restore(index)
                     if index + 1 == self.progress.finished:
@@ -133,11 +150,11 @@ class _Run:
                     forms = self._block(model, replay, calibrator, name, index, inside)
                 self._send(inside, forms)
             job.advance(count, total, "outside the blocks")
-            self._send(outside, self._tail(replay, calibrator, blocks))
+            self._send(outside, self._tail(replay, calibrator, inner))
             job.advance(total, total, "done")
         self.progress.remove()
 
-    def _send(self, modules: list[ModuleInfo], forms: Mapping[str, Form]) -> None:
+    def _send(self, modules: list[ModuleInfo], forms: Mapping[str, Form | None]) -> None:
         overlay: Any = OverlayReader(self.reader, self.changed)
         for _ in run_modules(self.job, self.sink, modules, overlay, forms):
             pass
@@ -160,13 +177,14 @@ class _Run:
         name: str,
         index: int,
         inside: list[ModuleInfo],
-    ) -> dict[str, Form]:
+    ) -> dict[str, Form | None]:
         self._load(model, inside)
         module = model.get_submodule(name)
         targets = [self.calibrated[m.name] for m in inside if m.name in self.calibrated]
         configs = {target.name: selection.config for target, selection in targets}
         block = Block(index, name, module, [item[0] for item in targets], configs, replay)
-        if targets:
+        self._finite(block)
+        if block.targets:
             calibrator.calibrate(block)
             self._complete(block)
         self._take_changes(block)
@@ -174,6 +192,20 @@ class _Run:
         self._keep(block, replay)
         _drop(module)
         return block.forms
+
+    def _finite(self, block: Block) -> None:
+        """NaN or infinity in a weight ends the job, or by its policy keeps the module float."""
+        for target in list(block.targets):
+            weight = block.weight(target)
+            finite = torch.isfinite(weight)
+            if bool(finite.all()):
+                continue
+            index = int(torch.argmin(finite.reshape(-1).to(torch.uint8)).item())
+            keep_non_finite(
+                self.job, NonFiniteWeight(target.weight_name, index), tuple(weight.shape)
+            )
+            block.targets.remove(target)
+            block.forms[target.name] = None
 
     def _complete(self, block: Block) -> None:
         lost = [target.name for target in block.targets if target.name not in block.forms]
@@ -200,17 +232,23 @@ class _Run:
             return
         tensors: dict[str, Tensor] = {}
         for name, form in block.forms.items():
+            if form is None:
+                continue
             _, selection = self.calibrated[name]
             for local, tensor in codec_of(self.job, selection).encode(form).items():
                 tensors[f"form|{name}|{local}"] = tensor
         for name, value in block.changed.items():
             tensors[f"float|{name}"] = value
-        about = {"losses": block.losses, "forms": sorted(block.forms)}
+        about = {
+            "losses": block.losses,
+            "forms": sorted(name for name, form in block.forms.items() if form is not None),
+        }
+        about["kept"] = sorted(name for name, form in block.forms.items() if form is None)
         self.progress.save(block.index, tensors, about, replay.hidden)
 
-    def _restore(self, index: int) -> dict[str, Form]:
+    def _restore(self, index: int) -> dict[str, Form | None]:
         tensors, about = self.progress.block(index)
-        forms: dict[str, Form] = {}
+        forms: dict[str, Form | None] = dict.fromkeys(about["kept"])
         for name in about["forms"]:
             target, selection = self.calibrated[name]
             prefix = f"form|{name}|"
@@ -228,18 +266,17 @@ class _Run:
         return forms
 
     def _tail(
-        self, replay: Replay, calibrator: BlockCalibrator[Any], blocks: str
-    ) -> dict[str, Form]:
+        self, replay: Replay, calibrator: BlockCalibrator[Any], inner: str
+    ) -> dict[str, Form | None]:
         """Targets outside the blocks, such as the output head."""
-        outside = [
-            pair for name, pair in self.calibrated.items() if not name.startswith(f"{blocks}.")
-        ]
+        outside = [pair for name, pair in self.calibrated.items() if not name.startswith(inner)]
         if not outside:
             return {}
         configs = {target.name: selection.config for target, selection in outside}
         block = _Tail(
             len(replay.blocks), "", replay.model, [pair[0] for pair in outside], configs, replay
         )
+        self._finite(block)
         calibrator.calibrate(block)
         self._complete(block)
         return block.forms
@@ -269,8 +306,22 @@ class _Tail(Block):
             for handle in handles:
                 handle.remove()
 
+    def run_first(self) -> Any:
+        return next(self._replay.finish())
+
     def call_order(self) -> list[list[Target]]:
         return [[target] for target in self.targets]
+
+
+def _to(value: Any, device: str) -> Any:
+    """Arguments of a call on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value
 
 
 def _drop(module: nn.Module) -> None:

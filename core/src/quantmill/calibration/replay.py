@@ -32,7 +32,8 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0:
-            inside = sum(item.startswith(f"{name}.") for item in names)
+            prefix = f"{name}." if name else ""
+            inside = sum(item.startswith(prefix) for item in names)
             # Of nested lists (experts in blocks) the outer one holds at least as many.
             if inside and inside > max(counts.values(), default=0):
                 counts[name] = inside
@@ -125,7 +126,12 @@ class Replay:
         def caught(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Caught(args, kwargs)
 
-        handle = self.blocks[index].register_forward_pre_hook(caught, with_kwargs=True)
+        handle = self.blocks[index].register_forward_pre_hook(
+            # First, for observers of a block that is itself a linear are not meant by this call.
+            caught,
+            prepend=True,
+            with_kwargs=True,
+        )
         try:
             with torch.no_grad(), self._passing(index):
                 self._call(batch)

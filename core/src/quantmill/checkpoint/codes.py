@@ -9,7 +9,7 @@ SOURCE_MISSING = declare("QM-CKPT-001", "The source does not exist or cannot be 
 NO_CHECKPOINT = declare("QM-CKPT-002", "The source holds no weights that quantmill reads")
 PICKLE = declare("QM-CKPT-003", "The weights are pickles, which can run code when loaded")
 BAD_SPEC = declare("QM-CKPT-004", "A source is neither an existing path nor a Hub id")
-GGUF = declare("QM-CKPT-005", "The source is a GGUF file, which a plugin reads")
+FOREIGN_FILE = declare("QM-CKPT-005", "The source is a file that no installed plugin reads")
 UNSAFE_NAME = declare("QM-CKPT-006", "A file name points outside the checkpoint's folder")
 SHARD_MISSING = declare("QM-CKPT-007", "A shard named by the index is missing")
 INDEX_INVALID = declare("QM-CKPT-008", "The index of shards is malformed")
@@ -22,7 +22,9 @@ AMBIGUOUS = declare("QM-CKPT-012", "Several safetensors files and no index that 
 NO_INDEX = declare(
     "QM-CKPT-013", "Numbered shards without an index; all of them are read", Severity.WARNING
 )
-DUPLICATE_TENSOR = declare("QM-CKPT-014", "Two shards without an index hold the same tensor")
+DUPLICATE_TENSOR = declare(
+    "QM-CKPT-014", "Two shards hold the same tensor and no index says which is meant"
+)
 
 # The header of a safetensors file.
 TRUNCATED = declare("QM-CKPT-020", "A safetensors file is shorter than its header says")
@@ -45,17 +47,16 @@ NO_TORCH_DTYPE = declare("QM-CKPT-033", "The installed PyTorch has no dtype for 
 HUB_FAILED = declare("QM-CKPT-040", "The Hub cannot be reached or refused a request")
 HUB_NOT_FOUND = declare("QM-CKPT-041", "The Hub has no such repository, revision or file")
 HUB_DENIED = declare("QM-CKPT-042", "The Hub's repository is gated or private")
-HUB_OFFLINE = declare("QM-CKPT-043", "Offline, and the repository is not in the local cache")
+HUB_OFFLINE = declare("QM-CKPT-043", "Offline, and the local cache lacks what is needed")
 HUB_RANGE = declare("QM-CKPT-044", "The Hub's answer is not the requested range of bytes")
 
 # Writing.
 OUTPUT_EXISTS = declare("QM-CKPT-050", "The output folder exists and is not empty")
-NO_SPACE = declare("QM-CKPT-051", "The output does not fit on its file system")
 DISK_FULL = declare("QM-CKPT-052", "The disk became full while writing")
 WRITE_FAILED = declare("QM-CKPT-053", "The output cannot be written")
-INCOMPLETE = declare("QM-CKPT-054", "A checkpoint would lack tensors or rows that were declared")
-WRITTEN_TWICE = declare("QM-CKPT-055", "A tensor, row or file is written twice")
-SPEC_MISMATCH = declare("QM-CKPT-056", "A tensor differs from its declared dtype or shape")
+INCOMPLETE = declare("QM-CKPT-054", "A checkpoint without a single tensor would be written")
+WRITTEN_TWICE = declare("QM-CKPT-055", "A tensor or file is written twice")
+UNWRITABLE = declare("QM-CKPT-056", "A tensor is of a kind that safetensors can't hold")
 BAD_NAME = declare("QM-CKPT-057", "A name cannot stand in a checkpoint")
 
 # The manifest.

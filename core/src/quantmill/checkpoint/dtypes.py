@@ -1,4 +1,4 @@
-"""The dtypes of safetensors: their width, their order in a file and their PyTorch counterpart.
+"""The dtypes of safetensors: their width and their PyTorch counterpart.
 
 Source: the safetensors format, https://github.com/huggingface/safetensors (``Dtype``). PyTorch is
 imported only where a PyTorch dtype is asked for.
@@ -15,10 +15,17 @@ from quantmill.findings import QuantmillError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BITS", "bytes_of", "code_of", "file_order", "torch_dtype", "torch_shape"]
+__all__ = [
+    "BITS",
+    "bytes_of",
+    "code_of",
+    "stored_shape",
+    "torch_dtype",
+    "torch_shape",
+]
 
 _TABLE: Final[tuple[tuple[str, int, str], ...]] = (
-    # code, bits of an element, torch dtype. In the order of alignment that files are laid out in.
+    # code, bits of an element, torch dtype
     ("BOOL", 8, "bool"),
     ("F4", 4, "float4_e2m1fn_x2"),
     ("F6_E2M3", 6, ""),
@@ -46,12 +53,6 @@ BITS: Final[dict[str, int]] = {code: bits for code, bits, _ in _TABLE}
 """Bits of one element, by safetensors code. Elements narrower than a byte are packed."""
 _TORCH: Final[dict[str, str]] = {code: name for code, _, name in _TABLE}
 _CODES: Final[dict[str, str]] = {name: code for code, _, name in _TABLE if name}
-_ORDER: Final[dict[str, int]] = {code: place for place, (code, _, _) in enumerate(_TABLE)}
-
-
-def file_order(code: str) -> int:
-    """A rank that grows with alignment; files hold tensors of the highest rank first."""
-    return _ORDER[code]
 
 
 def bytes_of(code: str, shape: tuple[int, ...]) -> int | None:
@@ -87,9 +88,28 @@ def torch_dtype(code: str, where: str = "") -> torch.dtype:
 
 
 def torch_shape(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the PyTorch tensor: F4 has two elements in one of ``float4_e2m1fn_x2``."""
-    if code == "F4" and shape and shape[-1] % 2 == 0:
-        return (*shape[:-1], shape[-1] // 2)
+    """The shape of the PyTorch tensor: F4 has two elements in one of ``float4_e2m1fn_x2``.
+
+    Raises:
+        QuantmillError: ``QM-CKPT-033``, the rows of an F4 tensor fill no whole number of bytes.
+    """
+    if code != "F4":
+        return shape
+    if not shape or shape[-1] % 2:
+        raise QuantmillError(
+            codes.NO_TORCH_DTYPE(
+                "",
+                f"PyTorch packs pairs of F4 into a byte, which the shape {list(shape)} does not",
+                "use a plugin that reads this tensor's bytes",
+            )
+        )
+    return (*shape[:-1], shape[-1] // 2)
+
+
+def stored_shape(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The inverse of :func:`torch_shape`: the shape that a header states, in elements."""
+    if code == "F4" and shape:
+        return (*shape[:-1], shape[-1] * 2)
     return shape
 
 

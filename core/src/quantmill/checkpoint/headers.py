@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -105,9 +106,24 @@ def _fail(code: FindingCode, file: str, cause: str, fix: str = _DAMAGED, **data:
     raise QuantmillError(code(file, cause, fix, file=file, **data))
 
 
-def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+# Bounded in depth too: repr() of what a parser just accepted may exceed the recursion limit.
+_REPR: Final = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict = 3, 8, 8
+_REPR.maxstring, _REPR.maxlong, _REPR.maxother = 120, 40, 40
+
+
+def _short(value: object, limit: int = 160) -> str:
+    text = _REPR.repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _is_unicode(text: str) -> bool:
+    """False for a lone surrogate, which JSON can spell and no file name or header can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse(raw: bytes, file: str) -> dict[str, Any]:
@@ -120,7 +136,7 @@ def _parse(raw: bytes, file: str) -> dict[str, Any]:
     except RecursionError:
         _fail(codes.HEADER_JSON, file, "the header is nested absurdly deep")
     except ValueError as error:  # Malformed JSON, malformed UTF-8, an integer of 5000 digits.
-        _fail(codes.HEADER_JSON, file, f"the header is not JSON: {_short(str(error), 160)}")
+        _fail(codes.HEADER_JSON, file, f"the header is not JSON: {str(error)[:160]}")
     if not isinstance(parsed, dict):
         _fail(codes.HEADER_JSON, file, "the header is not a JSON object")
     return parsed
@@ -133,6 +149,8 @@ def _is_int(value: object) -> bool:
 def _metadata(raw: object, file: str) -> dict[str, str]:
     if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
         _fail(codes.HEADER_METADATA, file, "__metadata__ is not a table of strings to strings")
+    if not all(_is_unicode(key) and _is_unicode(value) for key, value in raw.items()):
+        _fail(codes.HEADER_METADATA, file, "__metadata__ holds what is not Unicode text")
     return raw
 
 
@@ -142,7 +160,9 @@ def _shape(name: str, raw: object, file: str) -> tuple[int, ...]:
     product = 1
     for extent in raw:
         if extent < 0 or extent > _MAX_ELEMENTS:
-            _fail(codes.HEADER_SHAPE, file, f"tensor {_short(name)} has the extent {extent}")
+            _fail(
+                codes.HEADER_SHAPE, file, f"tensor {_short(name)} has the extent {_short(extent)}"
+            )
         product *= max(extent, 1)
     if product > _MAX_ELEMENTS:
         _fail(codes.HEADER_SHAPE, file, f"tensor {_short(name)} has {_short(raw)}: over 2**63")
@@ -151,7 +171,9 @@ def _shape(name: str, raw: object, file: str) -> tuple[int, ...]:
 
 def _entry(name: str, raw: object, file: str, base: int, size: int) -> TensorHeader:
     """Check one entry by itself. ``base`` is the offset of the data, ``size`` that of the file."""
-    shown = _short(name)
+    shown = name if name.isascii() else _short(name)
+    if not name.isascii() and not _is_unicode(name):
+        _fail(codes.HEADER_ENTRY, file, f"the name {shown} is not Unicode text")
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
         cause = f"tensor {shown} needs exactly dtype, shape and data_offsets"
         _fail(codes.HEADER_ENTRY, file, f"{cause}, not {_short(raw)}", tensor=name)

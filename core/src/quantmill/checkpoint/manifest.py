@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata as metadata
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantmill.checkpoint import codes
-from quantmill.findings import Findings
+from quantmill.checkpoint.files import FolderSource, is_plain_name, read_json
+from quantmill.findings import Finding, Findings
 
 __all__ = ["MANIFEST_NAME", "make_manifest", "verify"]
 
@@ -28,7 +28,11 @@ def _digest(path: Path) -> str:
 
 
 def make_manifest(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of all files in ``folder``; ``about`` says how they were made."""
+    """The manifest of all files in ``folder``; ``about`` says how they were made.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     versions = {}
     for tool in _TOOLS:
         try:
@@ -44,25 +48,55 @@ def make_manifest(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> Findings:
-    """Compare a folder with its manifest; an empty collection means that they agree."""
+    """Compare a folder with its manifest; an empty collection means that they agree.
+
+    Raises:
+        QuantmillError: ``QM-CKPT-031``, the folder or its manifest cannot be read.
+    """
     found = Findings()
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
+    source = FolderSource(folder)
+    if not source.exists(MANIFEST_NAME):
         found.add(codes.MANIFEST_MISSING(str(folder), "it has no manifest", "write it anew"))
         return found
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        found.add(codes.MANIFEST_INVALID(MANIFEST_NAME, str(error), "write it anew"))
+    problems: list[Finding] = []
+    data = read_json(source, MANIFEST_NAME, problems, codes.MANIFEST_INVALID)
+    found.extend(problems)
+    if data is None:
+        return found
+    expected = _expected(data)
+    if expected is None:
+        cause = "its files are not a table of names to bytes and sha256"
+        found.add(codes.MANIFEST_INVALID(MANIFEST_NAME, cause, "write the checkpoint anew"))
         return found
     for name, (size, digest) in expected.items():
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
+        if not source.exists(name):
             found.add(codes.FILE_MISSING(name, "the manifest lists it", "get it again"))
-        elif file.stat().st_size != size or _digest(file) != digest:
+            continue
+        try:
+            same = source.size(name) == size and _digest(folder / name) == digest
+        except OSError as error:
+            cause = f"it cannot be read: {error.strerror or error}"
+            found.add(codes.READ_FAILED(name, cause, "check the rights of the file and the disk"))
+            continue
+        if not same:
             found.add(codes.FILE_CHANGED(name, "size or SHA-256 differ", "get it again"))
-    for file in sorted(folder.iterdir()):
-        if file.name not in expected and file.name != MANIFEST_NAME:
-            found.add(codes.FILE_EXTRA(file.name, "the manifest lacks it", "nothing to do"))
+    for name in sorted(path.name for path in folder.iterdir()):
+        if name not in expected and name != MANIFEST_NAME:
+            found.add(codes.FILE_EXTRA(name, "the manifest lacks it", "nothing to do"))
     return found
+
+
+def _expected(data: Mapping[str, Any]) -> dict[str, tuple[int, str]] | None:
+    """Bytes and digest by file name, or None where the manifest is malformed."""
+    files = data.get("files")
+    if not isinstance(files, dict):
+        return None
+    expected: dict[str, tuple[int, str]] = {}
+    for name, entry in files.items():
+        if not is_plain_name(name) or not isinstance(entry, dict):
+            return None
+        size, digest = entry.get("bytes"), entry.get("sha256")
+        if not isinstance(size, int) or not isinstance(digest, str):
+            return None
+        expected[name] = (size, digest)
+    return expected

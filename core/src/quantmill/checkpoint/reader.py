@@ -7,12 +7,12 @@ exception, for tensors that stay on the CPU exactly as they lie on the disk.
 from __future__ import annotations
 
 import ctypes
+import difflib
 import mmap
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +29,12 @@ __all__ = ["TensorReader", "torch_dtype"]
 
 
 class TensorReader:
-    """Reads tensors of a checkpoint; safe to use from several threads."""
+    """Reads tensors of a checkpoint; safe to use from several threads.
+
+    Methods that take a tensor's name raise QuantmillError: ``QM-CKPT-030``, the file became
+    shorter; ``031``, it cannot be read; ``032``, there is no such tensor; ``033``, PyTorch has no
+    such dtype; ``040`` to ``044``, the Hub does not give the file.
+    """
 
     def __init__(self, headers: CheckpointHeaders, *, buffer_bytes: int = 4 << 20) -> None:
         self.headers = headers
@@ -37,10 +42,11 @@ class TensorReader:
         self._files: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._lock = threading.Lock()
+        self._closed = False
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="quantmill-read")
         # Kept for all tensors: new ones for each would fault in their pages again and leave
-        # holes in the heap between what stays.
-        self._buffers: list[Tensor] = []
+        # holes in the heap between what stays. A pair is lent to one iteration at a time.
+        self._pairs: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> TensorReader:
         return self
@@ -51,18 +57,37 @@ class TensorReader:
     def close(self) -> None:
         """Close the files. Mapped tensors stay valid."""
         self._ahead.shutdown(wait=True)
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        with self._lock:
+            self._closed = True
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
+            self._maps.clear()
+            self._pairs.clear()
 
-    def _path(self, file: str) -> Path:
-        path: Path = self.headers.source.local_path(file)
-        return path
+    def _header(self, name: str) -> TensorHeader:
+        try:
+            return self.headers.tensors[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, list(self.headers.tensors), 1)
+            fix = f"did you mean {near[0]}?" if near else "quantmill inspect lists its tensors"
+            cause = f"{self.headers.source.describe()} has no such tensor"
+            raise QuantmillError(codes.UNKNOWN_TENSOR(name, cause, fix)) from None
 
     def _open(self, file: str) -> int:
         with self._lock:
+            if file in self._files:
+                return self._files[file]
+        # Outside the lock: this may be a download, during which other files can be read.
+        path = self.headers.source.local_path(file)
+        with self._lock:
+            if self._closed:
+                raise ValueError("the reader is closed")
             if file not in self._files:
-                self._files[file] = os.open(self._path(file), os.O_RDONLY)
+                try:
+                    self._files[file] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise _failed(file, error) from error
             return self._files[file]
 
     def _fill(self, header: TensorHeader, out: Tensor, start: int, count: int) -> None:
@@ -73,89 +98,127 @@ class TensorReader:
         descriptor = self._open(header.file)
         done = 0
         while done < count:
-            got = os.preadv(descriptor, [view[done:]], header.start + start + done)
+            try:
+                got = os.preadv(descriptor, [view[done:]], header.start + start + done)
+            except OSError as error:
+                raise _failed(f"{header.file}: {header.name}", error) from error
             if got == 0:
-                raise QuantmillError(
-                    codes.TRUNCATED(
-                        f"{header.file}: {header.name}",
-                        f"the file ended {count - done} bytes early while it was read",
-                        "the file is truncated: download or copy it again",
-                    )
-                )
+                raise _short(header, f"the file ended {count - done} bytes early while it was read")
             done += got
 
     def read_into(self, header: TensorHeader, out: Tensor, start_elem: int = 0) -> None:
-        """Fill a contiguous CPU tensor from element ``start_elem`` on; no temporary is made."""
+        """Fill a contiguous CPU tensor from element ``start_elem`` on; no temporary is made.
+
+        Elements are those of ``out``, whose dtype decides how the bytes are taken.
+
+        Raises:
+            ValueError: ``out`` is not contiguous, not on the CPU, or longer than what is there.
+        """
         if not out.is_contiguous() or out.device.type != "cpu":
             raise ValueError("read_into needs a contiguous CPU tensor")
         size = out.element_size()
         count = out.numel() * size
-        if start_elem * size + count > header.nbytes:
+        if start_elem < 0 or start_elem * size + count > header.nbytes:
             raise ValueError(f"{header.name}: the tensor does not have that many elements")
         self._fill(header, out, start_elem * size, count)
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor in memory of its own."""
-        header = self.headers.tensors[name]
+        header = self._header(name)
         shape = torch_shape(header.dtype, tuple(header.shape))
         out = torch.empty(shape, dtype=torch_dtype(header.dtype, name))
         self.read_into(header, out)
         return out
 
     def mapped(self, name: str) -> Tensor:
-        """The tensor as private pages of the file: no copy, writes do not reach the file."""
-        header = self.headers.tensors[name]
+        """The tensor as private pages of the file: no copy, writes do not reach the file.
+
+        What no element boundary allows to map, and an empty tensor, is read as by :meth:`tensor`.
+        """
+        header = self._header(name)
         dtype = torch_dtype(header.dtype, name)
+        shape = torch_shape(header.dtype, tuple(header.shape))
         if header.nbytes == 0 or header.start % dtype.itemsize:
             return self.tensor(name)
+        descriptor = self._open(header.file)
         with self._lock:
             file = self._maps.get(header.file)
-        if file is None:
-            descriptor = self._open(header.file)
-            with self._lock:
-                file = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+            if file is None:
+                try:
+                    file = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+                except (OSError, ValueError) as error:  # ValueError: the file is empty by now.
+                    raise _failed(header.file, error) from error
                 self._maps[header.file] = file
         if header.stop > len(file):
-            raise QuantmillError(
-                codes.TRUNCATED(header.file, f"{header.name} ends after the file", "get it again")
-            )
+            raise _short(header, f"it ends at byte {header.stop}, the file at {len(file)}")
         flat = torch.frombuffer(
             file, dtype=dtype, count=header.nbytes // dtype.itemsize, offset=header.start
         )
-        return flat.reshape(torch_shape(header.dtype, tuple(header.shape)))
+        return flat.reshape(shape)
 
-    def _staging(self, count: int) -> list[Tensor]:
-        """Two reusable buffers of ``count`` bytes, aligned for any dtype."""
-        if not self._buffers or self._buffers[0].numel() < count:
-            size = max(count, self._buffer_bytes)
-            self._buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
-        return [buffer[:count] for buffer in self._buffers]
+    def _lend(self, count: int) -> tuple[Tensor, Tensor]:
+        """Two buffers of at least ``count`` bytes, aligned for any dtype."""
+        with self._lock:
+            while self._pairs:
+                pair = self._pairs.pop()
+                if pair[0].numel() >= count:
+                    return pair
+        size = max(count, self._buffer_bytes)
+        return torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
 
     def row_blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
         """``(first row, block)`` of at most ``rows`` rows; a block is valid until the next one.
 
         Two buffers are in use: one with the caller, one being filled.
+
+        Raises:
+            ValueError: the tensor has no rows to speak of: it is a scalar.
         """
-        header = self.headers.tensors[name]
+        header = self._header(name)
         dtype = torch_dtype(header.dtype, name)
-        total, rest = header.shape[0], tuple(header.shape[1:])
-        width = header.nbytes // max(1, total)
+        shape = torch_shape(header.dtype, tuple(header.shape))
+        if not shape:
+            raise ValueError(f"{name} is a scalar and has no rows")
+        total, rest = shape[0], shape[1:]
+        if total == 0:
+            return
+        width = header.nbytes // total
         rows = max(1, min(rows, total))
-        buffers = [
-            buffer.view(dtype).reshape(rows, *rest) for buffer in self._staging(rows * width)
-        ]
+        pair = self._lend(rows * width)
+        buffers = [buffer[: rows * width].view(dtype).reshape(rows, *rest) for buffer in pair]
 
         def fetch(index: int, start: int) -> Tensor:
             block = buffers[index][: min(rows, total - start)]
             self._fill(header, block, start * width, block.shape[0] * width)
             return block
 
-        pending: Future[Tensor] | None = self._ahead.submit(fetch, 0, 0) if total else None
-        turn, start = 0, 0
-        while pending is not None:
-            block = pending.result()
-            following = start + block.shape[0]
-            turn = 1 - turn
-            pending = self._ahead.submit(fetch, turn, following) if following < total else None
-            yield start, block
-            start = following
+        pending: Future[Tensor] | None = None
+        try:
+            pending = self._ahead.submit(fetch, 0, 0)
+            turn, start = 0, 0
+            while pending is not None:
+                block = pending.result()
+                following = start + block.shape[0]
+                turn = 1 - turn
+                pending = self._ahead.submit(fetch, turn, following) if following < total else None
+                yield start, block
+                start = following
+        finally:
+            # A caller may leave early. What is still being read then is read before anything else
+            # that these buffers are used for: there is one thread, and it works in order.
+            if pending is not None:
+                pending.cancel()
+            with self._lock:
+                if not self._closed:
+                    self._pairs.append(pair)
+
+
+def _failed(where: str, error: Exception) -> QuantmillError:
+    cause = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+    fix = "check the rights of the file and the disk"
+    return QuantmillError(codes.READ_FAILED(where, cause, fix))
+
+
+def _short(header: TensorHeader, cause: str) -> QuantmillError:
+    fix = "something shortened the file after its header was read: get it again and leave it alone"
+    return QuantmillError(codes.READ_SHORT(f"{header.file}: {header.name}", cause, fix))

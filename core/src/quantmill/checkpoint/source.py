@@ -2,139 +2,59 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import dataclasses
 import os
 import re
-from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, Protocol
 
 from quantmill.checkpoint import codes
+from quantmill.checkpoint.files import FolderSource, read_json
 from quantmill.checkpoint.headers import CheckpointHeaders, TensorHeader, read_safetensors_header
-from quantmill.findings import Finding, FindingsError, QuantmillError
+from quantmill.checkpoint.hub import HubError, HubSource
+from quantmill.checkpoint.weights import PICKLES, find_weights, pickle_finding
+from quantmill.findings import Finding, Findings, FindingsError, QuantmillError
 
 __all__ = ["FolderSource", "HubSource", "Source", "open_source", "read_headers"]
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_STEMS = ("model", "diffusion_pytorch_model")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_HUB_ID: Final = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+# A missing file of these kinds is a missing file; nobody calls a repository so.
+_FILE_ENDINGS: Final = (".safetensors", ".gguf", ".json", *PICKLES)
+_REQUESTS: Final = 8
+"""Headers of so many shards are asked for at the same time, from a Hub."""
+
+_Header = tuple[int, dict[str, TensorHeader], dict[str, str]]
 
 
 class Source(Protocol):
-    """Where a checkpoint lies. Names are plain file names relative to it."""
+    """Where a checkpoint lies. Names are plain file names relative to it.
 
-    def names(self) -> list[str]: ...
-    def exists(self, name: str) -> bool: ...
-    def size(self, name: str) -> int: ...
-    def read(self, name: str, start: int, stop: int) -> bytes: ...
-    def local_path(self, name: str) -> Path: ...
-    def describe(self) -> str: ...
-    def identity(self) -> str: ...
-
-
-class FolderSource:
-    """A local folder; with ``only``, one file of it."""
-
-    def __init__(self, path: Path, only: str | None = None) -> None:
-        self.path = path
-        self.only = only
+    All methods raise QuantmillError, and no other error, where the place cannot be read.
+    """
 
     def names(self) -> list[str]:
-        """Names of the files."""
-        return sorted(item.name for item in self.path.iterdir() if item.is_file())
+        """Names of the files, sorted."""
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there."""
-        return (self.path / name).is_file()
+        """Whether there is a file of this name; any text may be asked for."""
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return (self.path / name).stat().st_size
+        """Bytes of an existing file."""
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes from ``start`` to ``stop``."""
-        with (self.path / name).open("rb") as stream:
-            stream.seek(start)
-            return stream.read(stop - start)
+        """The bytes [start, stop) of an existing file; fewer where the file ends before."""
 
     def local_path(self, name: str) -> Path:
-        """The file itself."""
-        return self.path / name
+        """The whole file on this machine, downloaded if need be."""
 
     def describe(self) -> str:
-        """The path as the user gave it."""
-        return str(self.path / self.only if self.only else self.path)
+        """How a user would name the source."""
 
     def identity(self) -> str:
-        """Changes when a weight file does."""
-        parts = [
-            f"{name}:{self.size(name)}:{(self.path / name).stat().st_mtime_ns}"
-            for name in self.names()
-            if name.endswith(".safetensors")
-        ]
-        return f"{self.path.resolve()}|" + "|".join(parts)
-
-
-class HubSource:
-    """A repository of the Hub; only the ranges that are asked for are transferred."""
-
-    def __init__(self, repo_id: str, revision: str = "main") -> None:
-        self.repo_id = repo_id
-        self.revision = revision
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        from huggingface_hub import HfApi
-
-        try:
-            info = HfApi().model_info(self.repo_id, revision=self.revision, files_metadata=True)
-        except Exception as error:
-            raise QuantmillError(
-                codes.SOURCE_MISSING(
-                    self.describe(),
-                    f"the Hub does not give it: {type(error).__name__}: {error}".split("\n")[0],
-                    "check the name, the revision, the token and the network",
-                )
-            ) from error
-        return {item.rfilename: item.size or 0 for item in info.siblings or ()}
-
-    def names(self) -> list[str]:
-        """Names of the files."""
-        return sorted(self._sizes)
-
-    def exists(self, name: str) -> bool:
-        """Whether the file is there."""
-        return name in self._sizes
-
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return self._sizes[name]
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        """One range request."""
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils._headers import build_hf_headers
-
-        url = hf_hub_url(self.repo_id, name, revision=self.revision)
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
-        response = get_session().get(url, headers=headers)
-        response.raise_for_status()
-        data: bytes = response.content
-        return data if len(data) <= stop - start else data[start:stop]
-
-    def local_path(self, name: str) -> Path:
-        """Download the file into the Hub's cache."""
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(self.repo_id, name, revision=self.revision))
-
-    def describe(self) -> str:
-        """``org/name@revision``."""
-        return f"{self.repo_id}@{self.revision}"
-
-    def identity(self) -> str:
-        """The same; a branch name may move, a commit may not."""
-        return self.describe()
+        """A text that changes when the weights do."""
 
 
 def open_source(spec: str | Path) -> Source:
@@ -144,137 +64,159 @@ def open_source(spec: str | Path) -> Source:
         QuantmillError: nothing is there, or it is a kind of file that no installed plugin reads.
     """
     path = Path(spec)
-    if path.is_dir():
-        return FolderSource(path)
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            return FolderSource(path.parent, path.name)
-        if path.suffix in _PICKLES:
-            raise QuantmillError(_pickle(path.name))
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # No right to look, or a name that is too long.
         raise QuantmillError(
             codes.SOURCE_MISSING(
+                str(spec)[:200],
+                f"it cannot be looked at: {error.strerror or error}",
+                "check the path and the rights",
+            )
+        ) from error
+    if is_folder:
+        return FolderSource(path)
+    if is_file:
+        if path.suffix == ".safetensors":
+            return FolderSource(path.parent, path.name)
+        if path.suffix in PICKLES:
+            raise QuantmillError(pickle_finding(path.name))
+        raise QuantmillError(
+            codes.FOREIGN_FILE(
                 str(spec),
                 "no installed plugin reads this kind of file",
                 "give a folder; for GGUF install quantmill-gguf",
             )
         )
     text = str(spec)
-    if _HUB_ID.fullmatch(text) and not text.startswith((".", "/", os.sep)):
+    is_path = text.startswith((".", "/", "~", os.sep)) or text.endswith(_FILE_ENDINGS)
+    if _HUB_ID.fullmatch(text) and not is_path:
         repo, _, revision = text.partition("@")
         return HubSource(repo, revision or "main")
-    raise QuantmillError(
-        codes.SOURCE_MISSING(
-            text, "there is no such folder or file", "check the path or the Hub id"
+    if is_path or path.is_absolute():
+        raise QuantmillError(
+            codes.SOURCE_MISSING(text, "there is no such folder or file", "check the path")
         )
-    )
-
-
-def _pickle(name: str) -> Finding:
-    return codes.PICKLE(
-        name,
-        "pickle files can run code when they are read, so they are refused",
-        "convert it where you trust it: load it with torch.load(..., weights_only=True) and save"
-        " it with safetensors.torch.save_file",
+    raise QuantmillError(
+        codes.BAD_SPEC(
+            text[:200],
+            "there is no such folder or file, and a Hub id has the form org/name@revision",
+            "check the path or the Hub id",
+        )
     )
 
 
 def read_headers(source: Source) -> CheckpointHeaders:
-    """All headers of a checkpoint; no weight is read.
+    """All headers of a checkpoint; no weight is read. Warnings are in its ``findings``.
 
     Raises:
         FindingsError: every problem of every file at once.
+        QuantmillError: the source cannot be read at all.
     """
+    if isinstance(source, HubSource) and source.kept is not None:
+        # A commit never changes. Callers may edit the config, so each gets its own.
+        kept: CheckpointHeaders = source.kept
+        return dataclasses.replace(
+            kept, config=copy.deepcopy(kept.config), findings=Findings(kept.findings)
+        )
     problems: list[Finding] = []
-    config = _json(source, "config.json", problems) or {}
-    generation = _json(source, "generation_config.json", [])
-    files, weight_map = _weight_files(source, problems)
+    notes = Findings()
+    config = read_json(source, "config.json", problems) or {}
+    generation = read_json(source, "generation_config.json", problems)
+    weights = find_weights(source, problems, notes)
     tensors: dict[str, TensorHeader] = {}
     metadata: dict[str, str] = {}
     sizes: dict[str, int] = {}
-    for file in files:
-        if not source.exists(file):
-            problems.append(
-                codes.SHARD_MISSING(file, "the index names it and it is not there", "add the file")
-            )
+    for file, answer in zip(weights.files, _read_each(source, weights.files), strict=True):
+        if isinstance(answer, QuantmillError):
+            problems.extend(answer.findings)
             continue
-        sizes[file] = source.size(file)
-        try:
-            found, extra = read_safetensors_header(
-                lambda start, stop, file=file: source.read(file, start, stop),  # type: ignore[misc]
-                sizes[file],
-                file,
-            )
-        except QuantmillError as error:
-            problems.extend(error.findings)
-            continue
-        tensors |= found
+        sizes[file], found, extra = answer
+        _join(tensors, found, file, weights.placed, problems, notes)
         metadata = {**extra, **metadata}
-    if weight_map and not problems:
-        for name in sorted(set(weight_map) - set(tensors)):
-            problems.append(
-                codes.INDEX_TENSOR(
-                    name,
-                    f"the index says it is in {weight_map[name]}, which lacks it",
-                    "get the checkpoint again",
-                )
-            )
+    if not problems:
+        _check_placed(tensors, weights.placed, problems)
     if problems:
         raise FindingsError(problems)
-    return CheckpointHeaders(tensors, metadata, sizes, config, generation, source)
-
-
-def _json(source: Source, name: str, problems: list[Finding]) -> dict[str, Any] | None:
-    if not source.exists(name):
-        return None
-    try:
-        data = json.loads(source.read(name, 0, source.size(name)))
-        if not isinstance(data, dict):
-            raise ValueError("it is no object")
-    except (ValueError, UnicodeDecodeError) as error:
-        problems.append(codes.JSON_INVALID(name, f"not valid JSON: {error}", "correct the file"))
-        return None
-    return data
-
-
-def _weight_files(source: Source, problems: list[Finding]) -> tuple[list[str], dict[str, str]]:
-    if isinstance(source, FolderSource) and source.only:
-        return [source.only], {}
-    names = source.names()
-    for stem in _STEMS:
-        index = f"{stem}.safetensors.index.json"
-        if index in names:
-            data = _json(source, index, problems) or {}
-            weight_map = data.get("weight_map")
-            if not isinstance(weight_map, dict):
-                problems.append(
-                    codes.JSON_INVALID(index, "it has no weight_map", "correct the file")
-                )
-                return [], {}
-            files = []
-            for file in sorted(set(map(str, weight_map.values()))):
-                if PurePosixPath(file).name != file or file in ("..", ".") or "\\" in file:
-                    problems.append(
-                        codes.UNSAFE_NAME(
-                            index,
-                            f"it names {file!r}, which is outside the folder",
-                            "do not trust this checkpoint",
-                        )
-                    )
-                    continue
-                files.append(file)
-            return files, weight_map
-        if f"{stem}.safetensors" in names:
-            return [f"{stem}.safetensors"], {}
-    lone = [name for name in names if name.endswith(".safetensors")]
-    if lone:
-        return lone, {}
-    pickles = [name for name in names if name.endswith(_PICKLES)]
-    if pickles:
-        problems.append(_pickle(pickles[0]))
-    else:
-        problems.append(
-            codes.SOURCE_MISSING(
-                source.describe(), "it holds no safetensors weights", "give a model's folder"
-            )
+    headers = CheckpointHeaders(tensors, metadata, sizes, config, generation, source, notes)
+    if isinstance(source, HubSource):
+        source.kept = dataclasses.replace(
+            headers, config=copy.deepcopy(config), findings=Findings(notes)
         )
-    return [], {}
+    return headers
+
+
+def _read_one(source: Source, file: str) -> _Header | QuantmillError:
+    """Size, tensors and metadata of one file, or what is wrong with it."""
+    if not source.exists(file):
+        if isinstance(source, HubSource) and source.offline:
+            return QuantmillError(source.not_cached(file))
+        return QuantmillError(
+            codes.SHARD_MISSING(file, "the index names it and it is not there", "add the file")
+        )
+    try:
+        size = source.size(file)
+        found, extra = read_safetensors_header(
+            lambda start, stop: source.read(file, start, stop), size, file
+        )
+    except HubError:
+        raise  # The place is at fault, not the file: the other files would say the same.
+    except QuantmillError as error:
+        return error
+    return size, found, extra
+
+
+def _read_each(source: Source, files: Sequence[str]) -> Iterator[_Header | QuantmillError]:
+    if not isinstance(source, HubSource) or len(files) < 2:
+        for file in files:
+            yield _read_one(source, file)
+        return
+    pool = ThreadPoolExecutor(min(_REQUESTS, len(files)), thread_name_prefix="quantmill-hub")
+    try:
+        yield from pool.map(lambda file: _read_one(source, file), files)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _join(
+    tensors: dict[str, TensorHeader],
+    found: dict[str, TensorHeader],
+    file: str,
+    placed: Mapping[str, str],
+    problems: list[Finding],
+    notes: Findings,
+) -> None:
+    """Add the tensors of one file to those of all, each from the file where it belongs."""
+    stray = [name for name in found if placed.get(name) != file] if placed else []
+    if stray:
+        elsewhere = [name for name in stray if name in placed]
+        unknown = [name for name in stray if name not in placed]
+        for names, what in (
+            (elsewhere, "which the index places in another file, where they are read"),
+            (unknown, "which the index does not name; they are read"),
+        ):
+            if names:
+                cause = f"it holds {len(names)} tensors, {names[0]!r:.120} first, {what}"
+                notes.add(codes.NOT_INDEXED(file, cause, "nothing to do, or write the index anew"))
+        found = {name: item for name, item in found.items() if placed.get(name, file) == file}
+    for name in sorted(tensors.keys() & found.keys()):
+        cause = f"tensor {name!r:.120} is in {tensors[name].file} as well"
+        fix = "remove one of the files, or add an index that says which is meant"
+        problems.append(codes.DUPLICATE_TENSOR(file, cause, fix, tensor=name))
+    tensors |= found
+
+
+def _check_placed(
+    tensors: Mapping[str, TensorHeader], placed: Mapping[str, str], problems: list[Finding]
+) -> None:
+    """Every tensor of the index must be where the index says."""
+    lacking: dict[str, list[str]] = {}
+    for name, file in placed.items():
+        if name not in tensors:
+            lacking.setdefault(file, []).append(name)
+    for file, names in sorted(lacking.items()):
+        cause = (
+            f"the index places {len(names)} tensors there that it lacks, {names[0]!r:.120} first"
+        )
+        fix = "get the checkpoint again: the index and the file are of different versions"
+        problems.append(codes.INDEX_TENSOR(file, cause, fix, tensors=names))

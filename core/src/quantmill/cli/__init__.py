@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import click
 
-from quantmill.cli.exits import INTERRUPTED, PROBLEM
+from quantmill import __version__
+from quantmill.cli.exits import INTERRUPTED, OK, PROBLEM, USAGE
 from quantmill.findings import QuantmillError
 
 __all__ = ["main"]
@@ -18,6 +22,7 @@ COMMANDS = {
     "eval": "Perplexity and KL divergence on a text.",
     "generate": "Continue a prompt.",
     "inspect": "What a checkpoint holds, from its headers.",
+    "kernels": "The kernels, and which one a module would use.",
     "plan": "What would happen to every module, in exact bytes.",
     "plugins": "The installed plugins and their status.",
     "quantize": "Quantize a checkpoint into a new folder.",
@@ -26,8 +31,24 @@ COMMANDS = {
 _MODULES = {"eval": "evaluate"}
 
 
+class _ReaderLeft(Exception):
+    """Stdout was closed by whoever read it; click would make an error of it."""
+
+
 class LazyGroup(click.Group):
     """Imports a command's module when the command runs, and not for ``--help``."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **options)
+        except BrokenPipeError as error:
+            raise _ReaderLeft from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderLeft from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -53,39 +74,95 @@ class LazyGroup(click.Group):
             formatter.write_dl(sorted(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="quantmill", prog_name="quantmill")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.group(
+    cls=LazyGroup,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="quantmill")
+@click.option("--debug", is_flag=True, help="Show tracebacks and what libraries log.")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
     """Plan, quantize, run and inspect language models.
 
-    SOURCE is a folder, a safetensors file or a Hub id (org/name@revision). METHOD is a short name
-    (bnb-nf4, with options bnb-nf4:bnb_4bit_blocksize=128), JSON text, or a JSON or YAML file.
+    SOURCE is a folder, a file or a Hub id (org/name@revision). METHOD is a short name (bnb-nf4,
+    with options bnb-nf4:bnb_4bit_blocksize=128), JSON text, or a JSON or YAML file.
 
-    Exit codes: 0 fine, 1 errors among the findings, 2 wrong usage, 3 the environment lacks
-    something (doctor --check, plugins --strict), 130 interrupted.
+    Results go to stdout, findings and progress to stderr. With --json, stdout is one JSON
+    document, for errors too.
+
+    Exit codes: 0 fine, 1 errors among the findings or nothing that fits, 2 wrong usage, 3 the
+    environment lacks something (doctor --check, plugins --strict), 130 interrupted.
     """
-    context.obj = {"debug": debug}
+    import logging
+
+    if debug:
+        context.obj["debug"] = True
+    else:
+        # Findings say what matters; a peer's hints would stand between them.
+        logging.disable(logging.WARNING)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    given = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in given
-    try:
-        cli.main(args=given, prog_name="quantmill", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was left behind", err=True)
-        sys.exit(INTERRUPTED)
-    except QuantmillError as error:
-        if debug:
-            raise
-        from quantmill.cli.output import show_error
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    with _environment():
+        code = _run(given)
+    sys.exit(code)
 
-        show_error(error, as_json="--json" in given)
-        sys.exit(PROBLEM)
-    sys.exit(0)
+
+def _run(given: list[str]) -> int:
+    state = {"debug": False}
+    as_json = "--json" in (given[: given.index("--")] if "--" in given else given)
+    try:
+        if not given:
+            context = click.Context(cli, info_name="quantmill", **cli.context_settings)
+            click.echo(cli.get_help(context), err=True)
+            return USAGE
+        code = cli.main(args=given, prog_name="quantmill", standalone_mode=False, obj=state)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else OK
+    except (_ReaderLeft, BrokenPipeError):
+        # The reader has seen enough (| head). What is left in the buffer must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return OK
+    except (KeyboardInterrupt, click.Abort):
+        from quantmill.cli.errors import INTERRUPTED_RUN, report
+
+        where = given[0] if given else "quantmill"
+        finding = INTERRUPTED_RUN(where, "interrupted", "run the same command again")
+        return report([finding], INTERRUPTED, as_json=as_json)
+    except click.ClickException as error:
+        if not as_json:
+            error.show()
+            return error.exit_code
+        from quantmill.cli.errors import report, usage_finding
+
+        return report([usage_finding(error)], error.exit_code, as_json=True)
+    except Exception as error:  # noqa: BLE001 a user never sees a traceback without asking for it
+        from quantmill.cli.errors import report, unexpected_finding
+
+        if state["debug"]:
+            import traceback
+
+            traceback.print_exc()
+        findings = (
+            error.findings if isinstance(error, QuantmillError) else [unexpected_finding(error)]
+        )
+        return report(findings, PROBLEM, as_json=as_json)
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What a run changes in the process is put back: ``main`` is called by tests and tools too."""
+    import logging
+
+    disabled = logging.root.manager.disable
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A name that the terminal can't show is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
-from quantmill.cli.exits import ENVIRONMENT
+from quantmill.cli.exits import ENVIRONMENT, OK
 from quantmill.cli.options import JSON
 from quantmill.cli.output import print_json, table
 from quantmill.host import Status, default_host
@@ -15,12 +13,14 @@ from quantmill.host import Status, default_host
 @click.command("plugins")
 @JSON
 @click.option("--strict", is_flag=True, help="Exit with 3 if any plugin is not ok.")
-def command(as_json: bool, strict: bool) -> None:
+def command(as_json: bool, strict: bool) -> int:
     """List the installed plugins: what they provide, and why one can't be used."""
     host = default_host()
     plugins = list(host.plugins.values())
     if as_json:
         print_json({"plugins": [item.to_dict() for item in plugins]})
+    elif not plugins:
+        click.echo('no plugin is installed; for example: pip install "quantmill[bnb]"')
     else:
         rows = [
             (
@@ -36,5 +36,4 @@ def command(as_json: bool, strict: bool) -> None:
         ]
         table("plugins", ("name", "distribution", "status", "provides", "reason"), rows)
     bad = [item for item in plugins if item.status not in (Status.OK, Status.DISABLED)]
-    if strict and bad:
-        sys.exit(ENVIRONMENT)
+    return ENVIRONMENT if strict and bad else OK

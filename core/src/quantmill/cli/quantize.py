@@ -6,14 +6,22 @@ from typing import Any
 
 import click
 
-from quantmill.cli.options import JSON, QUIET, memory_bytes, model_options
+from quantmill.cli.options import (
+    JSON,
+    QUIET,
+    calibration_arguments,
+    calibration_options,
+    memory_bytes,
+    model_options,
+    not_empty,
+)
 from quantmill.cli.output import print_json, progress_bar, show_findings, size
 
 
 @click.command("quantize")
-@click.argument("source")
-@click.argument("output", type=click.Path())
-@click.argument("method")
+@click.argument("source", callback=not_empty)
+@click.argument("output", type=click.Path(), callback=not_empty)
+@click.argument("method", callback=not_empty)
 @model_options
 @click.option(
     "--non-finite",
@@ -28,8 +36,9 @@ from quantmill.cli.output import print_json, progress_bar, show_findings, size
     default="5GB",
     show_default=True,
     metavar="SIZE",
-    help="Largest file.",
+    help="Most bytes of tensors in one file.",
 )
+@calibration_options
 @QUIET
 @JSON
 def command(
@@ -44,6 +53,7 @@ def command(
     """Quantize SOURCE with METHOD into the new folder OUTPUT, streaming."""
     import quantmill
 
+    options |= calibration_arguments(options)
     with progress_bar("quantizing", quiet=quiet) as progress:
         report = quantmill.quantize(
             source, output, method, progress=progress, max_shard_bytes=max_shard, **options

@@ -24,7 +24,7 @@ from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 if TYPE_CHECKING:
     from quantmill.forms import Form
 
-__all__ = ["Sink", "StreamedWeight", "run", "run_modules"]
+__all__ = ["Sink", "StreamedWeight", "keep_non_finite", "open_reader", "run", "run_modules"]
 
 NOT_FINITE = declare("QM-WEIGHT-001", "A weight holds NaN or infinity")
 NOT_FINITE_KEPT = declare(
@@ -168,11 +168,20 @@ def run(job: Job, sink: Sink) -> None:
     assert architecture is not None
     total = sum(header.nbytes for header in job.headers.tensors.values())
     done = 0
-    with job.stage("quantize"), TensorReader(job.headers, buffer_bytes=BLOCK_BYTES) as reader:
+    with job.stage("quantize"), open_reader(job.headers) as reader:
         for module in run_modules(job, sink, architecture.modules, reader):
             done += _source_bytes(module, job)
             job.advance(min(done, total), total, module.name)
         job.advance(total, total, "done")
+
+
+def open_reader(headers: CheckpointHeaders) -> TensorReader:
+    """What reads a source's tensors: its own reader, where it has one."""
+    own = getattr(headers.source, "reader", None)
+    if own is None:
+        return TensorReader(headers, buffer_bytes=BLOCK_BYTES)
+    made: TensorReader = own(headers)
+    return made
 
 
 def run_modules(
@@ -180,11 +189,12 @@ def run_modules(
     sink: Sink,
     modules: Iterable[ModuleInfo],
     reader: TensorReader,
-    forms: Mapping[str, Form] | None = None,
+    forms: Mapping[str, Form | None] | None = None,
 ) -> Iterator[ModuleInfo]:
     """Send ``modules`` to the sink in the order of the checkpoint's files; yields each when done.
 
-    ``forms`` (by target name) were made before, by calibration, and are not made again.
+    ``forms`` (by target name) were made before, by calibration, and are not made again; None
+    stands for a target that stays float after all.
     """
     plan, architecture = job.plan, job.architecture
     assert plan is not None and architecture is not None
@@ -192,8 +202,10 @@ def run_modules(
     for module in sorted(modules, key=lambda item: _position(item, job.headers)):
         made = set()
         for target, selection in planned.get(module.name, []):
-            form = (forms or {}).get(target.name)
-            if form is not None:
+            if forms is not None and target.name in forms:
+                form = forms[target.name]
+                if form is None:
+                    continue
                 bias = _bias(job, reader, target)
                 sink.put_form(selection, target, form, bias)
             elif not _one(job, reader, sink, target, selection):
@@ -252,23 +264,30 @@ def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: 
                 job=job, selection=selection, target=target, weight=weight
             )
         except NonFiniteWeight as error:
-            if job.options.non_finite != "keep":
-                raise QuantmillError(
-                    NOT_FINITE(
-                        weight.name,
-                        error.cause(weight.shape),
-                        'repair the checkpoint, or keep such modules float with non_finite="keep"',
-                    )
-                ) from None
-            job.findings.add(
-                NOT_FINITE_KEPT(weight.name, error.cause(weight.shape), "repair the checkpoint")
-            )
-            if job.options.strict:
-                Findings(job.findings).strict().raise_errors()
+            keep_non_finite(job, error, weight.shape)
             return False
     bias = _bias(job, reader, target)
     sink.put_form(selection, target, form, bias)
     return True
+
+
+def keep_non_finite(job: Job, error: NonFiniteWeight, shape: tuple[int, ...]) -> None:
+    """Apply the job's policy to NaN or infinity in a weight of ``shape``.
+
+    Raises:
+        QuantmillError: unless the policy is to keep such modules float; a finding says so then.
+    """
+    if job.options.non_finite != "keep":
+        raise QuantmillError(
+            NOT_FINITE(
+                error.name,
+                error.cause(shape),
+                'repair the checkpoint, or keep such modules float with non_finite="keep"',
+            )
+        ) from None
+    job.findings.add(NOT_FINITE_KEPT(error.name, error.cause(shape), "repair the checkpoint"))
+    if job.options.strict:
+        Findings(job.findings).strict().raise_errors()
 
 
 def _resident(reader: TensorReader, header: TensorHeader, device: str) -> Tensor:

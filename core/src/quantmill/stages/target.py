@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from quantmill.targeting.types import (
 )
 
 if TYPE_CHECKING:
+    from quantmill.checkpoint.headers import TensorHeader
     from quantmill.forms import Form
 
 __all__ = ["core_rules", "make_plan"]
@@ -37,6 +38,7 @@ TENSORS_OUTRANK = declare(
 STORED_SKIPPED = declare(
     "QM-TARGET-103", "A module that the user keeps float is quantized in the checkpoint"
 )
+STORED_ALONE = declare("QM-TARGET-104", "A quantized weight lacks its scales")
 KIND_NOT_COVERED = declare(
     "QM-TARGET-102", "The method does not take this kind of module", Severity.WARNING, fallback=True
 )
@@ -249,6 +251,7 @@ class _Planner:
         target = _stored_target(module)
         form = codec.describe(members, target, self.dtype)
         if form is None:
+            self._alone(module, members, selection)
             return None
         if decision.action == "keep" and decision.origin in ("checkpoint", "default"):
             self.job.findings.add(
@@ -287,6 +290,25 @@ class _Planner:
             bytes_after=stored + rest,
             bytes_memory=resident + rest,
             target=target,
+        )
+
+    def _alone(
+        self, module: ModuleInfo, members: Mapping[str, TensorHeader], selection: Selection
+    ) -> None:
+        """Tensors of a quantized module without those that belong to them are no float module."""
+        weight = module.parameters.get("weight")
+        if weight is None or not targets_of(_as_float(module)):
+            return
+        if weight.sources and weight.dtype in FLOAT_DTYPES:
+            return
+        there = ", ".join(f"{name} {item.dtype}" for name, item in members.items())
+        self.job.findings.add(
+            STORED_ALONE(
+                module.name,
+                f"it has {there}, and what belongs to that in the layout of {selection.label}"
+                " is missing",
+                "the checkpoint is damaged: get it again",
+            )
         )
 
     def _kept(self, module: ModuleInfo, decision: Decision) -> ModulePlan:

@@ -58,7 +58,9 @@ def _device(job: Job) -> Iterator[Finding]:
     import torch
 
     kind = job.device.partition(":")[0]
-    known = kind in ("cpu", "meta") or (kind == "cuda" and torch.cuda.is_available())
+    known = kind in ("cpu", "meta")
+    if kind == "cuda" and torch.cuda.is_available():
+        known = (torch.device(job.device).index or 0) < torch.cuda.device_count()
     if kind not in ("cpu", "meta", "cuda"):
         known = hasattr(torch, kind) and getattr(torch, kind).is_available()
     if not known:
@@ -125,10 +127,13 @@ def _methods(job: Job) -> Iterator[Finding]:
 
 
 def available_memory(device: str) -> int | None:
-    """Free bytes on a device, or None where nobody can tell."""
+    """Free bytes on a device, or None where nobody can tell or there is no such device."""
     if device.startswith("cuda"):
         import torch
 
+        index = torch.device(device).index or 0
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            return None
         return int(torch.cuda.mem_get_info(device)[0])
     try:
         with Path("/proc/meminfo").open(encoding="ascii") as lines:

@@ -108,7 +108,11 @@ def write_checkpoint(
         "method": ", ".join(job.selections),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    with CheckpointWriter(folder, max_shard_bytes=max_shard_bytes, manifest=manifest) as writer:
+    # A quantized weight becomes a handful of tensors; an entry takes some 160 bytes.
+    room = len(job.headers.tensors) * 7 * 160
+    with CheckpointWriter(
+        folder, max_shard_bytes=max_shard_bytes, manifest=manifest, header_bytes=room
+    ) as writer:
         engine(job, CheckpointSink(job, writer))
         writer.write_json("config.json", config)
         for selection in job.selections.values():

@@ -8,7 +8,20 @@ Subclass :class:`MethodConformance` in a test file of your plugin, name your met
         method = "my-method-4"
 """
 
-from quantmill.testing.conformance import MethodConformance
-from quantmill.testing.fabricate import write_tiny_llama
+import pytest
 
-__all__ = ["MethodConformance", "write_tiny_llama"]
+_PARTS = ("base", "registration", "configuration", "forms", "linears", "checkpoints", "models")
+# So that a failing promise shows the values it compared, in other people's packages too.
+pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in _PARTS))
+
+from quantmill.testing.base import MatrixSource, make_target  # noqa: E402
+from quantmill.testing.conformance import MethodConformance  # noqa: E402
+from quantmill.testing.fabricate import write_tiny_gpt2, write_tiny_llama  # noqa: E402
+
+__all__ = [
+    "MatrixSource",
+    "MethodConformance",
+    "make_target",
+    "write_tiny_gpt2",
+    "write_tiny_llama",
+]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["llama_config", "llama_shapes", "write_tiny_llama"]
+__all__ = ["llama_config", "llama_shapes", "write_tiny_gpt2", "write_tiny_llama"]
 
 
 def llama_config(
@@ -21,6 +21,7 @@ def llama_config(
     vocab: int = 256,
     heads: int = 4,
     tied: bool = False,
+    bias: bool = False,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
     """A ``config.json`` that transformers accepts."""
@@ -37,6 +38,7 @@ def llama_config(
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
+        "attention_bias": bias,
         "tie_word_embeddings": tied,
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -66,6 +68,11 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             f"{base}.input_layernorm.weight": (hidden,),
             f"{base}.post_attention_layernorm.weight": (hidden,),
         }
+        if config.get("attention_bias"):
+            shapes |= {
+                f"{base}.self_attn.{part}_proj.bias": (size,)
+                for part, size in (("q", hidden), ("k", key), ("v", key), ("o", hidden))
+            }
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, hidden)
@@ -86,7 +93,7 @@ def write_tiny_llama(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, shape in llama_shapes(config).items():
-        if len(shape) == 1:
+        if len(shape) == 1 and name.endswith("norm.weight"):
             tensors[name] = torch.ones(shape, dtype=dtype)
         else:
             tensors[name] = (torch.randn(shape, generator=generator) * 0.08).to(dtype)
@@ -107,4 +114,47 @@ def write_tiny_llama(
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
+    return folder
+
+
+def write_tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
+    """Write a random GPT-2, whose linears are ``Conv1D`` (stored ``[in, out]``) with biases."""
+    width, vocab = 64, 256
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": width,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": vocab,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "dtype": "bfloat16",
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (vocab, width),
+        "transformer.wpe.weight": (64, width),
+    }
+    for layer in range(2):
+        base = f"transformer.h.{layer}"
+        sizes = {
+            "attn.c_attn": (width, 3 * width),
+            "attn.c_proj": (width, width),
+            "mlp.c_fc": (width, 4 * width),
+            "mlp.c_proj": (4 * width, width),
+        }
+        for name, size in sizes.items():
+            shapes |= {f"{base}.{name}.weight": size, f"{base}.{name}.bias": size[1:]}
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"{base}.{name}.weight": (width,), f"{base}.{name}.bias": (width,)}
+    shapes |= {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: (torch.randn(shape, generator=generator) * 0.1).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -25,14 +26,19 @@ from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.checkpoint.reader import TensorReader
 from quantmill.findings import Finding, QuantmillError, declare
 from quantmill.targeting.roles import guess_layer, guess_role
-from quantmill.targeting.types import ModuleInfo, ParameterInfo
-from quantmill_transformers.names import NameMap, map_names
+from quantmill.targeting.types import FLOAT_DTYPES, ModuleInfo, ParameterInfo, Target
+from quantmill_transformers.dtypes import DtypePolicy
+from quantmill_transformers.finish import LIBRARY, finish_model
+from quantmill_transformers.names import Conversion, NameMap, map_names
+from quantmill_transformers.ties import Ties
 
 __all__ = ["TransformersArchitecture", "open_folder"]
 
 BAD_CONFIG = declare("QM-TF-001", "transformers can't build a model from this config.json")
+CANT_CONVERT = declare("QM-TF-002", "Tensors of an older layout can't be converted")
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def open_folder(headers: CheckpointHeaders) -> TransformersArchitecture | str | None:
@@ -58,24 +64,36 @@ class TransformersArchitecture(Architecture):
     def __init__(self, headers: CheckpointHeaders, cls: type[PreTrainedModel]) -> None:
         self._headers = headers
         self._cls = cls
-        self._findings: list[Finding] = []
 
     @cached_property
     def config(self) -> Any:
         """The typed config, without the checkpoint's ``quantization_config``."""
         data = {k: v for k, v in self._headers.config.items() if k != "quantization_config"}
+        for key in ("dtype", "torch_dtype"):
+            if not isinstance(getattr(torch, str(data.get(key)), None), torch.dtype):
+                data.pop(key, None)  # "auto", or nonsense: the tensors tell.
         try:
-            return CONFIG_MAPPING[data["model_type"]].from_dict(data)
+            return CONFIG_MAPPING[data["model_type"]].from_dict(copy.deepcopy(data))
         except Exception as error:
             raise QuantmillError(
                 BAD_CONFIG("config.json", f"{type(error).__name__}: {error}", "correct it")
             ) from error
 
+    @property
+    def _model_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype or self.default_dtype or "float32")
+        return dtype
+
     def build(self) -> nn.Module:
-        dtype = getattr(torch, self.default_dtype or "float32")
+        self.ties.compare()
+        return self._build()
+
+    def _build(self) -> Any:
+        # A copy for each: what one model writes into its config is nobody else's.
+        config = copy.deepcopy(self.config)
         try:
-            with torch.device("meta"), _DefaultDtype(dtype):
-                model: nn.Module = self._cls._from_config(self.config)
+            with LIBRARY, torch.device("meta"):
+                model: Any = self._cls._from_config(config, dtype=self._model_dtype)
         except QuantmillError:
             raise
         except Exception as error:
@@ -91,7 +109,7 @@ class TransformersArchitecture(Architecture):
     @cached_property
     def skeleton(self) -> Any:
         """The model on the meta device that the module tree is read from."""
-        return self.build()
+        return self._build()
 
     @cached_property
     def shapes(self) -> dict[str, Tensor]:
@@ -103,86 +121,110 @@ class TransformersArchitecture(Architecture):
         """Where each parameter comes from."""
         return map_names(self.skeleton, self._headers.tensors, self.shapes)
 
+    @cached_property
+    def policy(self) -> DtypePolicy:
+        """The dtype of each parameter."""
+        return DtypePolicy(self.skeleton, self._model_dtype)
+
+    @cached_property
+    def ties(self) -> Ties:
+        """Parameters that share storage."""
+        return Ties(self.skeleton.all_tied_weights_keys, self.names.sources, self._headers)
+
     @property
     def default_dtype(self) -> str | None:
         value = self._headers.config.get("dtype") or self._headers.config.get("torch_dtype")
-        if value in (None, "auto"):
-            kinds = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-            for header in self._headers.tensors.values():
-                if header.dtype in kinds:
-                    return kinds[header.dtype]
-            return None
-        return str(value).removeprefix("torch.")
+        name = str(value).removeprefix("torch.")
+        if name in _FLOATS.values():
+            return name
+        stored = (header.dtype for header in self._headers.tensors.values())
+        return next((_FLOATS[dtype] for dtype in stored if dtype in _FLOATS), None)
 
-    @cached_property
+    @property
     def tied(self) -> Mapping[str, str]:
-        mapping = dict(getattr(self.skeleton, "all_tied_weights_keys", {}) or {})
-        # Tying is symmetric on disk: whichever of the two is stored is the source.
-        return {
-            (source if target in self.names.plain and source not in self.names.plain else target): (
-                target if target in self.names.plain and source not in self.names.plain else source
-            )
-            for target, source in mapping.items()
-        }
-
-    def _keeps_float(self, name: str) -> bool:
-        kept = set(getattr(self.skeleton, "_keep_in_fp32_modules_strict", None) or ())
-        if self.default_dtype == "float16":
-            kept |= set(getattr(self.skeleton, "_keep_in_fp32_modules", None) or ())
-        return any(re.search(rf"(^|\.){key}(\.|$)", name) for key in kept)
+        return self.ties.mapping
 
     @cached_property
     def modules(self) -> Sequence[ModuleInfo]:
         model = self.skeleton
-        heads = {id(model.get_output_embeddings())} if model.get_output_embeddings() else set()
-        partners = {**self.tied, **{source: target for target, source in self.tied.items()}}
+        head = model.get_output_embeddings()
         found = []
         for name, module in model.named_modules():
-            own = [*module.named_parameters(recurse=False)]
-            persistent = [
-                (local, buffer)
-                for local, buffer in module.named_buffers(recurse=False)
-                if local not in module._non_persistent_buffers_set
-            ]
-            if not own and not persistent:
+            prefix = f"{name}." if name else ""
+            own = {
+                local: tensor
+                for local, tensor in [*module._parameters.items(), *module._buffers.items()]
+                if tensor is not None and prefix + local in self.shapes
+            }
+            if not own:
                 continue
             parameters = {
-                local: self._parameter(f"{name}.{local}" if name else local, tensor)
-                for local, tensor in [*own, *persistent]
+                local: self._parameter(prefix + local, tensor, module)
+                for local, tensor in own.items()
             }
-            kind = _kind(module, parameters)
             cls = type(module).__name__
-            role = "head" if id(module) in heads else guess_role(name, cls)
-            tied_to = partners.get(f"{name}.weight")
             found.append(
                 ModuleInfo(
-                    name,
-                    kind,
-                    cls,
-                    parameters,
-                    role,
-                    guess_layer(name),
-                    tied_to,
-                    self._keeps_float(name),
+                    name=name,
+                    kind=_kind(name, module, own),
+                    cls=cls,
+                    parameters=parameters,
+                    role="head" if module is head else guess_role(name, cls),
+                    layer=guess_layer(name),
+                    tied_to=self.ties.partner(f"{prefix}weight"),
+                    keep_float=any(self._in_fp32(prefix + n, t) for n, t in own.items()),
                 )
             )
         return found
 
-    def _parameter(self, name: str, tensor: Tensor) -> ParameterInfo:
+    def _in_fp32(self, name: str, meta: Tensor) -> bool:
+        wanted = self.policy.of(name, meta)
+        return wanted == torch.float32 != self._model_dtype
+
+    def _parameter(self, name: str, tensor: Tensor, module: nn.Module) -> ParameterInfo:
         sources = self.names.sources(name)
         header = self._headers.tensors.get(sources[0]) if sources else None
         dtype = header.dtype if header is not None else _DTYPES.get(tensor.dtype, "F32")
-        return ParameterInfo(name, tuple(tensor.shape), dtype, sources)
+        transposed = tensor.ndim == 3 and bool(getattr(module, "is_transposed", False))
+        return ParameterInfo(name, tuple(tensor.shape), dtype, sources, transposed)
+
+    def module_prefix(self, module: ModuleInfo) -> str:
+        """A module made by a conversion has no name of its own in the checkpoint: what is written
+        for it goes under the model's name, which the library reads as well."""
+        for local, parameter in module.parameters.items():
+            source = self.names.plain.get(parameter.name)
+            # A renaming may change the last component too (gamma, beta): that is no prefix.
+            if source is not None and (source == local or source.endswith(f".{local}")):
+                return source.removesuffix(local).removesuffix(".")
+        return self.names.beside.get(module.name, module.name)
 
     def findings(self) -> list[Finding]:
         quantized = bool(self._headers.config.get("quantization_config"))
+        found = [*self._unconverted(quantized), *self._unfilled(quantized)]
+        allowed = [*(self.skeleton._keys_to_ignore_on_load_unexpected or ())]
+        for buffer in ("rotary_emb.inv_freq", "position_ids"):
+            # They were stored once and are computed now.
+            if any(name.endswith(buffer) for name, _ in self.skeleton.named_buffers()):
+                allowed.append(rf"(^|\.){re.escape(buffer)}$")
+        for name in self.names.unused:
+            known = any(re.search(item, name) for item in allowed)
+            if not known and not (quantized and self.names.unused[name]):
+                found.append(
+                    UNUSED_TENSOR(name, "the model has no such parameter", "nothing to do")
+                )
+        return found
+
+    def _unfilled(self, quantized: bool) -> list[Finding]:
+        """Parameters that the checkpoint lacks or holds in another shape."""
         found = []
-        ignored = getattr(self.skeleton, "_keys_to_ignore_on_load_missing", None) or ()
+        ignored = self.skeleton._keys_to_ignore_on_load_missing or ()
         for name, tensor in self.shapes.items():
-            sources = self.names.sources(name)
+            sources, wanted = self.names.sources(name), tuple(tensor.shape)
             if not sources:
                 if name in self.tied or any(re.search(item, name) for item in ignored):
                     continue
+                if quantized and name.rpartition(".")[0] in self.names.beside:
+                    continue  # The layout has other names for it (qweight).
                 found.append(
                     MISSING_TENSOR(
                         name,
@@ -190,94 +232,85 @@ class TransformersArchitecture(Architecture):
                         "complete the checkpoint, or correct config.json",
                     )
                 )
-            elif name in self.names.plain and not quantized:
-                stored = tuple(self._headers.tensors[sources[0]].shape)
-                if stored != tuple(tensor.shape):
-                    found.append(
-                        SHAPE_MISMATCH(
-                            name,
-                            f"stored as {list(stored)}, the config asks for {list(tensor.shape)}",
-                            "correct config.json, or take the checkpoint that belongs to it",
-                        )
-                    )
-        allowed = getattr(self.skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
-        for name in self.names.unused:
-            known = any(re.search(item, name) for item in allowed) or "rotary_emb.inv_freq" in name
-            belongs = quantized and self._is_statistic(name)
-            if not known and not belongs:
+                continue
+            if name in self.names.plain:
+                header = self._headers.tensors[sources[0]]
+                stored = tuple(header.shape)
+                if quantized and len(wanted) != 1:
+                    continue  # Codes have the shape that their codec gives them.
+            else:
+                conversion = self.names.conversions[name]
+                if conversion.problem or self._is_packed(conversion, quantized):
+                    continue
+                stored = conversion.shapes[name]
+            if stored != wanted:
                 found.append(
-                    UNUSED_TENSOR(name, "the model has no such parameter", "nothing to do")
+                    SHAPE_MISMATCH(
+                        name,
+                        f"stored as {list(stored)}, the config asks for {list(wanted)}",
+                        "correct config.json, or take the checkpoint that belongs to it",
+                    )
                 )
         return found
 
-    @cached_property
-    def _stored_weights(self) -> set[str]:
-        return {source.rpartition(".")[0] for source in self.names.plain.values()}
+    def _unconverted(self, quantized: bool) -> list[Finding]:
+        found = []
+        for conversion in {id(item): item for item in self.names.conversions.values()}.values():
+            if self._is_packed(conversion, quantized):
+                cause = "they are quantized one by one, and this version stacks or splits them"
+                fix = "quantize the float checkpoint anew"
+            elif conversion.problem:
+                cause = f"transformers' conversion fails: {conversion.problem}"
+                fix = "complete the checkpoint, or update transformers"
+            else:
+                continue
+            source = conversion.sources[0][0]
+            more = len(conversion.sources) - 1
+            where = source + (f" and {more} more" if more else "")
+            found.append(CANT_CONVERT(where, cause, fix))
+        return found
 
-    def _is_statistic(self, name: str) -> bool:
-        """Whether a tensor lies beside a quantized weight (scales, absmax, ...)."""
-        parts = name.split(".")
-        return any(".".join(parts[:end]) in self._stored_weights for end in range(1, len(parts)))
+    def _is_packed(self, conversion: Conversion, quantized: bool) -> bool:
+        return quantized and any(
+            self._headers.tensors[source].dtype not in FLOAT_DTYPES
+            for source, _ in conversion.sources
+        )
 
     def converted(self, parameter: ParameterInfo) -> bool:
-        return parameter.name in self.names.conversions
+        return parameter.name not in self.names.plain and parameter.name in self.names.conversions
 
     def assemble(self, parameter: ParameterInfo, reader: TensorReader) -> Tensor:
-        conversion = self.names.conversions.get(parameter.name)
-        if conversion is not None:
+        if self.converted(parameter):
+            conversion = self.names.conversions[parameter.name]
             return conversion.run(parameter.name, self.skeleton, reader)
         return reader.tensor(parameter.sources[0])
 
+    def float_module(self, target: Target) -> nn.Module | None:
+        module: nn.Module = copy.deepcopy(self.skeleton.get_submodule(target.name))
+        return module
+
     def finish(self, model: nn.Module, device: str) -> None:
-        base: Any = model
-        for module in model.modules():
-            pending = any(
-                buffer.is_meta for buffer in module._buffers.values() if buffer is not None
-            )
-            module._is_hf_initialized = not pending  # type: ignore[assignment]
-        for name, buffer in list(base.named_non_persistent_buffers()):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            owner._buffers[name.rpartition(".")[2]] = torch.empty_like(buffer, device=device)
-        # Only modules with buffers that no checkpoint stores are left to initialise.
-        base.initialize_weights()
-        missing = set(self.tied)
-        base.tie_weights(missing_keys=missing, recompute_mapping=False)
-        if base.can_generate() and self._headers.generation_config:
-            base.generation_config = GenerationConfig.from_dict(
-                dict(self._headers.generation_config)
-            )
-        base.config._name_or_path = self._headers.source.describe()
-        model.eval()
+        finish_model(self, model, device)
+
+    @property
+    def headers(self) -> CheckpointHeaders:
+        """The checkpoint it was opened from."""
+        return self._headers
 
     def companions(self) -> list[str]:
         return [name for name in COMPANIONS if self._headers.source.exists(name)]
 
 
-def _kind(module: nn.Module, parameters: Mapping[str, ParameterInfo]) -> str:
+def _kind(name: str, module: nn.Module, own: Mapping[str, Tensor]) -> str:
     if isinstance(module, Conv1D):
         return "conv1d"
     if type(module) is nn.Linear:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if any(len(item.shape) == 3 for item in parameters.values()) and not isinstance(
-        module, nn.Conv1d
-    ):
+    cls = type(module).__name__.lower()
+    # Position embeddings and weights of convolutions have three dimensions too.
+    experts = "expert" in cls or name.rpartition(".")[2] == "experts"
+    if experts and any(tensor.ndim == 3 for tensor in own.values()):
         return "stacked"
-    if "norm" in type(module).__name__.lower():
-        return "norm"
-    return "other"
-
-
-class _DefaultDtype:
-    """Build parameters in a dtype, restoring the process's default afterwards."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-
-    def __enter__(self) -> None:
-        self._before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-
-    def __exit__(self, *exc: object) -> None:
-        torch.set_default_dtype(self._before)
+    return "norm" if "norm" in cls else "other"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from quantmill.hookspecs import HOOK_API_VERSION, hookimpl
-from quantmill.registrations import ModelSource, Requirement
+from quantmill.hookspecs import hookimpl
+from quantmill.registrations import ModelSource, Requirement, Validator, resolve
 
-QUANTMILL_API = HOOK_API_VERSION
+if TYPE_CHECKING:
+    from quantmill.job import Job
+    from quantmill.targeting.types import Rule
+
+QUANTMILL_API = 1
 
 TRANSFORMERS = Requirement("transformers", ">=5.0,<6", "builds the architecture")
 
@@ -29,3 +34,14 @@ def quantmill_model_sources() -> Sequence[ModelSource]:
             tokenizer="quantmill_transformers.tokenizer:load_tokenizer",
         )
     ]
+
+
+@hookimpl
+def quantmill_validators() -> Sequence[Validator]:
+    return [Validator("transformers", "quantmill_transformers.validate:check")]
+
+
+@hookimpl
+def quantmill_target(job: Job) -> Iterable[Rule]:
+    rules: Iterable[Rule] = resolve("quantmill_transformers.dtypes:kept_rules")(job)
+    return rules

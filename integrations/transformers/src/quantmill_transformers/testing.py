@@ -19,8 +19,8 @@ __all__ = ["MODELS", "SmallModel", "linears", "make", "sample", "write"]
 
 _TEXT = {
     "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
@@ -28,7 +28,8 @@ _TEXT = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-_GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 8}
+_WIDE = {**_TEXT, "num_key_value_heads": 2}
+_GROUPED = {**_TEXT, "num_key_value_heads": 2, "head_dim": 16}
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ MODELS: Mapping[str, SmallModel] = {
     ),
     "gemma2": SmallModel("Gemma2ForCausalLM", "Gemma2Config", _GROUPED),
     "gemma3": SmallModel("Gemma3ForCausalLM", "Gemma3TextConfig", _GROUPED),
-    "phi3": SmallModel("Phi3ForCausalLM", "Phi3Config", {**_GROUPED, "head_dim": None}),
+    "phi3": SmallModel("Phi3ForCausalLM", "Phi3Config", _WIDE),
     "gpt2": SmallModel(
         "GPT2LMHeadModel",
         "GPT2Config",
         {
             "vocab_size": 96,
-            "n_embd": 32,
+            "n_embd": 64,
             "n_layer": 2,
             "n_head": 4,
             "n_positions": 64,
@@ -75,7 +76,7 @@ MODELS: Mapping[str, SmallModel] = {
         },
     ),
     "opt": SmallModel(
-        "OPTForCausalLM", "OPTConfig", {**_TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32}
+        "OPTForCausalLM", "OPTConfig", {**_TEXT, "ffn_dim": 128, "word_embed_proj_dim": 64}
     ),
     "gpt-neox": SmallModel("GPTNeoXForCausalLM", "GPTNeoXConfig", _TEXT),
     "falcon": SmallModel(
@@ -91,8 +92,8 @@ MODELS: Mapping[str, SmallModel] = {
             **_GROUPED,
             "num_experts": 4,
             "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 64,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 128,
         },
     ),
     "deepseek-v3": SmallModel(
@@ -101,33 +102,33 @@ MODELS: Mapping[str, SmallModel] = {
         {
             **_TEXT,
             "num_key_value_heads": 4,
-            "moe_intermediate_size": 32,
+            "moe_intermediate_size": 64,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "n_group": 2,
             "topk_group": 1,
             "first_k_dense_replace": 1,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
         },
     ),
     "bloom": SmallModel(
         "BloomForCausalLM",
         "BloomConfig",
-        {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 2},
+        {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 2},
     ),
-    "stablelm": SmallModel("StableLmForCausalLM", "StableLmConfig", {**_GROUPED, "head_dim": None}),
+    "stablelm": SmallModel("StableLmForCausalLM", "StableLmConfig", _WIDE),
     "t5": SmallModel(
         "T5ForConditionalGeneration",
         "T5Config",
         {
             "vocab_size": 96,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 64,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 128,
             "num_layers": 2,
             "num_heads": 4,
             "feed_forward_proj": "gated-gelu",
@@ -142,13 +143,13 @@ MODELS: Mapping[str, SmallModel] = {
         "BartConfig",
         {
             "vocab_size": 96,
-            "d_model": 32,
+            "d_model": 64,
             "encoder_layers": 2,
             "decoder_layers": 2,
             "encoder_attention_heads": 4,
             "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 64,
-            "decoder_ffn_dim": 64,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
             "max_position_embeddings": 64,
             "decoder_start_token_id": 1,
             "forced_eos_token_id": 1,
@@ -164,8 +165,8 @@ MODELS: Mapping[str, SmallModel] = {
         "ViTForImageClassification",
         "ViTConfig",
         {
-            "hidden_size": 32,
-            "intermediate_size": 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "image_size": 16,
@@ -176,11 +177,11 @@ MODELS: Mapping[str, SmallModel] = {
     "resnet": SmallModel(
         "ResNetForImageClassification",
         "ResNetConfig",
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        {"embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"},
         "image",
     ),
 }
-"""By name; each has two layers of width 32."""
+"""By name; each has two layers of width 64."""
 
 
 def make(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
@@ -195,7 +196,7 @@ def make(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **chan
         if not tensor.is_floating_point():
             continue
         noise = torch.randn(tensor.shape, generator=generator)
-        tensor.data = 0.1 * noise.abs() + 1 if tensor.ndim == 1 else 0.2 * noise
+        tensor.data = 0.1 * noise.abs() + 1 if tensor.ndim == 1 else 0.1 * noise
     return model.to(dtype).eval()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantmill.backend import BlockCalibrator, NonFiniteWeight
+from quantmill.backend import BlockCalibrator
 from quantmill.calibration.block import Block
 from quantmill.targeting.types import Target
 from quantmill_awq.config import AwqConfig
@@ -50,8 +50,6 @@ class AwqCalibrator(BlockCalibrator[AwqConfig]):
     """Scales first, for the whole block; then clipping and rounding, linear by linear."""
 
     def calibrate(self, block: Block) -> None:
-        for target in block.targets:
-            _check(block, target)
         groups = block.call_order()
         moments = {group[0].name: _Moments(group[0].in_features, self.device) for group in groups}
         block.observe({name: item.add for name, item in moments.items()})
@@ -72,7 +70,7 @@ class AwqCalibrator(BlockCalibrator[AwqConfig]):
         scale = self._search(block, group, moments, fold, config)
         if scale is None:
             return
-        model = block._replay.model
+        model = block.model
         for local, value in fold.changes(model.get_submodule(fold.module), scale).items():
             block.change(f"{fold.module}.{local}", value)
         for target in group:
@@ -119,13 +117,6 @@ class AwqCalibrator(BlockCalibrator[AwqConfig]):
             energy = (weight @ moments.square).mul_(weight).sum().clamp(min=1e-30)
             loss = float((error @ moments.square).mul_(error).sum() / energy)
         block.put(target, form, loss)
-
-
-def _check(block: Block, target: Target) -> None:
-    finite = torch.isfinite(block.weight(target))
-    if not bool(finite.all()):
-        index = int(torch.argmin(finite.reshape(-1).byte()).item())
-        raise NonFiniteWeight(target.weight_name, index)
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -80,10 +80,6 @@ class AwqConfig(MethodConfig):
             data["modules_to_not_convert"] = None
         return data
 
-    @classmethod
-    def field_names(cls) -> list[str]:
-        return [*super().field_names(), *_ALIASES]
-
     def to_checkpoint(self) -> dict[str, Any]:
         data = super().to_checkpoint()
         for name in ("modules_to_not_convert", "meta"):

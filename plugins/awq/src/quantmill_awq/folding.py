@@ -86,7 +86,7 @@ def find_fold(block: Block, group: Sequence[Target]) -> Fold | None:
         return _norm(block, inside.giver, group)
     width = group[0].in_features
     for name in reversed(inside.before):
-        module = block._replay.model.get_submodule(name)
+        module = block.model.get_submodule(name)
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear) or weight is None or width % weight.shape[0]:
             continue
@@ -143,7 +143,7 @@ class _Trace:
                     )
                     for handle in handles:
                         stack.callback(handle.remove)
-            _first(self.block)
+            self.block.run_first()
         wanted = next((value for name, value in readers if name in self.names), None)
         if wanted is None:
             return
@@ -153,28 +153,22 @@ class _Trace:
         self.before = order[:place]
 
 
-def _first(block: Block) -> Any:
-    args, kwargs = next(block.inputs())
-    with torch.no_grad():
-        return block.module(*args, **kwargs)
-
-
 def _input_of(block: Block, name: str) -> Tensor:
     """Input ``[tokens, in]`` of a linear in a run of the first batch."""
     seen: list[Tensor] = []
-    module = block._replay.model.get_submodule(name)
+    module = block.model.get_submodule(name)
     handle = module.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).float())
     )
     try:
-        _first(block)
+        block.run_first()
     finally:
         handle.remove()
     return seen[0]
 
 
 def _norm(block: Block, name: str, group: Sequence[Target]) -> Fold | None:
-    module = block._replay.model.get_submodule(name)
+    module = block.model.get_submodule(name)
     weight = getattr(module, "weight", None)
     width = group[0].in_features
     device = block.weight(group[0]).device
@@ -195,7 +189,7 @@ def _holds(block: Block, fold: Fold, group: Sequence[Target], scale: Tensor) -> 
     """Whether folding ``scale`` into the giver divides the group's input by it."""
     scale = fold.reduce(scale)
     before = _input_of(block, group[0].name)
-    module = block._replay.model.get_submodule(fold.module)
+    module = block.model.get_submodule(fold.module)
     changed = {f"{fold.module}.{k}": v for k, v in fold.changes(module, scale).items()}
     with block.weights(changed):
         after = _input_of(block, group[0].name)
@@ -206,7 +200,7 @@ def _holds(block: Block, fold: Fold, group: Sequence[Target], scale: Tensor) -> 
 
 def _linear(block: Block, name: str, group: Sequence[Target]) -> Fold | None:
     """The map of a linear's rows to the group's input channels, if each follows one row."""
-    module: Any = block._replay.model.get_submodule(name)
+    module: Any = block.model.get_submodule(name)
     rows = module.weight.shape[0]
     device = module.weight.device
     before = _input_of(block, group[0].name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantmill.hookspecs import HOOK_API_VERSION, hookimpl
+from quantmill.hookspecs import hookimpl
 from quantmill.registrations import (
     Capabilities,
     CodecRegistration,
@@ -13,7 +13,7 @@ from quantmill.registrations import (
     Preset,
 )
 
-QUANTMILL_API = HOOK_API_VERSION
+QUANTMILL_API = 1
 
 
 @hookimpl

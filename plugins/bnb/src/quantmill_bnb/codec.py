@@ -8,7 +8,7 @@
     weight.quant_map       float32 [16]            the table
     weight.nested_absmax   float32 [ceil(blocks / 256)]      double quantization only
     weight.nested_quant_map float32 [256]                    double quantization only
-    weight.quant_state.bitsandbytes__nf4 (or fp4)  uint8: JSON text with block size, dtype, shape
+    weight.quant_state.bitsandbytes__nf4 (or fp4)  uint8: JSON text, see state.py
 
 int8::
 
@@ -19,8 +19,7 @@ int8::
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, ClassVar
 
@@ -29,21 +28,42 @@ from torch import Tensor
 
 from quantmill.backend import Codec
 from quantmill.checkpoint.headers import TensorHeader
-from quantmill.findings import QuantmillError, declare
+from quantmill.findings import QuantmillError
 from quantmill.forms import Affine, Channel, Codebook, Codes, Flat, Form
-from quantmill.targeting.types import Target
-from quantmill_bnb.config import BnbConfig
+from quantmill.targeting.types import FLOAT_DTYPES, Target
+from quantmill_bnb.config import BLOCK_SIZES, STORAGES, BnbConfig
+from quantmill_bnb.state import BAD_STATE, NESTED_BLOCK, State, StateError
+from quantmill_bnb.tables import TABLES
 
-__all__ = ["BnbCodec", "FourBitCodec", "Int8Codec"]
+__all__ = ["BnbCodec", "FourBitCodec", "Int8Codec", "abstract_four_bit", "abstract_int8"]
 
-BAD_STATE = declare("QM-BNB-001", "A quantized weight's tensors contradict each other")
-NESTED_BLOCK = 256
-"""Scales per nested scale; fixed by the format."""
 STATE = "weight.quant_state.bitsandbytes__"
+KINDS = ("nf4", "fp4")
+_STORAGES = frozenset(getattr(torch, name) for name in STORAGES)
 
 
-def _refuse(target: Target, cause: str) -> QuantmillError:
+def _require(fact: bool, target: Target, cause: str) -> None:
+    if not fact:
+        raise _refusal(target, cause)
+
+
+def _refusal(target: Target, cause: str) -> QuantmillError:
     return QuantmillError(BAD_STATE(target.name, cause, "the checkpoint is damaged: get it again"))
+
+
+def _fits(shape: tuple[int, ...], target: Target) -> bool:
+    wanted = (target.out_features, target.in_features)
+    # What is stored of a Conv1D is its transpose: a linear's weight, as transformers writes it.
+    return shape == wanted or (target.kind == "conv1d" and shape == wanted[::-1])
+
+
+def _missing(needed: Iterable[str], names: Mapping[str, Any], target: Target) -> None:
+    missing = [name for name in needed if name not in names]
+    _require(not missing, target, f"it has no {' and no '.join(missing)}")
+
+
+def _floats(tensor: Tensor | None, count: int) -> bool:
+    return tensor is not None and tensor.is_floating_point() and tensor.numel() == count
 
 
 class FourBitCodec(Codec[BnbConfig]):
@@ -67,105 +87,133 @@ class FourBitCodec(Codec[BnbConfig]):
         if data.numel() % width:
             pad = data.new_zeros(width - data.numel() % width)
             data = torch.cat([data, pad])
-        state: dict[str, Any] = {
-            "quant_type": form.table_name,
-            "blocksize": form.grouping.size,
-            "dtype": str(form.dtype).removeprefix("torch."),
-            "shape": list(form.shape),
-        }
         out = {"weight": data.view(storage).reshape(-1, 1)}
         scale = form.scale
+        nested: dict[str, Any] = {}
         if isinstance(scale, Codebook):
             assert scale.offset is not None and isinstance(scale.scale, Tensor)
             out["weight.absmax"] = scale.codes.data.reshape(-1)
             out["weight.nested_absmax"] = scale.scale
             out["weight.nested_quant_map"] = scale.table.clone()
-            state["nested_blocksize"] = NESTED_BLOCK
-            state["nested_dtype"] = "float32"
             # On the meta device there is no value yet; this one has the usual length as text.
-            state["nested_offset"] = (
-                0.012345678901234567 if scale.offset.is_meta else scale.offset.item()
-            )
+            offset = 0.012345678901234567 if scale.offset.is_meta else scale.offset.item()
+            nested = {"nested_dtype": scale.dtype, "nested_offset": offset}
         else:
             assert isinstance(scale, Tensor)
             out["weight.absmax"] = scale
         out["weight.quant_map"] = form.table.clone()
-        blob = json.dumps(state).encode("utf-8")
-        out[STATE + form.table_name] = torch.tensor(list(blob), dtype=torch.uint8)
+        state = State(form.table_name, form.grouping.size, form.dtype, form.shape, **nested)
+        out[STATE + form.table_name] = state.pack()
         return out
 
     def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
-        kind = self._kind(tensors)
-        if kind is None:
-            raise _refuse(target, "it has no quant_state tensor")
+        kinds = self._kinds(tensors)
+        _require(len(kinds) == 1, target, f"it has {len(kinds)} quant_state tensors, not one")
+        kind = kinds[0]
         try:
-            state = json.loads(bytes(tensors[STATE + kind].tolist()).decode("utf-8"))
-            shape = tuple(int(size) for size in state["shape"])
-            block = int(state["blocksize"])
-            stored = getattr(torch, state["dtype"])
-        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise _refuse(target, f"its quant_state is unreadable: {error}") from None
-        count = prod(shape)
-        data = tensors["weight"].reshape(-1).view(torch.uint8)
-        if data.numel() < (count + 1) // 2:
-            raise _refuse(target, f"{data.numel()} bytes can't hold shape {list(shape)}")
-        data = data[: (count + 1) // 2]
-        if target.kind != "stacked" and set(shape) != {target.out_features, target.in_features}:
-            raise _refuse(
-                target,
-                f"its quant_state says {list(shape)}, the model wants"
-                f" {[target.out_features, target.in_features]}",
-            )
-        absmax = tensors.get("weight.absmax")
+            state = State.unpack(tensors[STATE + kind], kind)
+        except StateError as error:
+            raise _refusal(target, f"its quant_state is unreadable: {error}") from None
+        shape, count = state.shape, prod(state.shape)
+        wanted = (target.out_features, target.in_features)
+        _require(
+            target.kind == "stacked" or _fits(shape, target),
+            target,
+            f"its quant_state says {list(shape)}, the model wants {list(wanted)}",
+        )
+        weight, size = tensors.get("weight"), (count + 1) // 2
+        _require(
+            weight is not None
+            and weight.dtype in _STORAGES
+            and 0 <= weight.nbytes - size < weight.itemsize,
+            target,
+            f"weight is not {size} bytes (and what its dtype pads), as shape {list(shape)} needs",
+        )
+        assert weight is not None
+        data = weight.reshape(-1).view(torch.uint8)[:size]
         table = tensors.get("weight.quant_map")
-        blocks = -(-count // block)
-        if absmax is None or absmax.numel() != blocks:
-            raise _refuse(target, f"absmax does not have {blocks} entries")
-        if table is None or table.numel() != 16:
-            raise _refuse(target, "quant_map does not have 16 entries")
-        scale: Tensor | Form = absmax.reshape(-1)
-        if "weight.nested_absmax" in tensors:
-            nested = tensors["weight.nested_absmax"].reshape(-1)
-            if nested.numel() != -(-blocks // int(state.get("nested_blocksize", NESTED_BLOCK))):
-                raise _refuse(target, "nested_absmax has the wrong number of entries")
-            scale = Codebook(
-                Codes(absmax.reshape(-1), 8, (blocks,), "u8"),
-                tensors["weight.nested_quant_map"].reshape(-1),
-                nested,
-                Flat(int(state.get("nested_blocksize", NESTED_BLOCK))),
-                offset=torch.tensor(float(state["nested_offset"]), device=absmax.device),
-                table_name="dynamic8",
-            )
+        _require(_floats(table, 16), target, "quant_map does not have 16 float entries")
+        assert table is not None
+        # The library computes with its own table, whatever the file says: they must agree.
+        entries = table.reshape(-1)
+        known = TABLES[kind]().to(device=entries.device, dtype=torch.float32)
+        _require(
+            torch.allclose(entries.to(torch.float32), known, rtol=0.0, atol=1e-3),
+            target,
+            f"quant_map is not the table of {kind}",
+        )
         return Codebook(
             Codes(data.reshape(-1, 1), 4, shape, "hi4"),
-            table.reshape(-1),
-            scale,
-            Flat(block),
+            entries,
+            self._scale(tensors, state, -(-count // state.block), target),
+            Flat(state.block),
             table_name=kind,
-            dtype=stored,
+            dtype=state.dtype,
         )
 
     @staticmethod
-    def _kind(names: Mapping[str, Any]) -> str | None:
-        return next((kind for kind in ("nf4", "fp4") if STATE + kind in names), None)
+    def _scale(
+        tensors: Mapping[str, Tensor], state: State, blocks: int, target: Target
+    ) -> Tensor | Form:
+        absmax = tensors.get("weight.absmax")
+        nested, table = (tensors.get(f"weight.nested_{name}") for name in ("absmax", "quant_map"))
+        given = {nested is not None, table is not None, state.nested_offset is not None}
+        _require(len(given) == 1, target, "only a part of its double quantization is there")
+        if state.nested_offset is None:
+            _require(_floats(absmax, blocks), target, f"absmax does not have {blocks} floats")
+            assert absmax is not None
+            return absmax.reshape(-1)
+        _require(
+            absmax is not None and absmax.dtype == torch.uint8 and absmax.numel() == blocks,
+            target,
+            f"absmax does not have {blocks} codes of 8 bits",
+        )
+        of = -(-blocks // NESTED_BLOCK)
+        _require(_floats(nested, of), target, f"nested_absmax does not have {of} floats")
+        _require(_floats(table, 256), target, "nested_quant_map does not have 256 float entries")
+        assert absmax is not None and nested is not None and table is not None
+        return Codebook(
+            Codes(absmax.reshape(-1), 8, (blocks,), "u8"),
+            table.reshape(-1),
+            nested.reshape(-1),
+            Flat(NESTED_BLOCK),
+            offset=torch.tensor(state.nested_offset, dtype=torch.float32, device=absmax.device),
+            table_name="dynamic8",
+            dtype=state.nested_dtype,
+        )
+
+    @staticmethod
+    def _kinds(names: Mapping[str, Any]) -> list[str]:
+        return [kind for kind in KINDS if STATE + kind in names]
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
     ) -> Form | None:
-        kind = self._kind(headers)
-        if kind is None or "weight.absmax" not in headers:
+        own = [name for name in headers if name.startswith("weight.")]
+        if not own:
             return None
+        kinds = self._kinds(headers)
+        _require(len(kinds) == 1, target, f"it has {len(kinds)} quant_state tensors, not one")
+        nested = ["weight.nested_absmax", "weight.nested_quant_map"]
+        needed = ["weight", "weight.absmax", "weight.quant_map"]
+        _missing([*needed, *(nested if set(nested) & set(own) else [])], headers, target)
         blocks = prod(headers["weight.absmax"].shape)
         shape = (target.out_features, target.in_features)
         block = self._block(prod(shape), blocks)
-        return abstract_four_bit(shape, kind, block, "weight.nested_absmax" in headers, dtype)
+        return abstract_four_bit(shape, kinds[0], block, nested[0] in headers, dtype)
 
     @staticmethod
     def _block(count: int, blocks: int) -> int:
-        for size in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        # For small weights several sizes give as many blocks: the usual one first.
+        for size in (64, *BLOCK_SIZES):
             if -(-count // size) == blocks:
                 return size
         return 64
+
+
+def _planned(*shape: int) -> Tensor:
+    # The process's default dtype need not be float32: training scripts change it.
+    return torch.empty(shape, dtype=torch.float32, device="meta")
 
 
 def abstract_four_bit(
@@ -174,19 +222,19 @@ def abstract_four_bit(
     """A 4-bit form on the meta device."""
     blocks = -(-prod(shape) // block)
     meta = torch.device("meta")
-    scale: Tensor | Form = torch.empty(blocks, device=meta)
+    scale: Tensor | Form = _planned(blocks)
     if nested:
         scale = Codebook(
             Codes.empty((blocks,), 8, "u8", meta),
-            torch.empty(256, device=meta),
-            torch.empty(-(-blocks // NESTED_BLOCK), device=meta),
+            _planned(256),
+            _planned(-(-blocks // NESTED_BLOCK)),
             Flat(NESTED_BLOCK),
-            offset=torch.empty((), device=meta),
+            offset=_planned(),
             table_name="dynamic8",
         )
     return Codebook(
         Codes.empty(shape, 4, "hi4", meta),
-        torch.empty(16, device=meta),
+        _planned(16),
         scale,
         Flat(block),
         table_name=kind,
@@ -208,23 +256,25 @@ class Int8Codec(Codec[BnbConfig]):
         }
 
     def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
-        if "SCB" not in tensors:
-            raise _refuse(target, "it has no SCB (row scales)")
-        weight, scale = tensors["weight"], tensors["SCB"]
-        if weight.dtype != torch.int8 or weight.ndim != 2:
-            raise _refuse(target, f"weight is {weight.dtype} {list(weight.shape)}, not int8 rows")
-        wanted = (target.out_features, target.in_features)
-        if set(weight.shape) != set(wanted) or scale.numel() != weight.shape[0]:
-            raise _refuse(
-                target,
-                f"weight {list(weight.shape)} and SCB {list(scale.shape)} do not fit"
-                f" a model that wants {list(wanted)}",
-            )
-        if int(tensors.get("weight_format", torch.zeros(())).item()) != 0:
-            raise _refuse(target, "weight_format is not row-major (0)")
+        weight, scale = tensors.get("weight"), tensors.get("SCB")
+        wanted = [target.out_features, target.in_features]
+        shape = () if weight is None else tuple(weight.shape)
+        _require(
+            weight is not None and weight.dtype == torch.int8 and _fits(shape, target),
+            target,
+            f"weight is not int8 {wanted}, as the model wants",
+        )
+        _require(_floats(scale, shape[0]), target, f"SCB does not have {shape[0]} row scales")
+        order = tensors.get("weight_format")
+        _require(
+            order is None or (order.numel() == 1 and order.item() == 0),
+            target,
+            "weight_format is not row-major (0)",
+        )
+        assert weight is not None and scale is not None
         return Affine(
-            Codes(weight, 8, tuple(weight.shape), "i8"),
-            scale,
+            Codes(weight, 8, shape, "i8"),
+            scale.reshape(-1),
             Channel(0),
             factor=1.0 / 127.0,
             dtype=dtype,
@@ -233,16 +283,19 @@ class Int8Codec(Codec[BnbConfig]):
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
     ) -> Form | None:
-        if "SCB" not in headers or headers["weight"].dtype != "I8":
+        if "SCB" not in headers and "weight_format" not in headers:
             return None
-        return abstract_int8((target.out_features, target.in_features), dtype)
+        _missing(("weight", "SCB"), headers, target)
+        shape = headers["weight"].shape
+        _require(_fits(shape, target), target, f"weight is {list(shape)}, the model wants another")
+        return abstract_int8(shape, dtype)
 
 
 def abstract_int8(shape: tuple[int, ...], dtype: torch.dtype) -> Affine:
     """An int8 form on the meta device."""
     return Affine(
         Codes.empty(shape, 8, "i8", "meta"),
-        torch.empty(shape[0], device="meta"),
+        _planned(shape[0]),
         Channel(0),
         factor=1.0 / 127.0,
         dtype=dtype,
@@ -266,12 +319,26 @@ class BnbCodec(Codec[BnbConfig]):
         return (self.four if isinstance(form, Codebook) else self.eight).encode(form)
 
     def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
-        codec = self.eight if "SCB" in tensors else self.four
-        return codec.decode(tensors, target, dtype)
+        four, eight = self.four._kinds(tensors), "SCB" in tensors
+        _require(
+            bool(four) != eight,
+            target,
+            "it has both quant_state (4 bits) and SCB (8 bits)"
+            if eight
+            else "it has neither quant_state (4 bits) nor SCB (8 bits)",
+        )
+        return (self.eight if eight else self.four).decode(tensors, target, dtype)
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
     ) -> Form | None:
+        if set(headers) == {"weight"}:
+            stored = headers["weight"].dtype
+            _require(
+                stored in FLOAT_DTYPES,
+                target,
+                f"weight is {stored}, and nothing is there that says what it means",
+            )
         return self.four.describe(headers, target, dtype) or self.eight.describe(
             headers, target, dtype
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,9 +12,13 @@ from quantmill.findings import Finding
 from quantmill.targeting.dialects import from_transformers_skip
 from quantmill.targeting.types import Rule
 
-__all__ = ["BnbConfig", "skip_rules"]
+__all__ = ["BLOCK_SIZES", "STORAGES", "BnbConfig", "skip_rules"]
 
 Storage = Literal["uint8", "int8", "float16", "bfloat16", "float32"]
+STORAGES: tuple[str, ...] = get_args(Storage)
+"""Dtypes as which the bytes of 4-bit weights may be viewed (FSDP shards floats only)."""
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights per scale that the library's kernels know."""
 Compute = Literal["float32", "bfloat16", "float16"]
 
 
@@ -54,7 +58,7 @@ class BnbConfig(MethodConfig):
     @field_validator("bnb_4bit_blocksize")
     @classmethod
     def _block(cls, value: int) -> int:
-        if value not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        if value not in BLOCK_SIZES:
             raise ValueError("a block size is a power of two from 32 to 4096")
         return value
 
@@ -76,13 +80,26 @@ class BnbConfig(MethodConfig):
         return data
 
     @classmethod
+    def from_checkpoint(cls, raw: Mapping[str, Any]) -> tuple[Self, list[Finding]]:
+        # transformers takes and writes this flag beside load_in_8bit, where it does nothing: no
+        # reason to refuse what they read. It is kept, so that the config is written as it was.
+        idle = cls._is_8bit(cls.normalise(raw)) and raw.get("bnb_4bit_use_double_quant") is True
+        if not idle:
+            return super().from_checkpoint(raw)
+        config, findings = super().from_checkpoint({**raw, "bnb_4bit_use_double_quant": False})
+        return config.model_copy(update={"bnb_4bit_use_double_quant": True}), findings
+
+    @staticmethod
+    def _is_8bit(data: Mapping[str, Any]) -> bool:
+        return bool(data.get("load_in_8bit")) and not data.get("load_in_4bit")
+
+    @classmethod
     def exclusive_findings(cls, raw: Mapping[str, Any]) -> list[Finding]:
         found = super().exclusive_findings(raw)
-        if raw.get("load_in_8bit") and not raw.get("load_in_4bit"):
-            stray = [name for name in ("bnb_4bit_use_double_quant",) if raw.get(name)]
-            found.extend(
+        name = "bnb_4bit_use_double_quant"
+        if cls._is_8bit(raw) and raw.get(name):
+            found.append(
                 EXCLUSIVE(name, f"{name} has no meaning with load_in_8bit", f"leave {name} out")
-                for name in stray
             )
         return found
 

@@ -1,15 +1,19 @@
 """bitsandbytes' own linears, made safe: what they compute with is theirs, what is saved is exact.
 
 On a CPU with AVX-512 BF16 the library repacks a weight in place at the first forward and rounds
-its scales; saving afterwards would write those. Widths that are no multiple of the block size
-fail there altogether. The subclasses below keep the exact scales, unpack before anything else
-touches the weight, and compute ragged widths by dequantizing.
+its scales; saving afterwards would write those, and whoever dequantizes the weight then (PEFT, to
+merge an adapter) gets noise. Widths that are no multiple of the block size fail there altogether,
+an input without rows ends the process, and a bias is cast to the compute dtype for good. The
+subclasses below keep the exact scales, unpack before anything else looks at the weight, and
+compute ragged widths by dequantizing.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -57,7 +61,7 @@ def _state_of(form: Codebook) -> QuantState:
     )
 
 
-def _form_of(data: Tensor, state: QuantState) -> Codebook:
+def _form_of(data: Tensor, state: QuantState, nested_dtype: torch.dtype) -> Codebook:
     shape = tuple(state.shape)
     scale: Tensor | Form = state.absmax
     if state.nested:
@@ -68,6 +72,7 @@ def _form_of(data: Tensor, state: QuantState) -> Codebook:
             Flat(state.state2.blocksize),
             offset=state.offset,
             table_name="dynamic8",
+            dtype=nested_dtype,
         )
     codes = data.reshape(-1).view(torch.uint8)[: (shape[0] * shape[1] + 1) // 2].reshape(-1, 1)
     return Codebook(
@@ -93,6 +98,48 @@ class _Dequantized(torch.autograd.Function):
         return grad @ ctx.form.dequantize(grad.dtype), None
 
 
+@contextmanager
+def _bias_as(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Show the library a bias of the dtype it wants: otherwise it casts the parameter itself."""
+    bias = module._parameters["bias"]
+    if bias is None or bias.dtype == dtype:
+        yield
+        return
+    # Past register_parameter, which takes no tensor with a history: gradients flow to the bias.
+    module._parameters["bias"] = bias.to(dtype)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module._parameters["bias"] = bias
+
+
+def _check_width(module: nn.Linear, x: Tensor) -> None:
+    # The library's CPU kernel does not look and computes something.
+    if x.shape[-1] != module.in_features:
+        raise RuntimeError(
+            f"the input has a width of {x.shape[-1]}, the linear wants {module.in_features}"
+        )
+
+
+def _empty_result(module: nn.Linear, x: Tensor) -> Tensor:
+    """For an input without rows; still connected to it, for a backward pass."""
+    return x.sum(-1, keepdim=True).expand(*x.shape[:-1], module.out_features)
+
+
+def _computed(module: nn.Module, x: Tensor, form: Form) -> Tensor:
+    """The linear by its definition, in the dtype of ``x``."""
+    result: Tensor = _Dequantized.apply(x, form)
+    bias = module._parameters["bias"]
+    return result if bias is None else result + bias.to(result.dtype)
+
+
+def _save(module: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+    for name, tensor in module._codec.encode(module.exact_form()).items():
+        destination[prefix + name] = tensor
+    if module.bias is not None:
+        destination[prefix + "bias"] = module.bias if keep_vars else module.bias.detach()
+
+
 class QuantmillLinear4bit(bnb.nn.Linear4bit):
     """``Linear4bit`` over a form that is already quantized."""
 
@@ -100,19 +147,20 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
         rows, columns = form.shape
         compute = getattr(torch, config.bnb_4bit_compute_dtype)
         storage = getattr(torch, config.bnb_4bit_quant_storage)
-        nested = isinstance(form.scale, Form)
+        nested = form.scale if isinstance(form.scale, Form) else None
         super().__init__(
             columns,
             rows,
             bias is not None,
             compute,
-            nested,
+            nested is not None,
             form.table_name,
             storage,
             device="meta",
         )
         self._codec = codec
         self._exact: QuantState | None = None
+        self._nested_dtype = torch.float32 if nested is None else nested.dtype
         state = _state_of(form)
         data = codec.encode(form)["weight"]
         self.weight = bnb.nn.Params4bit(
@@ -120,7 +168,7 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
             requires_grad=False,
             quant_state=state,
             blocksize=state.blocksize,
-            compress_statistics=nested,
+            compress_statistics=nested is not None,
             quant_type=form.table_name,
             quant_storage=storage,
             module=self,
@@ -132,63 +180,91 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
         self._ragged = columns % state.blocksize != 0
         if rows % _PACK_ROWS or columns % 2:
             self.support_avx512bf16_for_cpu = False
+        self._computing = False
+
+    def __getattr__(self, name: str) -> Any:
+        # Whoever asks for the weight while the library isn't computing with it takes it for what
+        # is on disk; only the library's forward can read the packed one.
+        if name == "weight" and not self.__dict__.get("_computing", True):
+            self.unpack()
+        return super().__getattr__(name)
+
+    @property
+    def _live(self) -> Any:
+        """The weight as it is at the moment."""
+        return self._parameters["weight"]
 
     def _is_packed(self) -> bool:
-        return bool(getattr(self.weight.quant_state, "packing_format_for_cpu", False))
+        return bool(getattr(self._live.quant_state, "packing_format_for_cpu", False))
 
     def exact_form(self) -> Codebook:
         """The form on disk, whatever the library did to the live copy. Changes nothing."""
+        live = self._live
         if not self._is_packed():
-            return _form_of(self.weight.data, self.weight.quant_state)
+            return _form_of(live.data, live.quant_state, self._nested_dtype)
         assert self._exact is not None
-        return _form_of(_unpack(self.weight.data, self.weight.quant_state), self._exact)
+        return _form_of(_unpack(live.data, live.quant_state), self._exact, self._nested_dtype)
 
     def unpack(self) -> None:
         """Undo the library's repacking, exactly."""
         if self._is_packed():
             assert self._exact is not None
-            data = _unpack(self.weight.data, self.weight.quant_state)
-            self.weight.data = data.view(self.quant_storage).reshape(-1, 1)
-            self.weight.quant_state = self.quant_state = self._exact
+            live = self._live
+            data = _unpack(live.data, live.quant_state)
+            live.data = data.view(self.quant_storage).reshape(-1, 1)
+            live.quant_state = self.quant_state = self._exact
             self._exact = None
 
     def forward(self, x: Tensor) -> Tensor:
-        gradient = torch.is_grad_enabled() and x.requires_grad
-        if self.training or gradient:
+        _check_width(self, x)
+        if x.numel() == 0:
+            return _empty_result(self, x)
+        if self.training or (torch.is_grad_enabled() and x.requires_grad):
             self.unpack()
         if x.device.type == "cpu" and self._ragged:
-            return self._reference(x)
+            work = x.to(self.compute_dtype or x.dtype)
+            return _computed(self, work, self.exact_form()).to(x.dtype)
+        exact = None
         if not self._is_packed():
             # The library changes the state it packs in place: let it change a copy.
-            exact = self.weight.quant_state
-            self.weight.quant_state = copy.copy(exact)
-            result: Tensor = super().forward(x)
-            # The library may have packed the copy just now.
-            self._exact = exact if self._is_packed() else None
-            if self._exact is None:
-                self.weight.quant_state = exact
-            return result
-        return super().forward(x)
-
-    def _reference(self, x: Tensor) -> Tensor:
-        work = x.to(self.compute_dtype) if self.compute_dtype is not None else x
-        form = self.exact_form()
-        result: Tensor = _Dequantized.apply(work, form)
-        if self.bias is not None:
-            result = result + self.bias.to(result.dtype)
-        return result.to(x.dtype)
+            exact = self._live.quant_state
+            self._live.quant_state = copy.copy(exact)
+        self._computing = True
+        try:
+            with _bias_as(self, self.compute_dtype or x.dtype):
+                result: Tensor = super().forward(x)
+        finally:
+            self._computing = False
+            if exact is not None:
+                # Packed just now (also where the forward failed after that), or not.
+                if self._is_packed():
+                    self._exact = exact
+                else:
+                    self._live.quant_state = exact
+        return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantmillLinear4bit:
         self.unpack()
-        super()._apply(fn, recurse)
-        self.quant_state = self.weight.quant_state
+        # As bytes: codes that are stored as floats would be converted by .to(dtype).
+        self._live.data = self._live.data.view(torch.uint8)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._live.data = self._live.data.view(self.quant_storage)
+        self.quant_state = self._live.quant_state
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantmillLinear4bit:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # The library's copy of a weight belongs to the old module and has a state of its own.
+        made._live.module = made
+        made.quant_state = made._exact if made._exact is not None else made._live.quant_state
+        return made
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, tensor in self._codec.encode(self.exact_form()).items():
-            destination[prefix + name] = tensor
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        _save(self, destination, prefix, keep_vars)
 
 
 def _unpack(packed: Tensor, state: QuantState) -> Tensor:
@@ -239,11 +315,30 @@ class QuantmillLinear8bit(bnb.nn.Linear8bitLt):
             dtype=self._dtype,
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        _check_width(self, x)
+        if x.numel() == 0:
+            return _empty_result(self, x)
+        if self.in_features == 1 and x.device.type == "cpu":
+            # torch._int_mm, which the library uses, gives wrong sums there (torch 2.13).
+            return _computed(self, x, self.exact_form())
+        # The library takes two or three dimensions.
+        with _bias_as(self, x.dtype):
+            result: Tensor = super().forward(x.reshape(-1, self.in_features))
+        return result.reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantmillLinear8bit:
+        super()._apply(fn, recurse)
+        # Codes and scales are no parameters where the library keeps them, and a parent's .to()
+        # does not move them. Only their device changes: they have dtypes of their own.
+        for holder in (self.weight, self.state):
+            if holder.CB is not None:
+                holder.CB = self.weight.data
+                holder.SCB = holder.SCB.to(self.weight.device)
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, tensor in self._codec.encode(self.exact_form()).items():
-            destination[prefix + name] = tensor
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        _save(self, destination, prefix, keep_vars)
 
 
 class BnbLinearFactory(LinearFactory[BnbConfig]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantmill.hookspecs import HOOK_API_VERSION, hookimpl
+from quantmill.hookspecs import hookimpl
 from quantmill.registrations import (
     Capabilities,
     CodecRegistration,
@@ -17,7 +17,7 @@ from quantmill.registrations import (
     Validator,
 )
 
-QUANTMILL_API = HOOK_API_VERSION
+QUANTMILL_API = 1
 
 _LIBRARY = Requirement("bitsandbytes", ">=0.46,<1", "its linears compute with the weights")
 _NATIVE = Requirement(

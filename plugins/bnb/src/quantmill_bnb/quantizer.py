@@ -9,19 +9,31 @@ import torch
 from torch import Tensor
 
 from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Affine, Channel, Codebook, Codes, Flat, Form
 from quantmill.targeting.types import Target
-from quantmill_bnb.codec import NESTED_BLOCK, abstract_four_bit, abstract_int8
+from quantmill_bnb.codec import abstract_four_bit, abstract_int8
 from quantmill_bnb.config import BnbConfig
+from quantmill_bnb.state import NESTED_BLOCK
 from quantmill_bnb.tables import TABLES, dynamic8
 
 __all__ = ["BnbQuantizer"]
+
+TOO_LARGE = declare("QM-BNB-002", "The scales of a weight are too large for double quantization")
+_TAKEN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _taken(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that bitsandbytes would see: it takes no others, and a state that names one can't
+    be computed with."""
+    return dtype if dtype in _TAKEN else torch.float32
 
 
 class BnbQuantizer(Quantizer[BnbConfig]):
     """NF4, FP4 and LLM.int8."""
 
     def abstract(self, target: Target, dtype: torch.dtype) -> Form:
+        dtype = _taken(dtype)
         shape = (target.out_features, target.in_features)
         if self.config.load_in_8bit:
             return abstract_int8(shape, dtype)
@@ -47,16 +59,17 @@ class BnbQuantizer(Quantizer[BnbConfig]):
     def _four_bit(self, weight: WeightSource) -> Codebook:
         kind, block = self.config.bnb_4bit_quant_type, self.config.bnb_4bit_blocksize
         rows, columns = weight.shape
+        dtype = _taken(weight.dtype)
         codes = Codes.empty((rows, columns), 4, "hi4", self.device)
-        absmax = torch.empty(-(-rows * columns // block), device=self.device)
+        absmax = self._scales(-(-rows * columns // block))
         packed = codes.data.reshape(-1)
         kernel = self._kernel(
-            "codebook", weight.dtype, bits=4, table=kind, grouping="flat", group_size=block
+            "codebook", dtype, bits=4, table=kind, grouping="flat", group_size=block
         )
         # Blocks of scales cross rows: a piece must end where a block of scales and a byte end.
         step = max(block, 2)
         for start, piece in weight.row_blocks(step // gcd(step, columns)):
-            first, flat = start * columns, piece.reshape(-1)
+            first, flat = start * columns, piece.to(dtype).reshape(-1)
             last = first + flat.numel()
             bad = _quantize_flat(
                 kernel,
@@ -70,21 +83,29 @@ class BnbQuantizer(Quantizer[BnbConfig]):
                 raise NonFiniteWeight(weight.name, first + bad)
         scale: Tensor | Form = absmax
         if self.config.bnb_4bit_use_double_quant:
-            scale = self._nest(absmax)
+            scale = self._nest(absmax, weight.name)
         return Codebook(
             codes,
             TABLES[kind]().to(self.device),
             scale,
             Flat(block),
             table_name=kind,
-            dtype=weight.dtype,
+            dtype=dtype,
         )
 
-    def _nest(self, absmax: Tensor) -> Codebook:
+    def _nest(self, absmax: Tensor, name: str) -> Codebook:
         offset = absmax.mean()
+        if not bool(offset.isfinite()):
+            raise QuantmillError(
+                TOO_LARGE(
+                    name,
+                    "the sum of its blocks' largest magnitudes exceeds float32",
+                    "repair the checkpoint, or leave bnb_4bit_use_double_quant out",
+                )
+            )
         centred = absmax - offset
         codes = torch.empty(centred.numel(), dtype=torch.uint8, device=self.device)
-        scale = torch.empty(-(-centred.numel() // NESTED_BLOCK), device=self.device)
+        scale = self._scales(-(-centred.numel() // NESTED_BLOCK))
         table = dynamic8().to(self.device)
         kernel = self._kernel(
             "codebook",
@@ -95,8 +116,7 @@ class BnbQuantizer(Quantizer[BnbConfig]):
             group_size=NESTED_BLOCK,
         )
         if kernel is None:
-            form = Codebook.quantize_dynamic(centred, table, NESTED_BLOCK)
-            codes, scale = form.codes.data, form.scale  # type: ignore[assignment]
+            codes, scale = _nested_reference(centred, table)
         else:
             kernel(
                 centred, table="dynamic8", block_size=NESTED_BLOCK, out_codes=codes, out_scale=scale
@@ -113,18 +133,21 @@ class BnbQuantizer(Quantizer[BnbConfig]):
     def _int8(self, weight: WeightSource) -> Affine:
         rows, columns = weight.shape
         codes = torch.empty((rows, columns), dtype=torch.int8, device=self.device)
-        scale = torch.empty(rows, device=self.device)
+        scale = self._scales(rows)
+        dtype = _taken(weight.dtype)
         kernel = self._kernel(
-            "affine", weight.dtype, bits=8, grouping="channel", offset="none", packing="i8"
+            "affine", dtype, bits=8, grouping="channel", offset="none", packing="i8"
         )
-        for start, piece in weight.row_blocks():
+        for start, given in weight.row_blocks():
+            piece = given.to(dtype).contiguous()
             stop = start + piece.shape[0]
             if kernel is not None:
                 bad = int(kernel(piece, out_codes=codes[start:stop], out_scale=scale[start:stop]))
             else:
-                bad = first_non_finite(piece)
                 # The peer rounds weights to float16 before it takes the rows' absmax.
-                form = Affine.quantize_rows_int8(piece.to(torch.float16))
+                half = piece.to(torch.float16)
+                bad = first_non_finite(half)
+                form = Affine.quantize_rows_int8(half)
                 codes[start:stop] = form.codes.data
                 scale[start:stop] = form.scale  # type: ignore[assignment]
             if bad >= 0:
@@ -134,8 +157,12 @@ class BnbQuantizer(Quantizer[BnbConfig]):
             scale,
             Channel(0),
             factor=1.0 / 127.0,
-            dtype=weight.dtype,
+            dtype=dtype,
         )
+
+    def _scales(self, count: int) -> Tensor:
+        # The process's default dtype need not be float32: training scripts change it.
+        return torch.empty(count, dtype=torch.float32, device=self.device)
 
     def _kernel(self, form: str, dtype: torch.dtype, **traits: Any) -> Any:
         choice = self.kernels.choose(
@@ -166,3 +193,20 @@ def _quantize_flat(
     packed.copy_(form.codes.data.reshape(-1))
     absmax.copy_(form.scale)  # type: ignore[arg-type]
     return bad
+
+
+def _nested_reference(centred: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of nested scales in plain torch.
+
+    The core's reference, but for blocks whose absmax is zero or too small to have a finite
+    reciprocal: times infinity, the peer gives the first code to what is not positive and the last
+    one to the rest, and a block of zeros has the first code throughout.
+    """
+    count = centred.numel()
+    blocks = torch.nn.functional.pad(centred, (0, -count % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    tiny = torch.isinf(1.0 / absmax).unsqueeze(1)
+    form = Codebook.quantize_dynamic(blocks.masked_fill(tiny, 0.0).reshape(-1), table, NESTED_BLOCK)
+    extreme = torch.where(blocks > 0, table.numel() - 1, 0).to(torch.uint8)
+    codes = torch.where(tiny, extreme, form.codes.data.reshape(blocks.shape))
+    return codes.reshape(-1)[:count], absmax

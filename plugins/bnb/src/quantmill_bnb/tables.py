@@ -43,7 +43,8 @@ def nf4() -> Tensor:
 def fp4() -> Tensor:
     """float32 ``[16]``: sign, two bits of exponent, one of mantissa, divided by the largest."""
     positive = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
-    values = torch.tensor([*positive, *(-value for value in positive)], dtype=torch.float32)
+    # The zero of code 8 has no sign, as in the peer's table: quant_map is compared bit for bit.
+    values = torch.tensor([*positive, *(0.0 - value for value in positive)], dtype=torch.float32)
     return values / values.abs().max()
 
 

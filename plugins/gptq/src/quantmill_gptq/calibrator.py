@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill.backend import BlockCalibrator, NonFiniteWeight
+from quantmill.backend import BlockCalibrator
 from quantmill.calibration.block import Block
 from quantmill.forms import Affine
 from quantmill.targeting.types import Target
@@ -46,10 +46,6 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
         assert isinstance(config, GptqConfig)
         stored = block.weight(target)
         weight = stored.to(torch.float32)
-        finite = torch.isfinite(weight)
-        if not bool(finite.all()):
-            index = int(torch.argmin(finite.reshape(-1).byte()).item())
-            raise NonFiniteWeight(target.weight_name, index)
         if hessian.tokens == 0:
             # No token reached it (an expert that was never routed to): nothing to learn from.
             width = group_width(config, target.in_features)
@@ -94,8 +90,8 @@ def gptq(
     if order is not None:
         back = torch.argsort(order)
         codes = codes[:, back]
-        if not fixed:
-            index = owner[back].to(torch.int32)
+        if config.desc_act:
+            index = (group if fixed else owner[back]).to(torch.int32)
     form = make_form(codes, grid, width, config, dtype, index)
     error = form.dequantize(torch.float32) - weight
     energy = (weight @ hessian).mul_(weight).sum().clamp(min=1e-30)

@@ -160,14 +160,15 @@ class GptqCodec(Codec[GptqConfig]):
             size = -(-in_features // groups)
         return bits, size, groups
 
-    @staticmethod
-    def _order(index: Tensor | None, size: int, groups: int, target: Target) -> Tensor | None:
+    def _order(self, index: Tensor | None, size: int, groups: int, target: Target) -> Tensor | None:
         if index is None:
+            if self.config.desc_act:
+                raise _refuse(target, "it has no g_idx, and desc_act is set")
             return None
         if index.shape != (target.in_features,):
             raise _refuse(target, f"g_idx is {list(index.shape)}, not [{target.in_features}]")
         plain = torch.arange(target.in_features, device=index.device) // size
-        if torch.equal(index.to(torch.int64), plain):
+        if not self.config.desc_act and torch.equal(index.to(torch.int64), plain):
             return None
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= groups:

@@ -86,7 +86,8 @@ def rounded(
     index = torch.arange(weight.shape[1], device=weight.device) // width
     scale, zero = grid.scale[:, index], grid.zero[:, index]
     codes = torch.round(weight / scale + zero).clamp(0, config.maximum)
-    return make_form(codes, grid, width, config, dtype)
+    order = index.to(torch.int32) if config.desc_act else None
+    return make_form(codes, grid, width, config, dtype, order)
 
 
 def make_form(

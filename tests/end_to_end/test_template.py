@@ -1,0 +1,189 @@
+"""A stranger's backend: the template copied, renamed, built, installed and used, as authors do it.
+
+Nothing of it is in this repository afterwards, and quantmill knows it by its entry point alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantmill.testing import MethodConformance
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE, NOVELLA = ROOT / "template", ROOT / "models" / "novella"
+WASTE = re.compile(r"__pycache__|_cache/")
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def copied(folder: Path) -> Path:
+    waste = shutil.ignore_patterns("__pycache__", "dist", "build", ".*")
+    return Path(shutil.copytree(TEMPLATE, folder, ignore=waste))
+
+
+def python(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text(encoding="utf-8")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "LICENSE" and not WASTE.search(str(path))
+    }
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The template under another name."""
+    folder = copied(tmp_path_factory.mktemp("author") / "quantmill-mymethod")
+    python("rename.py", "mymethod", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(package: Path) -> Run:
+    """Runs Python where the wheel of the package is installed."""
+    dist, site = package.parent / "dist", package.parent / "site"
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", dist, package)
+    (wheel,) = dist.glob("quantmill_mymethod-0.1.0-*.whl")
+    python("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, wheel)
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+
+    def here(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": path, **environment}
+        return python(*arguments, env=env, cwd=package)
+
+    return here
+
+
+def test_a_renamed_package_shows_nothing_of_the_template(package: Path) -> None:
+    found = texts(package)
+    assert "src/quantmill_mymethod/plugin.py" in found and "rename.py" not in found
+    for name, text in found.items():
+        assert not re.search(r"example|template", name + text, re.IGNORECASE), name
+    project = tomllib.loads(found["pyproject.toml"])["project"]
+    assert project["name"] == "quantmill-mymethod"
+    assert project["entry-points"]["quantmill.plugins"] == {"mymethod": "quantmill_mymethod.plugin"}
+    assert found["README.md"].startswith("# quantmill-mymethod\n")
+
+
+def test_a_name_of_several_words_is_spelt_as_each_place_wants_it(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "copy")
+    python("rename.py", "quantmill-my-example2", cwd=folder)
+    found = texts(folder)
+    plugin = found["src/quantmill_my_example2/plugin.py"]
+    assert 'Preset("my-example2-4"' in plugin
+    assert '"quantmill_my_example2.config:MyExample2Config"' in plugin
+    assert "class MyExample2Config(MethodConfig)" in found["src/quantmill_my_example2/config.py"]
+    assert '"QM-MYEXAMPLE2-001"' in found["src/quantmill_my_example2/codec.py"]
+    assert "\nmy-example2 = " in found["pyproject.toml"]
+
+
+@pytest.mark.parametrize("name", ["My-Method", "4bits", "a--b", "-a", "a b", "a/b", "example", ""])
+def test_a_name_that_can_be_no_package_is_refused(tmp_path: Path, name: str) -> None:
+    folder = copied(tmp_path / "copy")
+    before = texts(folder)
+    with pytest.raises(ValueError, match="is no name"):
+        runpy.run_path(str(folder / "rename.py"))["rename"](folder, name)
+    assert texts(folder) == before
+
+
+def test_only_the_package_is_renamed(tmp_path: Path) -> None:
+    folder = copied(tmp_path / "copy")
+    other = folder / ".venv" / "example.py"
+    other.parent.mkdir()
+    other.write_text("example = 1")
+    python("rename.py", "mymethod", cwd=folder)
+    assert other.read_text() == "example = 1"
+
+
+def test_only_a_fresh_copy_is_renamed(package: Path) -> None:
+    rename = runpy.run_path(str(TEMPLATE / "rename.py"))["rename"]
+    before = texts(TEMPLATE), texts(package)
+    with pytest.raises(ValueError, match="renamed already"):
+        rename(package, "another")
+    with pytest.raises(ValueError, match="the template itself"):
+        rename(TEMPLATE, "another")
+    assert (texts(TEMPLATE), texts(package)) == before
+
+
+def test_the_plugin_is_found_and_ok(run: Run) -> None:
+    listed = run("-c", "from quantmill.cli import main; main()", "plugins", "--json").stdout
+    (mine,) = [item for item in json.loads(listed)["plugins"] if item["name"] == "mymethod"]
+    assert mine["status"] == "ok", mine["reason"]
+    assert mine["distribution"] == "quantmill-mymethod"
+    assert mine["provides"]["methods"] == ["mymethod"]
+
+
+def test_its_own_tests_pass_with_a_framework(run: Run) -> None:
+    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests").stdout
+    assert int(re.search(r"(\d+) passed", said)[1]) > 3 * 40  # type: ignore[index]
+
+
+def test_its_own_tests_pass_without_a_framework(run: Run) -> None:
+    # One of the classes: they differ in nothing that a framework is needed for.
+    arguments = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-k", "4", "tests")
+    said = run(*arguments, QUANTMILL_DISABLE="transformers").stdout
+    assert int(re.search(r"(\d+) passed", said)[1]) > 30  # type: ignore[index]
+    assert "no framework is installed" in said
+
+
+USE = """
+import json, sys, torch, quantmill
+from quantmill.evaluate import evaluate_model
+
+novella, quantized = sys.argv[1:]
+tokenizer = quantmill.load_tokenizer(novella)
+text = open(f"{novella}/held.txt", encoding="utf-8").read()
+
+def perplexity(model):
+    return evaluate_model(model, tokenizer, text, context=256, max_windows=4).perplexity
+
+model = quantmill.load(quantized)
+ids = torch.tensor([tokenizer(text[:400])["input_ids"]])
+with torch.inference_mode():
+    mine = model(input_ids=ids).logits.float()
+    result = {"kind": type(model.model.layers[0].mlp.up_proj).__name__,
+              "perplexity": perplexity(model), "float": perplexity(quantmill.load(novella))}
+    same = quantmill.dequantize(model)(input_ids=ids).logits.float()
+print(json.dumps({**result, "off": float((mine - same).norm() / same.norm())}))
+"""
+
+
+def test_it_quantizes_a_real_model_that_loads_and_speaks(run: Run, tmp_path: Path) -> None:
+    command = ("-c", "from quantmill.cli import main; main()", "quantize", "--quiet")
+    run(*command, NOVELLA, tmp_path / "out", "mymethod-4")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "mymethod" and config["bits"] == 4
+    found = json.loads(run("-c", USE, NOVELLA, tmp_path / "out").stdout)
+    assert found["kind"] == "FormLinear"
+    assert found["off"] < 0.01
+    assert 1 < found["float"] < found["perplexity"] < 1.1 * found["float"]
+
+
+def test_the_documentation_names_every_promise() -> None:
+    documented = (ROOT / "docs" / "authors" / "testing.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", documented))
+    assert named == {name for name in dir(MethodConformance) if name.startswith("test_")}
