@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pluggy
 
 from quantmill import hookspecs
-from quantmill.findings import Finding, FindingsError, Severity, declare
+from quantmill.findings import Finding, FindingsError, QuantmillError, Severity, declare
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,6 +54,7 @@ BUILTIN: Final = "quantmill"
 
 PLUGIN_BROKEN = declare("QM-PLUGIN-001", "A plugin can't be used", Severity.WARNING)
 NAME_CONFLICT = declare("QM-PLUGIN-002", "Two plugins claim one name")
+PLUGIN_RAISED = declare("QM-PLUGIN-004", "A plugin raised an exception in a hook")
 STRICT_STATUS = declare("QM-PLUGIN-003", "Strict mode: a plugin is not ok")
 
 
@@ -430,8 +431,30 @@ class Host:
 
     @property
     def hook(self) -> Any:
-        """The hooks, callable with keyword arguments."""
-        return self.manager.hook
+        """The hooks, callable with keyword arguments. What a plugin raises, other than findings,
+        becomes one that names the plugin and the hook."""
+        return _Hooks(self)
+
+    def blame(self, error: BaseException) -> PluginInfo | None:
+        """The plugin in whose code an exception was raised, innermost frame first."""
+        packages = {
+            info.module.__name__.partition(".")[0]: info
+            for info in self.plugins.values()
+            if info.module is not None
+        }
+        frames = []
+        trace = error.__traceback__
+        while trace is not None:
+            frames.append(str(trace.tb_frame.f_globals.get("__name__", "")))
+            trace = trace.tb_next
+        return next(
+            (
+                packages[top]
+                for name in reversed(frames)
+                if (top := name.partition(".")[0]) in packages
+            ),
+            None,
+        )
 
     def registered(self, kind: str) -> list[tuple[str, Any]]:
         """``(plugin name, registration)`` for a kind of :data:`REGISTRIES`."""
@@ -498,6 +521,37 @@ class Host:
             if name in _claimed_names(item):
                 return plugin
         return None
+
+
+class _Hooks:
+    """Calls hooks of a host's manager."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        caller = getattr(self._host.manager.hook, name)
+
+        def call(**arguments: Any) -> Any:
+            try:
+                return caller(**arguments)
+            except QuantmillError:
+                raise
+            except Exception as error:
+                from quantmill.backend import NonFiniteWeight
+
+                plugin = self._host.blame(error)
+                if plugin is None or isinstance(error, NonFiniteWeight):
+                    raise
+                raise QuantmillError(
+                    PLUGIN_RAISED(
+                        f"plugin {plugin.name}: {name}",
+                        f"it raised {type(error).__name__}: {error}",
+                        f"report it to {plugin.distribution} {plugin.version}, or disable it",
+                    )
+                ) from error
+
+        return call
 
 
 def _claimed_names(item: Any) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantmill.findings import FindingsError
+from quantmill.findings import FindingsError, QuantmillError
 from quantmill.hookspecs import HOOK_API_VERSION, hookimpl
 from quantmill.host import Host, Status
 from quantmill.registrations import Capabilities, Method, Preset, Requirement
@@ -212,3 +212,29 @@ def test_calls_can_be_traced(host: Host) -> None:
     undo()
     host.hook.quantmill_stage_started(job=None, stage="target")
     assert seen == ["quantmill_stage_started"]
+
+
+def test_an_exception_in_a_hook_names_the_plugin_and_the_hook() -> None:
+    """The code is compiled under the plugin's name, as an imported module's is."""
+    module = types.ModuleType("raising_plugin")
+    source = """
+from quantmill.hookspecs import hookimpl
+QUANTMILL_API = 1
+
+@hookimpl
+def quantmill_validate(job):
+    return helper()
+
+def helper():
+    raise ZeroDivisionError("no good")
+"""
+    exec(source, vars(module))
+    host = Host(discover=False)
+    host.add(module, "raising", distribution="quantmill-raising", version="3")
+    with pytest.raises(QuantmillError) as caught:
+        host.hook.quantmill_validate(job=None)
+    (finding,) = caught.value.findings
+    assert finding.code == "QM-PLUGIN-004"
+    assert finding.where == "plugin raising: quantmill_validate"
+    assert "ZeroDivisionError: no good" in finding.cause and "quantmill-raising 3" in finding.fix
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
