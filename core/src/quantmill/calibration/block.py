@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantmill.calibration.staged import run_staged
 from quantmill.findings import QuantmillError, declare
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["Block", "Observer"]
 
 NAN_ACTIVATION = declare("QM-CALIB-010", "An activation is NaN or infinite while calibrating")
+
+STAGED_BYTES = 2 << 30
+"""Most memory for intermediate results of all batches in one block."""
+_KEPT = 12
+"""Tensors of the size of the hidden states that a paused batch holds, roughly: residual, norm,
+queries, keys, values, rotated copies, a wide MLP's two halves."""
 
 Observer = Callable[[Tensor], None]
 """Gets the input ``[tokens, in]`` of a linear, once per batch."""
@@ -53,6 +60,8 @@ class Block:
         """Relative squared output error by target name, where the calibrator measured it."""
         self.changed: dict[str, Tensor] = {}
         """Float parameters that the calibrator changed, by full name."""
+        self.finished = False
+        """The inputs of the next block are there already, from :meth:`quantize_in_order`."""
         self._replay = replay
 
     def linear(self, target: Target) -> nn.Module:
@@ -101,17 +110,10 @@ class Block:
         waiting: set[str] = set()
 
         def hook(target: str, observer: Observer) -> Any:
+            checked = _finite(target, observer)
+
             def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
-                flat = args[0].detach().reshape(-1, args[0].shape[-1])
-                if not bool(torch.isfinite(flat).all()):
-                    raise QuantmillError(
-                        NAN_ACTIVATION(
-                            target,
-                            "its input is NaN or infinite",
-                            "use a dtype of wider range (--dtype float32), or other data",
-                        )
-                    )
-                observer(flat)
+                checked(args[0].detach().reshape(-1, args[0].shape[-1]))
                 waiting.discard(target)
                 if not waiting:
                     raise _Enough
@@ -131,6 +133,35 @@ class Block:
                         self.module(*args, **kwargs)
                 except _Enough:
                     continue
+
+    def quantize_in_order(
+        self, observers: Sequence[tuple[str, Observer]], after: Callable[[int], None]
+    ) -> None:
+        """Give each target (by name, in the order in which they run) its inputs, as the ones
+        before it leave them, and call ``after`` with its number once all batches were seen.
+
+        One pass over the block when the batches' intermediate results fit into
+        ``STAGED_BYTES``, and one pass per target otherwise.
+        """
+        hidden = self._replay.hidden or self._replay.first_inputs()
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in hidden) * _KEPT
+        if kept > STAGED_BYTES or self.module is self.model:
+            for number, (name, observer) in enumerate(observers):
+                self.observe({name: observer})
+                after(number)
+            return
+
+        def call(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Callable[[], Any]:
+            args, kwargs = arguments
+            return lambda: self.module(*args, **kwargs)
+
+        stops = [
+            (self.model.get_submodule(name), _finite(name, observer))
+            for name, observer in observers
+        ]
+        outputs = run_staged([call(item) for item in self.inputs()], stops, after)
+        self._replay.take(self.index, outputs)
+        self.finished = True
 
     @contextmanager
     def weights(self, changes: Mapping[str, Tensor]) -> Iterator[None]:
@@ -173,6 +204,26 @@ class Block:
         reached = {target.name for members in found for target in members}
         rest = [[target] for target in self.targets if target.name not in reached]
         return found + rest
+
+
+def _finite(name: str, observer: Observer) -> Observer:
+    """An observer that refuses NaN and infinity."""
+
+    def checked(inputs: Tensor) -> None:
+        # A sum is not finite if any of its parts is not: one pass, no temporary.
+        if not bool(torch.isfinite(inputs.sum(dtype=torch.float32))) and not bool(
+            torch.isfinite(inputs).all()
+        ):
+            raise QuantmillError(
+                NAN_ACTIVATION(
+                    name,
+                    "its input is NaN or infinite",
+                    "use a dtype of wider range (--dtype float32), or other data",
+                )
+            )
+        observer(inputs)
+
+    return checked
 
 
 def _distinct(targets: Sequence[Target]) -> list[Target]:

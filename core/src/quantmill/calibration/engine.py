@@ -188,7 +188,8 @@ class _Run:
             calibrator.calibrate(block)
             self._complete(block)
         self._take_changes(block)
-        replay.advance(index, module)
+        if not block.finished:
+            replay.advance(index, module)
         self._keep(block, replay)
         _drop(module)
         return block.forms

@@ -149,10 +149,23 @@ class Replay:
 
     def advance(self, index: int, module: nn.Module) -> None:
         """Run block ``index`` on its inputs; its outputs are the inputs of the next."""
-        following = []
+        outputs = []
         for args, kwargs in self.calls(index):
             with torch.no_grad():
-                output = module(*args, **kwargs)
+                outputs.append(module(*args, **kwargs))
+        self.take(index, outputs)
+
+    def first_inputs(self) -> list[Tensor]:
+        """Inputs of the first block, which the model makes anew for each call."""
+        found = []
+        for args, kwargs in self.calls(0):
+            found.append(args[0] if args else kwargs["hidden_states"])
+        return found
+
+    def take(self, index: int, outputs: Sequence[Any]) -> None:
+        """Take what block ``index`` gave as the inputs of the next."""
+        following = []
+        for output in outputs:
             if isinstance(output, tuple):
                 self._rest = tuple(None for _ in output[1:])
                 output = output[0]

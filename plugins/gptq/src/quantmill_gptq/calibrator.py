@@ -30,16 +30,22 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
 
     def calibrate(self, block: Block) -> None:
         order = block.call_order()
-        stages = [[group] for group in order] if self.config.true_sequential else [order]
-        for stage in stages:
-            hessians = {
-                group[0].name: Hessian(group[0].in_features, self.device) for group in stage
-            }
-            block.observe({name: hessian.add for name, hessian in hessians.items()})
-            for group in stage:
-                hessian = hessians[group[0].name]
-                for target in group:
-                    self._target(block, target, hessian)
+        hessians = [Hessian(group[0].in_features, self.device) for group in order]
+        observers = [
+            (group[0].name, hessian.add) for group, hessian in zip(order, hessians, strict=True)
+        ]
+
+        def quantize(number: int) -> None:
+            for target in order[number]:
+                self._target(block, target, hessians[number])
+            hessians[number].free()
+
+        if self.config.true_sequential:
+            block.quantize_in_order(observers, quantize)
+            return
+        block.observe(dict(observers))
+        for number in range(len(order)):
+            quantize(number)
 
     def _target(self, block: Block, target: Target, hessian: Hessian) -> None:
         config = block.configs[target.name]

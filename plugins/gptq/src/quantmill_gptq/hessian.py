@@ -17,16 +17,24 @@ class Hessian:
     over tokens."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
-        self.total = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._columns, self._device = columns, device
+        # Made when the first inputs come: the Hessians of a block are not all there at once.
+        self.total = torch.empty(0, device=device)
         self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs ``[tokens, in]``."""
+        if self.tokens == 0:
+            self.total = torch.zeros(self._columns, self._columns, device=self._device)
         work = inputs.to(torch.float32)
         # Kept at the mean, so that a long calibration loses no bits to a growing sum.
         count = self.tokens + work.shape[0]
         self.total.mul_(self.tokens / count).addmm_(work.t(), work, alpha=1.0 / count)
         self.tokens = count
+
+    def free(self) -> None:
+        """It has served."""
+        self.total = torch.empty(0, device=self._device)
 
     def mean(self) -> Tensor:
         """float32 ``[in, in]``."""
