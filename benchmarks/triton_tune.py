@@ -91,9 +91,17 @@ def graph_time(calls: list[Any], replays: int = 9) -> float:
     return statistics.median(times[3:])
 
 
-def warm(tasks: list[tuple[str, int, Config, str]]) -> list[str]:
+def launch_late() -> None:
+    """Launch each kernel only when the one before it is done."""
+    machine = launch._machine(torch.device("cuda"))._replace(early=False)
+    launch._machine = lambda device: machine  # type: ignore[assignment]
+
+
+def warm(tasks: list[tuple[str, int, Config, str]], late: bool) -> list[str]:
     """Compile candidates into Triton's cache, on a small weight of the same kind."""
     failed = []
+    if late:
+        launch_late()
     for kind, width, config, dtype in tasks:
         facts = facts_of(kind, 512, 1024, width)
         x = torch.randn((16, 1024), device="cuda", dtype=getattr(torch, dtype))
@@ -107,22 +115,28 @@ def warm(tasks: list[tuple[str, int, Config, str]]) -> list[str]:
     return failed
 
 
-def candidates(rows: int) -> list[Config]:
-    if rows <= 16:
-        tiles = [(16, 64, 4), (16, 128, 4), (16, 32, 2), (16, 128, 8)]
-        if rows <= 8:
-            tiles += [(8, 64, 4), (8, 32, 2), (8, 128, 4)]
-        return [Config(*tile, stages, 0) for tile in tiles for stages in (3, 4, 6)]
-    if rows <= 64:
-        tiles = [(64, 64, 4), (64, 128, 8), (64, 128, 4), (32, 128, 4), (64, 256, 8)]
-        return [Config(*tile, stages, 0) for tile in tiles for stages in (3, 4)]
-    tiles = [(128, 128, 8), (256, 128, 8), (128, 64, 4), (256, 64, 4), (128, 256, 8)]
+def candidates(rows: int, quick: bool = False) -> list[Config]:
+    """Tiles, as rows of activations, rows of the weight, warps, halves and chains; and stages."""
+    if rows <= 8:
+        tiles = [(8, 128, 4, 1, 1), (8, 128, 4, 1, 2), (8, 256, 4, 1, 1), (8, 256, 8, 1, 1)]
+        tiles += [(8, 64, 4, 1, 1), (8, 64, 4, 1, 2)]
+        depths = (2, 3, 4)
+    elif rows <= 16:
+        tiles = [(8, 128, 4, 2, 1), (8, 256, 8, 2, 1), (8, 256, 4, 2, 1), (8, 64, 4, 2, 1)]
+        tiles += [(16, 128, 4, 1, 1), (16, 128, 4, 1, 2)]
+        depths = (2, 3, 4)
+    elif rows <= 64:
+        tiles = [(64, 64, 4, 1, 1), (64, 128, 4, 1, 1), (32, 128, 4, 2, 1), (32, 64, 4, 2, 1)]
+        depths = (2, 3)
+    else:
+        tiles = [(128, 128, 8, 1, 1), (128, 64, 4, 1, 1), (64, 128, 8, 2, 1), (256, 128, 8, 1, 1)]
+        depths = (2, 3)
+    if quick:
+        tiles, depths = tiles[:1], (3,)
     return [
-        Config(*tile, stages, 0, prescale)
-        for tile in tiles
-        for stages in (3, 4)
-        for prescale in (False, True)
-        if prescale or tile[0] * tile[1] < 256 * 128
+        Config(bm, bn, warps, stages, 0, halves, chains, prescale=bm == 256)
+        for bm, bn, warps, halves, chains in tiles
+        for stages in depths
     ]
 
 
@@ -136,6 +150,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--jobs", type=int, default=14)
     parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="one tile for each batch")
+    parser.add_argument("--late", action="store_true", help="without programmatic launches")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
 
@@ -146,14 +162,17 @@ def main() -> int:
             for kind in args.kinds
             for width in args.widths
             for rows in args.rows
-            for config in candidates(rows)
+            for config in candidates(rows, args.quick)
         }
     )
     lots = [tasks[i :: args.jobs] for i in range(args.jobs)]
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        for failed in pool.map(warm, [lot for lot in lots if lot]):
+        lots = [lot for lot in lots if lot]
+        for failed in pool.map(warm, lots, [args.late] * len(lots)):
             for line in failed:
-                print("failed", line)
+                print("failed", line[:120])
+    if args.late:
+        launch_late()
     print(f"compiled {len(tasks)} candidates in {time.perf_counter() - start:.0f} s", flush=True)
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -180,9 +199,9 @@ def main() -> int:
                     x = torch.randn((rows, columns), device="cuda").to(dtype)
                     expected = x.float() @ full.t()
                     best = []
-                    for config in candidates(rows):
-                        tiles = -(-out // config.bn) * -(-rows // config.bm)
-                        for parts in (1, 2, 3, 4, 6, 8, 12, 16):
+                    for config in candidates(rows, args.quick):
+                        tiles = -(-out // config.bn) * -(-rows // config.rows)
+                        for parts in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12):
                             if tiles * parts > 132 * 16 and parts > 1:
                                 continue
                             part = -(-facts.chunks // parts)
@@ -197,7 +216,7 @@ def main() -> int:
                                 error = (result.float() - expected).norm() / expected.norm()
                                 spent = graph_time(calls, 5)
                             except Exception as problem:  # noqa: BLE001 likewise
-                                print("failed", config, str(problem)[:100])
+                                print("failed", config, str(problem)[:60])
                                 break
                             entry = {
                                 "shape": shape, "rows": rows, "kind": kind, "width": width,
@@ -213,7 +232,7 @@ def main() -> int:
                             f" {entry['tb_s']:.2f} TB/s err {entry['error']:.1e}"
                             f" bm {entry['bm']} bn {entry['bn']} warps {entry['warps']}"
                             f" stages {entry['stages']} parts {entry['parts']}"
-                            f" pre {int(entry['prescale'])}",
+                            f" halves {entry['halves']} chains {entry['chains']}",
                             flush=True,
                         )
                     wrong = [entry for entry in best if not entry["error"] < 4e-3]

@@ -9,6 +9,9 @@ import os
 import shlex
 import subprocess
 import sysconfig
+import tempfile
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,6 @@ FLAGS = [
     "-std=c11",
     "-O3",
     "-fPIC",
-    "-shared",
     "-pthread",
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -29,24 +31,115 @@ FLAGS = [
     "-Werror=implicit-function-declaration",
     "-fvisibility=hidden",
 ]
-SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+# The two casts are no part of "undefined", and the first mistake ends the program.
+SANITIZE = [
+    "-g",
+    "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# Flags of each instruction set that kernels.c is compiled for, by its name in the library.
+LEVELS = {
+    "baseline": [],
+    "avx2": ["-mavx2"],
+    "avx512": AVX512,
+}
+# Products are no one's bytes to meet: there a*b+c may be contracted, and half precision converted.
+MATMUL = ["-ffp-contract=fast"]
+MATMUL_LEVELS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [*AVX512, "-mfma", "-mf16c"],
+}
+# Files for newer instruction sets, left out where the compiler doesn't know them: the macro that
+# says that the library has it, and the flags. Each needs those before.
+NEWER = {
+    "matmul_int8": ("QM_AVX512VNNI", ["-mavx512vbmi", "-mavx512vnni"]),
+    "matmul_bf16": ("QM_AVX512BF16", ["-mavx512bf16"]),
+    "matmul_amx": ("QM_AMX", ["-mamx-tile", "-mamx-bf16"]),
+}
+
+
+def _newer(compiler: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The files of NEWER that the compiler can make, with their flags; and the macros."""
+    found: dict[str, list[str]] = {}
+    macros: list[str] = []
+    flags = MATMUL_LEVELS["avx512"]
+    for name, (macro, more) in NEWER.items():
+        flags = [*flags, *more]
+        asked = [*compiler, *flags, "-fsyntax-only", "-x", "c", os.devnull]
+        try:
+            subprocess.run(asked, capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            break
+        found[name] = flags
+        macros.append(f"-D{macro}")
+    return found, macros
+
+
+def compile_library(
+    out: Path, *, sanitize: bool = False, only: Collection[str] | None = None
+) -> None:
+    """Compile ``c/*.c`` into the shared library ``out``.
+
+    Args:
+        out: the file to write.
+        sanitize: with AddressSanitizer and UBSan.
+        only: the files (``"quantize"``) they look at, all if None: matmul's take minutes.
+
+    Raises:
+        RuntimeError: there is no C compiler, or it failed (its messages are on stderr).
+    """
+    folder = Path(__file__).parent / "src" / "quantmill_cpu" / "c"
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    flags = list(FLAGS)
+    sources: list[tuple[str, str, list[str]]] = [  # object, file, its flags
+        (name, name, []) for name in ("quantize", "panels", "pool")
+    ]
+    x86 = sysconfig.get_platform().endswith("x86_64")
+    newer, macros = _newer(compiler) if x86 else ({}, [])
+    flags += ["-DQM_X86_LEVELS", *macros] if x86 else []
+    for level in LEVELS if x86 else ["baseline"]:
+        name = [f"-DQM_LEVEL={level}"]
+        sources += [
+            (f"kernels_{level}", "kernels", [*LEVELS[level], *name]),
+            (f"fp32_{level}", "matmul_fp32", [*MATMUL_LEVELS[level], *MATMUL, *name]),
+        ]
+    sources.append(("matmul", "matmul", MATMUL))
+    sources += [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs, objects = [], []
+        for made, file, extra in sources:
+            objects.append(str(Path(scratch) / f"{made}.o"))
+            looked_at = sanitize and (only is None or file in only)
+            checks = SANITIZE if looked_at else []
+            jobs.append(
+                [*flags, *checks, *extra, "-c", str(folder / f"{file}.c"), "-o", objects[-1]]
+            )
+        # Renamed at the end: a process may have the old library mapped.
+        temporary = out.with_name(out.name + ".new")
+        checks = SANITIZE if sanitize else []
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda job: subprocess.run([*compiler, *job], check=True), jobs))
+            link = [*flags, *checks, "-shared", "-o", str(temporary), *objects]
+            subprocess.run([*compiler, *link], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(
+                f"quantmill-cpu is compiled while it is installed, and {shlex.join(compiler)}"
+                f" failed ({error}): install a C compiler (gcc or clang) or name one in CC"
+            ) from error
+        temporary.replace(out)
 
 
 class NativeBuild(BuildHookInterface):  # type: ignore[type-arg]
-    """Compile ``c/*.c`` into ``_native.so`` and tag the wheel for the platform."""
+    """Compile the library into the package and tag the wheel for the platform."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Run before the files are collected, for wheels and editable installs alike."""
-        package = Path(self.root) / "src" / "quantmill_cpu"
-        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
-        extra = SANITIZE if os.environ.get("QUANTMILL_CPU_SANITIZE") else []
-        sources = sorted(str(path) for path in (package / "c").glob("*.c"))
-        out = package / "_native.so"
-        temporary = out.with_suffix(".so.new")
-        subprocess.run(
-            [compiler[0], *FLAGS, *extra, "-o", str(temporary), *sources, "-lm"], check=True
-        )
-        temporary.replace(out)
+        out = Path(self.root) / "src" / "quantmill_cpu" / "_native.so"
+        compile_library(out, sanitize=bool(os.environ.get("QUANTMILL_CPU_SANITIZE")))
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"

@@ -10,6 +10,9 @@ from quantmill_bnb.config import BnbConfig
 
 __all__ = ["check"]
 
+NO_EFFECT = declare(
+    "QM-BNB-011", "An option of bitsandbytes has no effect here", Severity.WARNING, fallback=True
+)
 RAGGED = declare(
     "QM-BNB-010",
     "A width is no multiple of the block size; its linear computes slower",
@@ -19,7 +22,15 @@ RAGGED = declare(
 
 
 def check(job: Job) -> Iterator[Finding]:
-    """Ragged widths on the CPU: named once for all modules."""
+    """Options that do nothing here; ragged widths on the CPU, named once for all modules."""
+    for selection in job.selections.values():
+        for name in ("llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload"):
+            if getattr(selection.config, name, False):
+                yield NO_EFFECT(
+                    name,
+                    "weights are always quantized once and stay on the job's device",
+                    f"leave {name} out",
+                )
     if job.plan is None or job.device != "cpu":
         return
     for selection in job.selections.values():

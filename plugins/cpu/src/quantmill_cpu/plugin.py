@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantmill.hookspecs import HOOK_API_VERSION, hookimpl
+from quantmill.hookspecs import hookimpl
 from quantmill.registrations import Kernel
 
-QUANTMILL_API = HOOK_API_VERSION
+QUANTMILL_API = 1
 
 _AVAILABLE = "quantmill_cpu.native:unavailable"
 _EVEN_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -16,27 +16,50 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, count: int, what: str) -> int:
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    """The address of a tensor that the library may touch ``count`` elements of, and no other."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ValueError(f"{what} must be contiguous and on the CPU")
-    if tensor.dtype != dtype or tensor.numel() < count:
-        raise ValueError(f"{what} must be {dtype} with at least {count} elements")
+    if tensor.dtype != dtype or tensor.numel() != count:
+        raise ValueError(
+            f"{what} must be {dtype} with {count} elements,"
+            f" not {tensor.dtype} with {tensor.numel()}"
+        )
     return tensor.data_ptr()
 
 
-def _bounds(table: Tensor) -> tuple[Tensor, Tensor]:
-    order = torch.argsort(table, stable=True)
-    ordered = table[order]
-    return ((ordered[1:] + ordered[:-1]) / 2).contiguous(), order.to(torch.uint8).contiguous()
+def _source(block: Tensor) -> int:
+    if block.dtype not in _DTYPES:
+        raise ValueError(f"block must be float32, bfloat16 or float16, not {block.dtype}")
+    return _check(block, block.dtype, block.numel(), "block")
+
+
+def _entries(table: str | Tensor) -> Tensor:
+    """The checked entries of a table; the library reads them without looking."""
+    entries = table_values(table) if isinstance(table, str) else table
+    if entries.numel() not in (16, 256):
+        raise ValueError(f"table must have 16 or 256 entries, not {entries.numel()}")
+    _check(entries, torch.float32, entries.numel(), "table")
+    entries = entries.reshape(-1)
+    if entries.numel() == 256 and not bool((entries[1:] >= entries[:-1]).all()):
+        raise ValueError("a table of 256 entries must ascend")
+    return entries
+
+
+def _bounds(entries: Tensor) -> tuple[Tensor, Tensor]:
+    order = torch.argsort(entries, stable=True)
+    ordered = entries[order]
+    return (ordered[1:] + ordered[:-1]) / 2, order.to(torch.uint8)
+
+
+def _tables(table: str | Tensor) -> tuple[Tensor, ...]:
+    """For 16 entries their midpoints and their order, for 256 the nearest of each grid step."""
+    entries = _entries(table)
+    return _bounds(entries) if entries.numel() == 16 else (nearest_on_grid(entries),)
 
 
 @cache
-def _named_nearest(name: str) -> Tensor:
-    return nearest_on_grid(table_values(name))
-
-
-@cache
-def _named_bounds(name: str) -> tuple[Tensor, Tensor]:
-    return _bounds(table_values(name).to(torch.float32))
+def _named_tables(name: str) -> tuple[Tensor, ...]:
+    return _tables(name)
 
 
 def quantize_codebook(
@@ -60,34 +83,32 @@ def quantize_codebook(
     count = block.numel()
     if block_size < 2 or block_size % 2:
         raise ValueError(f"block_size must be even, not {block_size}")
-    if block.dtype not in _DTYPES:
-        raise ValueError(f"block must be float32, bfloat16 or float16, not {block.dtype}")
-    source = _check(block, block.dtype, count, "block")
+    source = _source(block)
     scale = _check(out_scale, torch.float32, -(-count // block_size), "out_scale")
     threads = torch.get_num_threads()
-    small = isinstance(table, Tensor) and table.numel() == 16
-    if small or (isinstance(table, str) and table_values(table).numel() == 16):
-        bounds, order = _named_bounds(table) if isinstance(table, str) else _bounds(table)
-        codes = _check(out_codes, torch.uint8, (count + 1) // 2, "out_codes")
-        bad: int = library().qm_quantize_codebook4(
+    tables = _named_tables(table) if isinstance(table, str) else _tables(table)
+    bad: int
+    if len(tables) == 2:
+        bounds, order = tables
+        bad = library().qm_quantize_codebook4(
             source,
             _DTYPES[block.dtype],
             count,
             block_size,
             bounds.data_ptr(),
             order.data_ptr(),
-            codes,
+            _check(out_codes, torch.uint8, (count + 1) // 2, "out_codes"),
             scale,
             threads,
         )
         return bad
     if block.dtype != torch.float32:
         raise ValueError("8 bits need a float32 block")
-    nearest = _named_nearest(table) if isinstance(table, str) else nearest_on_grid(table)
     codes = _check(out_codes, torch.uint8, count, "out_codes")
-    return library().qm_quantize_codebook8(
-        source, count, block_size, nearest.data_ptr(), codes, scale, threads
+    bad = library().qm_quantize_codebook8(
+        source, count, block_size, tables[0].data_ptr(), codes, scale, threads
     )
+    return bad
 
 
 def quantize_rows_int8(block: Tensor, *, out_codes: Tensor, out_scale: Tensor) -> int:
@@ -101,11 +122,11 @@ def quantize_rows_int8(block: Tensor, *, out_codes: Tensor, out_scale: Tensor) -
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout.
     """
+    if block.ndim != 2:
+        raise ValueError(f"block must be [rows, in], not {list(block.shape)}")
     rows, columns = block.shape
-    if block.dtype not in _DTYPES:
-        raise ValueError(f"block must be float32, bfloat16 or float16, not {block.dtype}")
     bad: int = library().qm_quantize_rows_int8(
-        _check(block, block.dtype, rows * columns, "block"),
+        _source(block),
         _DTYPES[block.dtype],
         rows,
         columns,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -108,6 +108,14 @@ class GptqConfig(MethodConfig):
         return data
 
     @classmethod
+    def from_user(cls, raw: Mapping[str, Any]) -> Self:
+        data = dict(raw)
+        if data.get("sym") is False and not {"checkpoint_format", "format"} & set(data):
+            # GPTQModel takes asymmetric v1 only from itself: its early files held other zeros.
+            data["checkpoint_format"] = "gptq_v2"
+        return super().from_user(data)
+
+    @classmethod
     def field_names(cls) -> list[str]:
         return [*super().field_names(), "format"]
 
@@ -116,6 +124,8 @@ class GptqConfig(MethodConfig):
         for name in ("dynamic", "modules_in_block_to_quantize", "modules_to_not_convert", "meta"):
             if data.get(name) is None:
                 data.pop(name, None)
+        # The peer takes only one of the two orders; with act-order ours is that one anyway.
+        data["act_group_aware"] = self.act_group_aware and not self.desc_act
         data |= {"quant_method": "gptq", "method": "gptq", "format": self.checkpoint_format}
         return data
 

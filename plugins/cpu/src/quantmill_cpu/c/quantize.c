@@ -1,242 +1,225 @@
-/* Quantizers behind quantmill-cpu's C ABI. See quantize.h for what each function promises.
- *
- * Plain loops that the compiler vectorises; QM_CLONES makes it compile each hot function several
- * times and the loader pick one for the machine. All arithmetic is float32 without contraction, in
- * the order stated by the forms' reference, so every clone gives the same bytes.
+/* Quantizers behind quantmill-cpu's C ABI: blocks, threads and the choice of an instruction set.
+ * See quantize.h for what each function promises, and kernels.h for the loops themselves.
  */
 #include "quantize.h"
 
-#include <math.h>
 #include <pthread.h>
-#include <stdlib.h>
+#include <stdatomic.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define QM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define QM_CLONES
-#endif
+#include "kernels.h"
+
 #define QM_API __attribute__((visibility("default")))
-#define CHUNK 4096 /* elements converted at a time: fits the first-level cache */
 #define MAX_THREADS 64
-#define INFINITE_BITS 0x7f800000u
+
+/* ---- Levels ---------------------------------------------------------------------------------- */
+
+static const QmKernels *const LEVELS[] = {
+    &qm_kernels_baseline,
+#ifdef QM_X86_LEVELS
+    &qm_kernels_avx2,
+    &qm_kernels_avx512,
+#endif
+};
+
+/* How many of LEVELS this machine runs: each one is a superset of the one before. */
+static int levels_here(void) {
+#ifdef QM_X86_LEVELS
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2")) return 1;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return 2;
+    return 3;
+#else
+    return 1;
+#endif
+}
+
+static _Atomic(const QmKernels *) in_use;
+
+static const QmKernels *kernels(void) {
+    const QmKernels *found = atomic_load_explicit(&in_use, memory_order_relaxed);
+    if (!found) {
+        found = LEVELS[levels_here() - 1];
+        atomic_store_explicit(&in_use, found, memory_order_relaxed);
+    }
+    return found;
+}
 
 QM_API int qm_abi_version(void) { return QM_ABI_VERSION; }
 
-static inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
+QM_API const char *qm_levels(void) {
+    static const char *const NAMES[] = {"baseline", "baseline avx2", "baseline avx2 avx512"};
+    return NAMES[levels_here() - 1];
 }
 
-static inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
+QM_API const char *qm_level(void) { return kernels()->name; }
 
-/* binary16 to binary32, exact; branch-free so that it vectorises. */
-static inline float half_to_float(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000u) << 16;
-    uint32_t rest = (uint32_t)(half & 0x7fffu) << 13;
-    /* Scaling by 2^112 moves the exponent's bias and makes subnormals normal. */
-    float scaled = float_of(rest) * 5.192296858534828e33f;
-    uint32_t value = bits_of(scaled);
-    value = (half & 0x7c00u) == 0x7c00u ? (rest | INFINITE_BITS) : value;
-    return float_of(sign | value);
-}
-
-/* binary32 rounded to binary16 (nearest, ties to even) and back. */
-static inline float round_to_half(float value) {
-    uint32_t bits = bits_of(value), sign = bits & 0x80000000u, magnitude = bits & 0x7fffffffu;
-    /* Normal range: round the 13 bits that binary16 lacks. */
-    uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u)) & ~0x1fffu;
-    normal = normal >= 0x47800000u ? INFINITE_BITS : normal; /* 65536 and beyond */
-    normal = magnitude > INFINITE_BITS ? 0x7fc00000u : normal;
-    /* Below 2^-14 binary16 has steps of 2^-24: adding 0.5 lets the addition round there. */
-    float small = (float_of(magnitude) + 0.5f) - 0.5f;
-    uint32_t result = magnitude < 0x38800000u ? bits_of(small) : normal;
-    return float_of(sign | result);
-}
-
-QM_CLONES static void load(const void *source, int dtype, int64_t start, int64_t count, float *out) {
-    if (dtype == QM_F32) {
-        memcpy(out, (const char *)source + start * 4, (size_t)count * 4);
-        return;
-    }
-    const char *from = (const char *)source + start * 2;
-    uint16_t raw[CHUNK];
-    memcpy(raw, from, (size_t)count * 2); /* the source may be unaligned */
-    if (dtype == QM_BF16) {
-        for (int64_t i = 0; i < count; i++) out[i] = float_of((uint32_t)raw[i] << 16);
-    } else {
-        for (int64_t i = 0; i < count; i++) out[i] = half_to_float(raw[i]);
-    }
-}
-
-QM_CLONES static uint32_t largest_magnitude(const float *values, int64_t count) {
-    uint32_t top = 0;
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t magnitude = bits_of(values[i]) & 0x7fffffffu;
-        top = magnitude > top ? magnitude : top;
-    }
-    return top;
-}
-
-static int64_t first_infinite(const float *values, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        if ((bits_of(values[i]) & 0x7fffffffu) >= INFINITE_BITS) return i;
+QM_API int qm_use_level(const char *name) {
+    for (int i = 0; i < levels_here(); i++)
+        if (strcmp(LEVELS[i]->name, name) == 0) {
+            atomic_store_explicit(&in_use, LEVELS[i], memory_order_relaxed);
+            return 0;
+        }
     return -1;
 }
 
-/* Rank among 15 ascending bounds: how many are below the value. */
-QM_CLONES static void ranks15(const float *values, int64_t count, float scale, int divide,
-                              const float *bounds, uint8_t *out) {
-    float scaled[CHUNK];
-    if (divide) {
-        for (int64_t i = 0; i < count; i++) scaled[i] = values[i] / scale;
-    } else {
-        for (int64_t i = 0; i < count; i++) scaled[i] = values[i] * scale;
-    }
-    const float b0 = bounds[0], b1 = bounds[1], b2 = bounds[2], b3 = bounds[3], b4 = bounds[4],
-                b5 = bounds[5], b6 = bounds[6], b7 = bounds[7], b8 = bounds[8], b9 = bounds[9],
-                b10 = bounds[10], b11 = bounds[11], b12 = bounds[12], b13 = bounds[13],
-                b14 = bounds[14];
-    for (int64_t i = 0; i < count; i++) {
-        float v = scaled[i];
-        int rank = (v > b0) + (v > b1) + (v > b2) + (v > b3) + (v > b4) + (v > b5) + (v > b6) +
-                   (v > b7) + (v > b8) + (v > b9) + (v > b10) + (v > b11) + (v > b12) + (v > b13) +
-                   (v > b14);
-        out[i] = (uint8_t)rank;
-    }
-}
-
-QM_CLONES static void pack_pairs(const uint8_t *ranks, const uint8_t *order, int64_t count,
-                                 uint8_t *out) {
-    for (int64_t i = 0; i < count / 2; i++)
-        out[i] = (uint8_t)(order[ranks[2 * i]] << 4 | order[ranks[2 * i + 1]]);
-}
+/* ---- Work of one thread ---------------------------------------------------------------------- */
 
 typedef struct {
+    const QmKernels *kernels;
     const void *source;
     int dtype;
     int64_t count, block, first, last; /* this thread's blocks: [first, last) */
     const float *bounds;
-    const uint8_t *order;
+    const uint8_t *pair_codes; /* byte of two codes for a byte of two ranks, or NULL: the same */
+    uint8_t zero_rank;
+    const uint8_t *nearest;
     uint8_t *out;
+    int8_t *rows_out;
     float *scale;
     int64_t bad; /* index of the first non-finite element, or -1 */
-    int64_t columns;
-    int8_t *rows_out;
 } Task;
 
-/* A block longer than CHUNK is worked through in pieces, twice: absmax, then codes. */
-static void *work_4bit(void *argument) {
-    Task *t = argument;
-    float values[CHUNK];
-    uint8_t ranks[CHUNK];
-    for (int64_t b = t->first; b < t->last; b++) {
-        int64_t start = b * t->block;
-        int64_t size = t->count - start < t->block ? t->count - start : t->block;
-        uint32_t top = 0;
-        for (int64_t at = 0; at < size; at += CHUNK) {
-            int64_t n = size - at < CHUNK ? size - at : CHUNK;
-            load(t->source, t->dtype, start + at, n, values);
-            uint32_t here = largest_magnitude(values, n);
-            if (here >= INFINITE_BITS && t->bad < 0) t->bad = start + at + first_infinite(values, n);
-            top = here > top ? here : top;
-        }
-        if (t->bad >= 0) return NULL;
-        float absmax = float_of(top);
-        float floor = absmax < 1e-38f ? 1e-38f : absmax;
-        int ragged = size < t->block;
-        t->scale[b] = ragged ? floor : absmax;
-        for (int64_t at = 0; at < size; at += CHUNK) {
-            int64_t n = size - at < CHUNK ? size - at : CHUNK;
-            if (size > CHUNK) load(t->source, t->dtype, start + at, n, values);
-            ranks15(values, n, ragged ? floor : 1.0f / floor, ragged, t->bounds, ranks);
-            uint8_t *out = t->out + (start + at) / 2;
-            pack_pairs(ranks, t->order, n, out);
-            if (n & 1) { /* the very last element: its byte's low nibble is the code of zero */
-                uint8_t zero_rank;
-                float zero = 0.0f;
-                ranks15(&zero, 1, 1.0f, 0, t->bounds, &zero_rank);
-                out[n / 2] = (uint8_t)(t->order[ranks[n - 1]] << 4 | t->order[zero_rank]);
-            }
-        }
-    }
-    return NULL;
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t first_infinite(const float *values, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if ((qm_bits_of(values[i]) & 0x7fffffffu) >= QM_INFINITE_BITS) return i;
+    return -1;
 }
 
-/* Index on a grid of 65536 steps over [-1, 1]. */
-static inline int grid_index(float value) {
-    float at = (value + 1.0f) * 32767.5f + 0.5f;
-    return at < 0.0f ? 0 : at >= 65535.0f ? 65535 : (int)at;
+/* Scale a block's values and note its absmax. */
+static void scale_block(Task *t, int64_t b, float *values, int64_t n, int ragged, uint32_t top) {
+    float absmax = qm_float_of(top);
+    float floor = absmax < 1e-38f ? 1e-38f : absmax;
+    t->scale[b] = ragged ? floor : absmax;
+    t->kernels->scale(values, n, ragged ? floor : 1.0f / floor, ragged);
+}
+
+/* Write the codes of scaled values; an odd count ends the tensor. */
+static void emit(const Task *t, const float *values, int64_t start, int64_t n) {
+    uint8_t ranks[QM_CHUNK + 1];
+    t->kernels->ranks15(values, n, t->bounds, ranks);
+    if (n & 1) ranks[n] = t->zero_rank; /* the last byte's low nibble is the code of zero */
+    t->kernels->pack(ranks, (n + 1) / 2, t->pair_codes, t->out + start / 2);
+}
+
+/* A block longer than QM_CHUNK is worked through in pieces, twice: absmax, then codes. */
+static void long_block(Task *t, int64_t b) {
+    float values[QM_CHUNK];
+    int64_t start = b * t->block, size = least(t->block, t->count - start);
+    uint32_t top = 0;
+    for (int64_t at = 0; at < size; at += QM_CHUNK) {
+        int64_t n = least(QM_CHUNK, size - at);
+        t->kernels->load(t->source, t->dtype, start + at, n, values);
+        uint32_t here = t->kernels->largest(values, n);
+        if (here >= QM_INFINITE_BITS) {
+            t->bad = start + at + first_infinite(values, n);
+            return;
+        }
+        top = here > top ? here : top;
+    }
+    for (int64_t at = 0; at < size; at += QM_CHUNK) {
+        int64_t n = least(QM_CHUNK, size - at);
+        t->kernels->load(t->source, t->dtype, start + at, n, values);
+        scale_block(t, b, values, n, size < t->block, top);
+        emit(t, values, start + at, n);
+    }
+}
+
+static void *work_4bit(void *argument) {
+    Task *t = argument;
+    float values[QM_CHUNK];
+    int64_t together = QM_CHUNK / t->block; /* blocks in a chunk */
+    if (together == 0) {
+        for (int64_t b = t->first; b < t->last && t->bad < 0; b++) long_block(t, b);
+        return NULL;
+    }
+    for (int64_t b = t->first; b < t->last; b += together) {
+        int64_t start = b * t->block;
+        int64_t size = least(least(together, t->last - b) * t->block, t->count - start);
+        t->kernels->load(t->source, t->dtype, start, size, values);
+        for (int64_t at = 0; at < size; at += t->block) {
+            int64_t n = least(t->block, size - at);
+            uint32_t top = t->kernels->largest(values + at, n);
+            if (top >= QM_INFINITE_BITS) {
+                t->bad = start + at + first_infinite(values + at, n);
+                return NULL;
+            }
+            scale_block(t, b + at / t->block, values + at, n, n < t->block, top);
+        }
+        emit(t, values, start, size);
+    }
+    return NULL;
 }
 
 static void *work_8bit(void *argument) {
     Task *t = argument;
-    const float *source = t->source;
+    float values[QM_CHUNK];
     for (int64_t b = t->first; b < t->last; b++) {
-        int64_t start = b * t->block;
-        int64_t size = t->count - start < t->block ? t->count - start : t->block;
-        uint32_t top = largest_magnitude(source + start, size);
-        if (top >= INFINITE_BITS) {
-            t->bad = start + first_infinite(source + start, size);
-            return NULL;
-        }
-        float absmax = float_of(top);
-        t->scale[b] = absmax;
-        float inverse = absmax > 0.0f ? 1.0f / absmax : 0.0f;
-        for (int64_t i = 0; i < size; i++)
-            t->out[start + i] = t->order[grid_index(source[start + i] * inverse)];
-    }
-    return NULL;
-}
-
-QM_CLONES static void half_row(float *values, int64_t count) {
-    for (int64_t i = 0; i < count; i++) values[i] = round_to_half(values[i]);
-}
-
-QM_CLONES static void codes_int8(const float *values, int64_t count, float scale, int8_t *out) {
-    for (int64_t i = 0; i < count; i++) {
-        /* Adding and taking away 1.5 * 2^23 rounds to an integer, ties to even. */
-        float rounded = (values[i] * scale + 12582912.0f) - 12582912.0f;
-        out[i] = (int8_t)(int32_t)rounded;
-    }
-}
-
-static void *work_rows(void *argument) {
-    Task *t = argument;
-    float values[CHUNK];
-    for (int64_t r = t->first; r < t->last; r++) {
+        int64_t start = b * t->block, size = least(t->block, t->count - start);
         uint32_t top = 0;
-        int64_t start = r * t->columns;
-        for (int64_t at = 0; at < t->columns; at += CHUNK) {
-            int64_t n = t->columns - at < CHUNK ? t->columns - at : CHUNK;
-            load(t->source, t->dtype, start + at, n, values);
-            half_row(values, n);
-            uint32_t here = largest_magnitude(values, n);
-            if (here >= INFINITE_BITS) {
+        for (int64_t at = 0; at < size; at += QM_CHUNK) {
+            int64_t n = least(QM_CHUNK, size - at);
+            t->kernels->load(t->source, QM_F32, start + at, n, values);
+            uint32_t here = t->kernels->largest(values, n);
+            if (here >= QM_INFINITE_BITS) {
                 t->bad = start + at + first_infinite(values, n);
                 return NULL;
             }
             top = here > top ? here : top;
         }
-        float absmax = float_of(top);
-        t->scale[r] = absmax;
-        float scale = absmax > 0.0f ? (1.0f / absmax) * 127.0f : 0.0f;
-        for (int64_t at = 0; at < t->columns; at += CHUNK) {
-            int64_t n = t->columns - at < CHUNK ? t->columns - at : CHUNK;
-            if (t->columns > CHUNK) {
-                load(t->source, t->dtype, start + at, n, values);
-                half_row(values, n);
-            }
-            codes_int8(values, n, scale, t->rows_out + start + at);
+        float absmax = qm_float_of(top);
+        t->scale[b] = absmax;
+        if (top == 0) {
+            memset(t->out + start, 0, (size_t)size);
+            continue;
+        }
+        for (int64_t at = 0; at < size; at += QM_CHUNK) {
+            int64_t n = least(QM_CHUNK, size - at);
+            if (size > QM_CHUNK) t->kernels->load(t->source, QM_F32, start + at, n, values);
+            t->kernels->codes8(values, n, 1.0f / absmax, t->nearest, t->out + start + at);
         }
     }
     return NULL;
 }
+
+/* A block is a row. */
+static void *work_rows(void *argument) {
+    Task *t = argument;
+    float values[QM_CHUNK];
+    for (int64_t r = t->first; r < t->last; r++) {
+        uint32_t top = 0;
+        int64_t start = r * t->block;
+        for (int64_t at = 0; at < t->block; at += QM_CHUNK) {
+            int64_t n = least(QM_CHUNK, t->block - at);
+            t->kernels->load(t->source, t->dtype, start + at, n, values);
+            t->kernels->to_half(values, n);
+            uint32_t here = t->kernels->largest(values, n);
+            if (here >= QM_INFINITE_BITS) {
+                t->bad = start + at + first_infinite(values, n);
+                return NULL;
+            }
+            top = here > top ? here : top;
+        }
+        float absmax = qm_float_of(top);
+        t->scale[r] = absmax;
+        float scale = absmax > 0.0f ? (1.0f / absmax) * 127.0f : 0.0f;
+        for (int64_t at = 0; at < t->block; at += QM_CHUNK) {
+            int64_t n = least(QM_CHUNK, t->block - at);
+            if (t->block > QM_CHUNK) {
+                t->kernels->load(t->source, t->dtype, start + at, n, values);
+                t->kernels->to_half(values, n);
+            }
+            t->kernels->codes_int8(values, n, scale, t->rows_out + start + at);
+        }
+    }
+    return NULL;
+}
+
+/* ---- The ABI --------------------------------------------------------------------------------- */
 
 /* Split [0, blocks) over threads; the caller is one of them. */
 static int64_t run(Task whole, int64_t blocks, int threads, void *(*work)(void *)) {
@@ -267,22 +250,32 @@ static int64_t run(Task whole, int64_t blocks, int threads, void *(*work)(void *
 QM_API int64_t qm_quantize_codebook4(const void *source, int dtype, int64_t count, int64_t block,
                                      const float *bounds, const uint8_t *order, uint8_t *out,
                                      float *scale, int threads) {
-    Task t = {.source = source, .dtype = dtype, .count = count, .block = block, .bounds = bounds,
-              .order = order, .out = out, .scale = scale, .bad = -1};
-    return count <= 0 ? -1 : run(t, (count + block - 1) / block, threads, work_4bit);
+    if (count <= 0) return -1;
+    Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .count = count,
+              .block = block, .bounds = bounds, .out = out, .scale = scale};
+    uint8_t pair_codes[256];
+    for (int i = 0; i < 256; i++) {
+        pair_codes[i] = (uint8_t)(order[i >> 4] << 4 | order[i & 15]);
+        if (pair_codes[i] != i) t.pair_codes = pair_codes;
+    }
+    float zero = 0.0f;
+    t.kernels->ranks15(&zero, 1, bounds, &t.zero_rank);
+    return run(t, (count + block - 1) / block, threads, work_4bit);
 }
 
 QM_API int64_t qm_quantize_codebook8(const float *source, int64_t count, int64_t block,
                                      const uint8_t *nearest, uint8_t *out, float *scale,
                                      int threads) {
-    Task t = {.source = source, .dtype = QM_F32, .count = count, .block = block, .order = nearest,
-              .out = out, .scale = scale, .bad = -1};
-    return count <= 0 ? -1 : run(t, (count + block - 1) / block, threads, work_8bit);
+    if (count <= 0) return -1;
+    Task t = {.kernels = kernels(), .source = source, .count = count, .block = block,
+              .nearest = nearest, .out = out, .scale = scale};
+    return run(t, (count + block - 1) / block, threads, work_8bit);
 }
 
 QM_API int64_t qm_quantize_rows_int8(const void *source, int dtype, int64_t rows, int64_t columns,
                                      int8_t *out, float *scale, int threads) {
-    Task t = {.source = source, .dtype = dtype, .count = rows * columns, .block = columns,
-              .scale = scale, .bad = -1, .columns = columns, .rows_out = out};
-    return rows <= 0 || columns <= 0 ? -1 : run(t, rows, threads, work_rows);
+    if (rows <= 0) return -1;
+    Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .count = rows * columns,
+              .block = columns, .scale = scale, .rows_out = out};
+    return run(t, rows, threads, work_rows);
 }

@@ -1,6 +1,6 @@
 /* The C ABI of quantmill-cpu. A change of meaning raises QM_ABI_VERSION.
  *
- * Every function returns the flat index of the first non-finite element it met (its outputs are
+ * Every quantizer returns the flat index of the first non-finite element it met (its outputs are
  * then incomplete), or -1. Sources need not be aligned. `threads` includes the caller's.
  */
 #ifndef QUANTMILL_QUANTIZE_H
@@ -8,11 +8,21 @@
 
 #include <stdint.h>
 
-#define QM_ABI_VERSION 1
+#define QM_ABI_VERSION 3
 
 enum { QM_F32 = 0, QM_BF16 = 1, QM_F16 = 2 };
 
 int qm_abi_version(void);
+
+/* Instruction sets that the library has code for and this machine can run, ascending, as words:
+ * "baseline avx2 avx512". The last one is used unless another is asked for; results are equal. */
+const char *qm_levels(void);
+
+/* The one in use. */
+const char *qm_level(void);
+
+/* Use another one from now on, in all threads: 0, or -1 where qm_levels() does not name it. */
+int qm_use_level(const char *name);
 
 /* Flat blocks of `block` elements (even). `bounds`: 15 ascending midpoints of the sorted table;
  * `order`: code of each rank. `out`: ceil(count / 2) bytes, first code in the high nibble;
@@ -22,11 +32,13 @@ int64_t qm_quantize_codebook4(const void *source, int dtype, int64_t count, int6
                               int threads);
 
 /* 8 bits: a value over its block's absmax goes to the nearest of 65536 steps over [-1, 1], and
- * from there to the code that `nearest` (65536 bytes) gives. `out`: count bytes. */
+ * from there to the code that `nearest` (65536 bytes) gives. A block of zeros has codes of 0, and
+ * so has a zero whose block's absmax is too small to have a reciprocal. `out`: count bytes. */
 int64_t qm_quantize_codebook8(const float *source, int64_t count, int64_t block,
                               const uint8_t *nearest, uint8_t *out, float *scale, int threads);
 
-/* Row-wise int8: each weight rounded to binary16, times (1 / absmax) * 127 of its row, half to even. */
+/* Row-wise int8: each weight rounded to binary16, times (1 / absmax) * 127 of its row, half to even.
+ * Rows without columns have a scale of 0. */
 int64_t qm_quantize_rows_int8(const void *source, int dtype, int64_t rows, int64_t columns,
                               int8_t *out, float *scale, int threads);
 

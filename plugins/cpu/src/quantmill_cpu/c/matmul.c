@@ -1,0 +1,327 @@
+/* Matmul behind the C ABI: the job, its threads, and the choice of an instruction set.
+ * See matmul.h for what is computed.
+ */
+#include "matmul.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "floats.h"
+#include "matmul_job.h"
+#include "pool.h"
+
+#define QM_API __attribute__((visibility("default")))
+#define SMALL 65536 /* products: below, waking another thread costs more than it saves */
+#define PIECE 32768 /* bytes of codes in a piece of work, at least: memory is read best in order */
+#define PIECES 16 /* for each thread, at least: one may be held up */
+
+/* ---- Levels ------------------------------------------------------------------------------------ */
+
+/* Each level needs those before. */
+enum { BASELINE, AVX2, AVX512, VNNI, BF16, AMX };
+static const char *const NAMES[] = {"baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
+
+int qm_amx_allowed(void); /* matmul_amx.c */
+
+static int best_level(void) {
+#ifdef QM_X86_LEVELS
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return BASELINE;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return AVX2;
+#ifdef QM_AVX512VNNI
+    if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512vbmi"))
+        return AVX512;
+#ifdef QM_AVX512BF16
+    if (!__builtin_cpu_supports("avx512bf16")) return VNNI;
+#ifdef QM_AMX
+    if (qm_amx_allowed()) return AMX;
+#endif
+    return BF16;
+#endif
+    return VNNI;
+#endif
+    return AVX512;
+#endif
+    return BASELINE;
+}
+
+static int level_here(void) {
+    static atomic_int known; /* one more than the level */
+    int level = atomic_load_explicit(&known, memory_order_relaxed);
+    if (level == 0) atomic_store(&known, level = best_level() + 1);
+    return level - 1;
+}
+
+static atomic_int asked_for; /* one more than the level, or 0 */
+
+static int level_used(void) {
+    int asked = atomic_load_explicit(&asked_for, memory_order_relaxed), here = level_here();
+    if (asked) return asked - 1;
+    const char *most = qm_level();
+    if (strcmp(most, "baseline") == 0) return BASELINE;
+    return strcmp(most, "avx2") == 0 && here > AVX2 ? AVX2 : here;
+}
+
+QM_API const char *qm_matmul_levels(void) {
+    static const char *const ALL[] = {"baseline",
+                                      "baseline avx2",
+                                      "baseline avx2 avx512",
+                                      "baseline avx2 avx512 avx512vnni",
+                                      "baseline avx2 avx512 avx512vnni avx512bf16",
+                                      "baseline avx2 avx512 avx512vnni avx512bf16 amx"};
+    return ALL[level_here()];
+}
+
+QM_API const char *qm_matmul_level(void) { return NAMES[level_used()]; }
+
+QM_API int qm_matmul_use_level(const char *name) {
+    int found = -1;
+    for (int i = 0; i <= level_here() && *name; i++)
+        if (strcmp(NAMES[i], name) == 0) found = i;
+    if (*name && found < 0) return -1;
+    atomic_store(&asked_for, found + 1);
+    return 0;
+}
+
+/* Whole numbers are the fastest for few rows, where the machine has dot products of bytes; tiles
+ * for many. Without tiles, two bytes a weight are more work than one bf16. */
+static const QmWay *choose_way(const QmJob *job, int64_t batch) {
+    const int level = level_used(), few = batch <= QM_FEW;
+    const int whole = job->numbers != QM_LOOKUP && job->numbers != QM_MIRROR;
+    (void)whole;
+    (void)few;
+    switch (level) {
+#ifdef QM_AMX
+    case AMX: return few && whole ? &qm_int8_avx512 : few ? &qm_bf16_avx512 : &qm_bf16_amx;
+#endif
+#ifdef QM_AVX512BF16
+    case BF16:
+        return whole && (few || job->numbers != QM_TWO_BYTES) ? &qm_int8_avx512 : &qm_bf16_avx512;
+#endif
+#ifdef QM_AVX512VNNI
+    case VNNI: return whole ? &qm_int8_avx512 : &qm_fp32_avx512;
+#endif
+#ifdef QM_X86_LEVELS
+    case AVX512: return &qm_fp32_avx512;
+    case AVX2: return &qm_fp32_avx2;
+#endif
+    default: return &qm_fp32_baseline;
+    }
+}
+
+/* ---- Memory ------------------------------------------------------------------------------------
+ * A call's scratch memory is kept for the thread's next call, for giving it back and getting it
+ * again would mean a page fault for every 4 KiB. */
+
+#define KEEP (16 << 20)
+
+typedef struct {
+    char *memory;
+    size_t bytes;
+} Scratch;
+
+static pthread_key_t scratch_key;
+static int scratch_kept;
+
+static void scratch_free(void *kept) {
+    free(((Scratch *)kept)->memory);
+    free(kept);
+}
+
+static void scratch_make_key(void) {
+    scratch_kept = pthread_key_create(&scratch_key, scratch_free) == 0;
+}
+
+static char *scratch_take(size_t bytes) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, scratch_make_key);
+    size_t whole = (bytes + 4095) / 4096 * 4096;
+    if (bytes > KEEP || !scratch_kept) return aligned_alloc(4096, whole);
+    Scratch *kept = pthread_getspecific(scratch_key);
+    if (!kept) {
+        kept = calloc(1, sizeof *kept);
+        if (!kept || pthread_setspecific(scratch_key, kept) != 0) {
+            free(kept);
+            return NULL;
+        }
+    }
+    if (kept->bytes < bytes) {
+        free(kept->memory);
+        kept->memory = aligned_alloc(4096, whole);
+        kept->bytes = kept->memory ? whole : 0;
+    }
+    return kept->memory;
+}
+
+static void scratch_give(char *memory, size_t bytes) {
+    if (bytes > KEEP || !scratch_kept) free(memory);
+}
+
+/* ---- The job ----------------------------------------------------------------------------------- */
+
+typedef struct {
+    QmJob job;
+    const QmWay *way;
+    int64_t pairs_each, rows_each;
+} Work;
+
+static void load_piece(void *argument, int64_t index, int worker) {
+    const Work *w = argument;
+    int64_t first = index * w->rows_each, last = first + w->rows_each;
+    if (last > w->job.batch) last = w->job.batch;
+    w->way->load(&w->job, first, last, w->job.workspace + (size_t)worker * w->job.workspace_bytes);
+}
+
+static void run_piece(void *argument, int64_t index, int worker) {
+    const Work *w = argument;
+    int64_t pairs = (w->job.panels + 1) / 2, first = index * w->pairs_each;
+    for (int64_t p = first; p < first + w->pairs_each && p < pairs; p++)
+        w->way->run(&w->job, p, w->job.workspace + (size_t)worker * w->job.workspace_bytes);
+}
+
+static QmValues values_of(const int64_t *spec, const void *const *slots, int slot, float plus) {
+    return (QmValues){.kind = (int)spec[0],
+                      .lanes = (int)spec[1],
+                      .level = (int)spec[2],
+                      .size = spec[3],
+                      .stride = spec[4],
+                      .data = slots[slot],
+                      .table = slots[slot + 1],
+                      .second = slots[slot + 2],
+                      .plus = plus};
+}
+
+/* The lookup as bf16, and as whole numbers where it can be: see QmJob. */
+static void tables_of(QmJob *job) {
+    const int count = 1 << job->bits, each = job->bits == 8 ? 256 : 64;
+    const float *t = job->lookup;
+    float low = t[0], high = t[0];
+    int steps = 1, whole = job->bits < 8, mirror = job->bits == 8;
+    for (int i = 0; i < count; i++) {
+        low = t[i] < low ? t[i] : low;
+        high = t[i] > high ? t[i] : high;
+        steps &= t[i] == t[0] + (float)i;
+        whole &= t[i] > -1e6f && t[i] < 1e6f && t[i] == (float)(int)t[i];
+    }
+    for (int i = 0; i < each; i++) {
+        uint16_t value = qm_to_bfloat(t[i % count]);
+        job->table[i] = (uint8_t)value;
+        job->table[each + i] = (uint8_t)(value >> 8);
+        /* NaN has no sign to turn. */
+        const float twin = t[(i ^ 128) % count];
+        mirror &= t[i % count] != t[i % count] ? twin != twin : value == (qm_to_bfloat(twin) ^ 0x8000);
+    }
+    job->numbers = mirror ? QM_MIRROR : QM_LOOKUP;
+    job->unit = 1.0f;
+    job->base = 0.0f;
+    if (steps) {
+        job->numbers = QM_CODE;
+        job->base = t[0];
+    } else if (whole && high - low <= 255.0f) {
+        job->numbers = QM_BYTE;
+        job->base = low;
+        for (int i = 0; i < 64; i++) job->bytes[i] = (uint8_t)(t[i % count] - low);
+    } else if (job->bits < 8) {
+        float most = high > -low ? high : -low, unit = most / 32512.0f;
+        if (!(most > 1e-30f && most < 1e30f)) return;
+        for (int i = 0; i < 64; i++) {
+            float number = t[i % count] / unit;
+            int rounded = (int)(number + (number < 0.0f ? -0.5f : 0.5f));
+            float error = (float)rounded - number, size = number < 0.0f ? -number : number;
+            /* A table with entries so far apart needs floating point. */
+            if (!((error < 0.0f ? -error : error) <= size / 512.0f)) return;
+            job->bytes[i] = (uint8_t)((rounded + 32768) >> 8);
+            job->bytes[64 + i] = (uint8_t)(rounded + 32768);
+        }
+        job->numbers = QM_TWO_BYTES;
+        job->unit = unit;
+        job->base = -32768.0f;
+    }
+}
+
+static void weight_of(QmJob *job, const void *const *slots) {
+    int64_t spec[QM_SPEC_LENGTH];
+    float constants[5];
+    memcpy(spec, slots[QM_SLOT_SPEC], sizeof spec);
+    memcpy(constants, slots[QM_SLOT_CONSTANTS], sizeof constants);
+    job->rows = spec[QM_SPEC_ROWS];
+    job->columns = spec[QM_SPEC_COLUMNS];
+    job->bits = (int)spec[QM_SPEC_BITS];
+    job->group_units = spec[QM_SPEC_GROUP] / QM_UNIT;
+    job->offset_kind = (int)spec[QM_SPEC_OFFSET];
+    int64_t chunks = (job->columns + QM_CHUNK_COLUMNS - 1) / QM_CHUNK_COLUMNS;
+    job->units = chunks * 2;
+    int64_t size = job->group_units * QM_UNIT;
+    job->groups = (job->columns + size - 1) / size;
+    job->panels = (job->rows + QM_PANEL - 1) / QM_PANEL;
+    job->panel_bytes = chunks * 64 * job->bits;
+    job->codes = slots[QM_SLOT_CODES];
+    job->lookup = slots[QM_SLOT_LOOKUP];
+    job->order = slots[QM_SLOT_ORDER];
+    job->gain = constants[0];
+    job->shift = constants[1];
+    job->plus = constants[2];
+    job->scale = values_of(spec + QM_SPEC_SCALE_KIND, slots, QM_SLOT_SCALE, constants[3]);
+    job->offset = values_of(spec + QM_SPEC_OFFSET_KIND, slots, QM_SLOT_OFFSET, constants[4]);
+    job->runs = (job->group_units + QM_SEGMENT - 1) / QM_SEGMENT;
+    tables_of(job);
+}
+
+static int run_batch(Work *work, int threads) {
+    QmJob *job = &work->job;
+    const QmWay *way = work->way;
+    job->split = way->split(job->dtype);
+    const int64_t multiple = way->multiple, real = job->batch * job->split;
+    job->act_rows = (real + multiple - 1) / multiple * multiple;
+    job->stride = (job->units + 2) * QM_UNIT; /* a tile may begin in the last unit */
+    QmWorkspace unused;
+    job->workspace_bytes = qm_workspace(job, NULL, &unused);
+    const size_t rows = (size_t)job->act_rows;
+    size_t row = (size_t)(job->stride * way->element), sum = (size_t)job->groups * 4;
+    size_t step = (size_t)(job->groups * job->runs) * 4;
+    size_t act = qm_part(rows * row), sums = qm_part(rows * sum), steps = qm_part(rows * step);
+    size_t bytes = act + sums + steps + (size_t)threads * job->workspace_bytes;
+    char *memory = scratch_take(bytes);
+    if (!memory) return -1;
+    job->act = memory;
+    job->sums = (float *)(void *)(memory + act);
+    job->steps = (float *)(void *)(memory + act + sums);
+    job->workspace = memory + act + sums + steps;
+    work->rows_each = 65536 / (job->columns + 1) + 1;
+    qm_parallel(load_piece, work, (job->batch + work->rows_each - 1) / work->rows_each, threads);
+    int64_t pairs = (job->panels + 1) / 2;
+    work->pairs_each = pairs / (PIECES * threads);
+    if (work->pairs_each * job->panel_bytes * 2 < PIECE)
+        work->pairs_each = PIECE / (job->panel_bytes * 2) + 1;
+    qm_parallel(run_piece, work, (pairs + work->pairs_each - 1) / work->pairs_each, threads);
+    scratch_give(memory, bytes);
+    return 0;
+}
+
+QM_API int qm_matmul(const void *const *slots, const void *x, const void *bias, void *y, int dtype,
+                     int64_t batch, int threads) {
+    Work work = {0};
+    QmJob *job = &work.job;
+    const int size = dtype == QM_F32 ? 4 : 2;
+    weight_of(job, slots);
+    if (job->rows == 0 || batch == 0) return 0;
+    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
+    if (threads < 1 || job->rows * job->columns * batch < SMALL) threads = 1;
+    job->dtype = dtype;
+    job->bias = bias;
+    work.way = choose_way(job, batch);
+    work.way->settle(job);
+    job->sums_needed = job->shift / job->unit + job->base != 0.0f || job->plus != 0.0f ||
+                       job->offset_kind != QM_OFFSET_NONE;
+    for (int64_t done = 0; done < batch; done += QM_BATCH) {
+        job->batch = batch - done < QM_BATCH ? batch - done : QM_BATCH;
+        job->x = (const uint8_t *)x + done * job->columns * size;
+        job->y = (uint8_t *)y + done * job->rows * size;
+        if (run_batch(&work, threads) != 0) return -1;
+    }
+    return 0;
+}

@@ -1,0 +1,102 @@
+/* The matmul part of quantmill-cpu's C ABI: y = x @ W.T + bias with W quantized.
+ *
+ * The weight lies in "panels" of 16 output rows, so that a vector's lanes are rows: a group's
+ * scales are then a vector too, and nothing is summed across lanes. A panel is a row of chunks, a
+ * chunk holds 16 rows x 32 columns in 64 * bits bytes, as one plane per power of two in `bits`
+ * (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2; the lowest bits of the code first). A plane of `b` bits is `b`
+ * vectors of 16 words of 32 bits, a word per row. Byte p of a word holds 8 / b codes, the first in
+ * the lowest bits: those of columns 4 * j + p, where j counts on from vector to vector. So one
+ * shift of a vector gives four columns of 16 rows, in the order in which the machine's dot product
+ * of bytes takes them.
+ *
+ * With act-order the columns are sorted by group first, and `order` says where each one came from.
+ * Rows and columns are padded with a code whose value is finite; the activations there are zero.
+ *
+ * What a code means, with `zero` and `minimum` being the two kinds of offset:
+ *     value = scale * gain * (lookup[code] + shift - zero) + minimum + plus
+ */
+#ifndef QUANTMILL_MATMUL_H
+#define QUANTMILL_MATMUL_H
+
+#include <stdint.h>
+
+#define QM_PANEL 16 /* rows */
+#define QM_CHUNK_COLUMNS 32
+#define QM_UNIT 16 /* columns: half a chunk; groups are whole units */
+
+/* How a scale or an offset is stored. Coded: bytes through `table`, times the second level's
+ * value, plus a constant. */
+enum { QM_NONE, QM_FLOAT, QM_BFLOAT, QM_HALF, QM_INT8, QM_UINT8, QM_INT32, QM_CODED };
+/* The second level's index for row r and group g of G: none; (r * G + g) / size;
+ * r * stride + g / size; or 0. */
+enum { QM_LEVEL_NONE, QM_LEVEL_FLAT, QM_LEVEL_ROW, QM_LEVEL_ONE };
+enum { QM_OFFSET_NONE, QM_OFFSET_ZERO, QM_OFFSET_MINIMUM };
+
+/* Positions in `spec` (int64): */
+enum {
+    QM_SPEC_ROWS,
+    QM_SPEC_COLUMNS,
+    QM_SPEC_BITS,
+    QM_SPEC_GROUP, /* columns, a multiple of QM_UNIT */
+    QM_SPEC_OFFSET,
+    QM_SPEC_SCALE_KIND, /* five for the scale, then the same five for the offset */
+    QM_SPEC_SCALE_LANES, /* 16: [panels, groups, 16]; 1: [panels, groups]; 0: one for all */
+    QM_SPEC_SCALE_LEVEL,
+    QM_SPEC_SCALE_SIZE,
+    QM_SPEC_SCALE_STRIDE,
+    QM_SPEC_OFFSET_KIND,
+    QM_SPEC_OFFSET_LANES,
+    QM_SPEC_OFFSET_LEVEL,
+    QM_SPEC_OFFSET_SIZE,
+    QM_SPEC_OFFSET_STRIDE,
+    QM_SPEC_LENGTH
+};
+
+/* Positions in `slots`, the addresses of a weight's tensors (NULL for what it lacks): */
+enum {
+    QM_SLOT_SPEC,
+    QM_SLOT_CODES,
+    QM_SLOT_LOOKUP, /* float[2**bits] */
+    QM_SLOT_CONSTANTS, /* float[5]: gain, shift, plus, the coded scale's and offset's constant */
+    QM_SLOT_ORDER, /* int32[columns]: act-order */
+    QM_SLOT_SCALE,
+    QM_SLOT_SCALE_TABLE, /* float[256] */
+    QM_SLOT_SCALE_LEVEL, /* float */
+    QM_SLOT_OFFSET,
+    QM_SLOT_OFFSET_TABLE,
+    QM_SLOT_OFFSET_LEVEL,
+    QM_SLOT_COUNT
+};
+
+/* x, bias and y are of `dtype` (QM_F32, ...); x is [batch, columns] and y [batch, rows],
+ * contiguous; they need not be aligned. 0, or -1 where memory ran out. */
+int qm_matmul(const void *const *slots, const void *x, const void *bias, void *y, int dtype,
+              int64_t batch, int threads);
+
+/* Instruction sets that matmul has code for here, ascending. The best one within the level that
+ * qm_use_level chose is used, unless another is asked for: */
+const char *qm_matmul_levels(void);
+const char *qm_matmul_level(void);
+/* 0, or -1 where qm_matmul_levels() does not name it; an empty name: the best again. */
+int qm_matmul_use_level(const char *name);
+
+/* Bytes of the panels of a weight; -1 for a width that has no planes (7). */
+int64_t qm_panels_size(int64_t rows, int64_t columns, int bits);
+
+/* How codes lie in memory, as the forms' packings: */
+enum { QM_BYTES, QM_SIGNED, QM_HIGH_FIRST, QM_LOW_FIRST, QM_DENSE };
+
+/* Packed codes into panels. `order` may be NULL; `pad` is the code of padding. */
+void qm_panels_pack(const uint8_t *packed, int packing, int bits, int64_t rows, int64_t columns,
+                    const int32_t *order, int pad, uint8_t *panels, int threads);
+
+/* The exact inverse, except for the unused bits of the last byte, which become zero. */
+void qm_panels_unpack(const uint8_t *panels, int packing, int bits, int64_t rows, int64_t columns,
+                      const int32_t *order, uint8_t *packed, int threads);
+
+/* Codes of a packing to one byte each, and back; signed ones move by 2**(bits - 1). */
+void qm_codes_unpack(const uint8_t *packed, int packing, int bits, int64_t start, int64_t count,
+                     uint8_t *codes);
+void qm_codes_pack(const uint8_t *codes, int packing, int bits, int64_t count, uint8_t *packed);
+
+#endif

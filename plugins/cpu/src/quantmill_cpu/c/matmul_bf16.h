@@ -1,0 +1,251 @@
+/* What the two ways with bf16 arithmetic share: codes decoded to bf16, activations as bf16, and the
+ * products of few rows, which need no decoded copy. Needs AVX-512 F, BW, DQ, VL, VBMI and BF16.
+ *
+ * A lookup's values are exact in bf16 for 8-bit floats; a codebook's are rounded, after a common
+ * factor that makes them round well (`gain` undoes it). Codes of up to 6 bits that are numbers
+ * themselves become 2^bits + code by setting bits. Activations in float32 or float16 become the sum of
+ * two bf16, as two rows whose results are added.
+ *
+ * A decoded vector of bytes is two of bf16: columns 4 * j and 4 * j + 2 of 16 rows, then 4 * j + 1
+ * and 4 * j + 3. Activations are put in that order too.
+ */
+#ifndef QUANTMILL_MATMUL_BF16_H
+#define QUANTMILL_MATMUL_BF16_H
+
+#include "matmul_planes.h"
+
+/* The job's table, in registers: up to 6 bits two vectors, 8 bits all. */
+typedef struct {
+    __m512i part[8];
+} QmTable;
+
+QM_INLINE QmTable qm_table(const QmJob *job) {
+    QmTable table;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) table.part[i] = _mm512_loadu_si512(job->table + 64 * i);
+    return table;
+}
+
+typedef struct {
+    __m512i even, odd;
+} QmPair;
+
+/* Vector `j` (of 8 in a chunk) as bf16. Lookups ignore the bits above a code's, or find the same
+ * entry again. */
+QM_INLINE QmPair qm_decode(const uint8_t *chunk, int j, int bits, int numbers, const QmTable *t) {
+    if (numbers == QM_CODE) {
+        const int to = 7 - bits; /* 2^bits + code: the code is the upper bits of the mantissa */
+        const __m512i codes = qm_codes(chunk, j, bits, to);
+        const __m512i mask = _mm512_set1_epi16((short)(((1 << bits) - 1) << to));
+        const __m512i base = _mm512_set1_epi16((short)((127 + bits) << 7));
+        return (QmPair){_mm512_ternarylogic_epi64(codes, mask, base, 0xea),
+                        _mm512_ternarylogic_epi64(qm_shift(codes, 8), mask, base, 0xea)};
+    }
+    const __m512i codes = qm_codes(chunk, j, bits, 0);
+    __m512i low, high;
+    if (bits == 8 && numbers == QM_MIRROR) {
+        const __m512i sign = _mm512_set1_epi8((char)0x80);
+        low = _mm512_permutex2var_epi8(t->part[0], codes, t->part[1]);
+        high = _mm512_permutex2var_epi8(t->part[4], codes, t->part[5]);
+        high = _mm512_ternarylogic_epi64(high, codes, sign, 0xf8); /* high | (codes & sign) */
+    } else if (bits == 8) {
+        const __mmask64 upper = _mm512_movepi8_mask(codes);
+        low = _mm512_mask_blend_epi8(upper,
+                                     _mm512_permutex2var_epi8(t->part[0], codes, t->part[1]),
+                                     _mm512_permutex2var_epi8(t->part[2], codes, t->part[3]));
+        high = _mm512_mask_blend_epi8(upper,
+                                      _mm512_permutex2var_epi8(t->part[4], codes, t->part[5]),
+                                      _mm512_permutex2var_epi8(t->part[6], codes, t->part[7]));
+    } else {
+        low = _mm512_permutexvar_epi8(codes, t->part[0]);
+        high = _mm512_permutexvar_epi8(codes, t->part[1]);
+    }
+    return (QmPair){qm_choose(0x00ff, low, qm_shift(high, -8)),
+                    qm_choose(0x00ff, qm_shift(low, 8), high)};
+}
+
+/* Two neighbouring activations in every lane. */
+QM_INLINE __m512i qm_both(const uint16_t *x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    return _mm512_set1_epi32(pair);
+}
+
+QM_INLINE __m512 qm_dot(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+
+/* ---- Activations -------------------------------------------------------------------------------- */
+
+static void qm_bf16_settle(QmJob *job) {
+    if (job->numbers != QM_MIRROR && (job->numbers != QM_CODE || job->bits == 8))
+        job->numbers = QM_LOOKUP;
+    job->unit = 1.0f;
+    job->base = job->numbers == QM_CODE ? job->lookup[0] - (float)(1 << job->bits) : 0.0f;
+}
+
+static int qm_bf16_split(int dtype) { return dtype == QM_BF16 ? 1 : 2; }
+
+/* 16 activations as bf16, in the order of the decoded weights. */
+QM_INLINE void qm_bf16_store(uint16_t *to, __m256i values) {
+    values = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(values, 0xd8), 0xd8);
+    _mm256_storeu_si256((__m256i_u *)to, values);
+}
+
+/* Where an activation is: row by row, or, for tiles, 16 rows by 32 columns after each other. */
+QM_INLINE uint16_t *qm_bf16_at(const QmJob *job, int64_t row, int64_t column) {
+    uint16_t *act = job->act;
+    if (!job->tiled) return act + row * job->stride + column;
+    return act + (row / 16 * 16 * job->stride + column / 32 * 512 + row % 16 * 32 + column % 32);
+}
+
+static void qm_bf16_load(const QmJob *job, int64_t first, int64_t last, char *workspace) {
+    QmWorkspace w;
+    qm_workspace(job, workspace, &w);
+    for (int64_t m = first; m < last; m++) {
+        const int64_t at = m * job->split;
+        float *sums = job->sums + at * job->groups;
+        qm_row(job, m, w.row);
+        for (int64_t k = 0; k < job->stride; k += 16) {
+            uint16_t *high = qm_bf16_at(job, at, k), *low = qm_bf16_at(job, at + 1, k);
+            __m512 value = _mm512_loadu_ps(w.row + k);
+            __m256i rounded = (__m256i)_mm512_cvtneps_pbh(value);
+            qm_bf16_store(high, rounded);
+            if (job->split == 1) continue;
+            __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+            __m512 rest = _mm512_sub_ps(value, _mm512_castsi512_ps(wide));
+            /* Infinity leaves a rest of NaN: it has none. 0x18: infinities; 0x81: NaN. */
+            __mmask16 odd = _mm512_fpclass_ps_mask(_mm512_castsi512_ps(wide), 0x99);
+            rest = _mm512_mask_mov_ps(rest, odd, _mm512_setzero_ps());
+            rounded = (__m256i)_mm512_cvtneps_pbh(rest);
+            qm_bf16_store(low, rounded);
+            /* The sums must be those of what is multiplied: they are taken away from it again. */
+            rest = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+            _mm512_storeu_ps(w.row + k, _mm512_add_ps(_mm512_castsi512_ps(wide), rest));
+        }
+        if (!job->sums_needed) continue;
+        qm_sums(job, w.row, sums); /* both parts', beside the upper one */
+        if (job->split == 2) memset(sums + job->groups, 0, (size_t)job->groups * 4);
+    }
+}
+
+/* ---- Few rows: decoded in registers and used at once --------------------------------------------- */
+
+/* Vectors [from, to) of a chunk against `rows` rows; `chains` sums run beside each other. */
+QM_INLINE void qm_steps(const uint8_t *chunk, const uint16_t *x, int64_t stride, int from, int to,
+                        int bits, int numbers, int rows, int chains, const QmTable *t,
+                        __m512 sums[QM_FEW][4]) {
+#pragma GCC unroll 8
+    for (int j = from; j < to; j++) {
+        const QmPair weights = qm_decode(chunk, j, bits, numbers, t);
+        const int one = 2 * j % chains, other = (2 * j + 1) % chains;
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            const uint16_t *at = x + r * stride + 4 * (j - from);
+            sums[r][one] = qm_dot(sums[r][one], weights.even, qm_both(at));
+            sums[r][other] = qm_dot(sums[r][other], weights.odd, qm_both(at + 2));
+        }
+    }
+}
+
+/* One panel, all groups. */
+QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int half,
+                      int bits, int numbers, int rows) {
+    const QmTable t = qm_table(job);
+    const QmAhead next = qm_ahead(job, panel + 1);
+    const uint8_t *codes = job->codes + panel * job->panel_bytes;
+    const int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+    const uint16_t *x = job->act;
+    const float *scale = w->scale + half * QM_PANEL, *zero = w->zero + half * QM_PANEL;
+    const float *minimum = w->minimum + half * QM_PANEL;
+    __m512 totals[QM_FEW];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) totals[r] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < job->groups; g++) {
+        int64_t unit = g * job->group_units, last = qm_least(unit + job->group_units, job->units);
+        qm_fetch_ahead(&next, g);
+        __m512 sums[QM_FEW][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < chains; c++) sums[r][c] = _mm512_setzero_ps();
+        if (job->sums_needed) {
+            __m512 added = _mm512_loadu_ps(zero + g * QM_PAIR);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+                sums[r][0] = _mm512_mul_ps(added, _mm512_set1_ps(job->sums[r * job->groups + g]));
+        }
+        const uint8_t *chunk = codes + (unit / 2) * 64 * bits;
+        if (unit % 2 && unit < last) {
+            qm_steps(chunk, x + unit * QM_UNIT, job->stride, 4, 8, bits, numbers, rows, chains, &t,
+                     sums);
+            unit++;
+            chunk += 64 * bits;
+        }
+        for (; unit + 2 <= last; unit += 2, chunk += 64 * bits) {
+            qm_prefetch(chunk, bits);
+            qm_steps(chunk, x + unit * QM_UNIT, job->stride, 0, 8, bits, numbers, rows, chains, &t,
+                     sums);
+        }
+        if (unit < last)
+            qm_steps(chunk, x + unit * QM_UNIT, job->stride, 0, 4, bits, numbers, rows, chains, &t,
+                     sums);
+        __m512 by = _mm512_loadu_ps(scale + g * QM_PAIR);
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            __m512 sum = sums[r][0];
+#pragma GCC unroll 4
+            for (int c = 1; c < chains; c++) sum = _mm512_add_ps(sum, sums[r][c]);
+            totals[r] = _mm512_fmadd_ps(sum, by, totals[r]);
+        }
+        if (job->offset_kind == QM_OFFSET_MINIMUM) {
+            by = _mm512_loadu_ps(minimum + g * QM_PAIR);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+                totals[r] = _mm512_fmadd_ps(
+                    by, _mm512_set1_ps(job->sums[r * job->groups + g]), totals[r]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+        _mm512_storeu_ps(w->total + r * QM_PAIR + half * QM_PANEL, totals[r]);
+}
+
+/* ---- Many rows: decoded once for all -------------------------------------------------------------- */
+
+/* Units as vectors of bf16, those of the two panels alternating. */
+QM_INLINE void qm_decode_all(const QmJob *job, const uint8_t *codes, int64_t unit, int64_t count,
+                             int bits, int numbers, uint8_t *out) {
+    const QmTable t = qm_table(job);
+    for (int64_t u = unit; u < unit + count; u++, out += 8 * 128) {
+        const uint8_t *chunk = codes + (u / 2) * 64 * bits;
+        if (u % 2 == 0) qm_prefetch(chunk, bits);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            QmPair pair = u % 2 == 0 ? qm_decode(chunk, j, bits, numbers, &t)
+                                     : qm_decode(chunk, j + 4, bits, numbers, &t);
+            _mm512_storeu_si512(out + 256 * j, pair.even);
+            _mm512_storeu_si512(out + 256 * j + 128, pair.odd);
+        }
+    }
+}
+
+#define QM_EACH_WIDTH(CASE) \
+    switch (job->bits) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8) }
+
+static void qm_decode_units(const QmJob *job, const uint8_t *codes, int64_t unit, int64_t count,
+                            int half, void *out) {
+    uint8_t *to = (uint8_t *)out + half * 64;
+#define CASE(b) \
+    case b: \
+        if (job->numbers == QM_CODE && b < 8) \
+            qm_decode_all(job, codes, unit, count, b, QM_CODE, to); \
+        else if (job->numbers == QM_MIRROR && b == 8) \
+            qm_decode_all(job, codes, unit, count, b, QM_MIRROR, to); \
+        else qm_decode_all(job, codes, unit, count, b, QM_LOOKUP, to); \
+        break;
+    QM_EACH_WIDTH(CASE)
+#undef CASE
+}
+
+#endif

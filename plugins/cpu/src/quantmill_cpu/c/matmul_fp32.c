@@ -1,0 +1,223 @@
+/* Matmul with float32 arithmetic: codes are decoded to floats, 16 rows side by side, and
+ * multiplied by broadcast activations. Compiled once for each instruction set (QM_LEVEL).
+ */
+#include "matmul_driver.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define QM_JOIN_(a, b) a##b
+#define QM_JOIN(a, b) QM_JOIN_(a, b)
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define PARTS (QM_PAIR / LANES) /* vectors of a pair */
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+
+QM_INLINE Floats load(const float *from) {
+    Floats value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+QM_INLINE void store(float *to, Floats value) { memcpy(to, &value, sizeof value); }
+
+QM_INLINE Floats all(float value) { return value - (Floats){0}; }
+
+/* ---- Codes to floats --------------------------------------------------------------------------- */
+
+/* 16 entries of a table of 2**bits; bits of the index above those are not zero. */
+QM_INLINE void look_up(const float *table, const uint32_t *index, int bits, float *out) {
+    const uint32_t mask = (1u << bits) - 1;
+#if defined(__AVX512F__)
+    __m512i at = _mm512_loadu_si512(index);
+    if (bits == 4) {
+        _mm512_storeu_ps(out, _mm512_permutexvar_ps(at, _mm512_loadu_ps(table)));
+    } else if (bits == 5) {
+        __m512 low = _mm512_loadu_ps(table), high = _mm512_loadu_ps(table + 16);
+        _mm512_storeu_ps(out, _mm512_permutex2var_ps(low, at, high));
+    } else {
+        at = _mm512_and_si512(at, _mm512_set1_epi32((int)mask));
+        _mm512_storeu_ps(out, _mm512_i32gather_ps(at, table, 4));
+    }
+#elif defined(__AVX2__)
+    for (int i = 0; i < 16; i += 8) {
+        __m256i at = _mm256_loadu_si256((const __m256i_u *)(index + i));
+        if (bits == 4) {
+            __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), at);
+            __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), at);
+            __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));
+            _mm256_storeu_ps(out + i, _mm256_blendv_ps(low, high, top));
+        } else {
+            at = _mm256_and_si256(at, _mm256_set1_epi32((int)mask));
+            _mm256_storeu_ps(out + i, _mm256_i32gather_ps(table, at, 4));
+        }
+    }
+#else
+    for (int i = 0; i < 16; i++) out[i] = table[index[i] & mask];
+#endif
+}
+
+/* Columns 4 * j + p (j of 8 in a chunk) of a plane of `width` bits, the codes beginning at bit
+ * `to`; one word per row, other bits are not cleared. */
+QM_INLINE void plane(const uint8_t *at, int width, int j, int p, int to, uint32_t *out) {
+    const int each = 8 / width, shift = width * (j % each) + 8 * p - to;
+    uint32_t words[16];
+    memcpy(words, at + 64 * (j / each), 64);
+    if (shift >= 0)
+        for (int i = 0; i < 16; i++) out[i] = words[i] >> shift;
+    else
+        for (int i = 0; i < 16; i++) out[i] = words[i] << -shift;
+}
+
+/* One column of a chunk: the codes of 16 rows as floats. */
+QM_INLINE void column(const QmJob *job, const uint8_t *chunk, int j, int p, int bits, int steps,
+                      float *out) {
+    uint32_t index[16], more[16];
+    const int low = bits == 3 ? 2 : bits > 4 && bits < 8 ? 4 : bits; /* the first plane's width */
+    plane(chunk, low, j, p, 0, index);
+    if (low < bits) {
+        plane(chunk + 64 * low, bits - low, j, p, low, more);
+        const uint32_t mask = (1u << low) - 1;
+        for (int i = 0; i < 16; i++) index[i] = (index[i] & mask) | (more[i] & ~mask);
+    }
+    if (steps) {
+        const uint32_t mask = (1u << bits) - 1;
+        for (int i = 0; i < 16; i++) out[i] = (float)(int32_t)(index[i] & mask);
+    } else {
+        look_up(job->lookup, index, bits, out);
+    }
+}
+
+QM_INLINE void decode(const QmJob *job, const uint8_t *codes, int64_t unit, int64_t count, int bits,
+                      int steps, float *out) {
+    for (int64_t u = unit; u < unit + count; u++) {
+        const uint8_t *chunk = codes + (u / 2) * 64 * bits;
+        /* Both halves of a chunk spelt out: shifts by constants are what makes this fast. */
+        if (u % 2 == 0) {
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; k++)
+                column(job, chunk, k / 4, k % 4, bits, steps, out + k * QM_PAIR);
+        } else {
+#pragma GCC unroll 16
+            for (int k = 0; k < 16; k++)
+                column(job, chunk, 4 + k / 4, k % 4, bits, steps, out + k * QM_PAIR);
+        }
+        out += QM_UNIT * QM_PAIR;
+    }
+}
+
+#define CASE(b) \
+    case b: \
+        if (job->numbers == QM_CODE) decode(job, codes, unit, count, b, 1, to); \
+        else decode(job, codes, unit, count, b, 0, to); \
+        break;
+
+static void qm_decode_units(const QmJob *job, const uint8_t *codes, int64_t unit, int64_t count,
+                            int half, void *out) {
+    float *to = (float *)out + half * QM_PANEL;
+    switch (job->bits) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(8) }
+}
+
+/* ---- Products ---------------------------------------------------------------------------------- */
+
+/* `rows` rows of activations against half a pair; `chains` sums run beside each other where one
+ * would wait for its own last addition. */
+QM_INLINE void product(const QmJob *job, const QmStep *step, int64_t m, int half, int rows,
+                       int chains) {
+    enum { MOST = 4, HALF = PARTS / 2 };
+    const QmWorkspace *w = step->w;
+    const float *x = (const float *)job->act + m * job->stride + step->unit * QM_UNIT;
+    const float *decoded = (const float *)w->decoded + half * QM_PANEL;
+    const int64_t at = step->group * QM_PAIR + half * QM_PANEL, columns = step->count * QM_UNIT;
+    float *part = w->part + m * QM_PAIR + half * QM_PANEL;
+    float *total = w->total + m * QM_PAIR + half * QM_PANEL;
+    Floats sums[MOST][4][HALF];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < chains; c++)
+#pragma GCC unroll 4
+            for (int p = 0; p < HALF; p++) sums[r][c][p] = all(0.0f);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < HALF; p++) {
+            if (!step->first) sums[r][0][p] = load(part + r * QM_PAIR + p * LANES);
+        }
+    for (int64_t k = 0; k < columns; k += chains) {
+#pragma GCC unroll 4
+        for (int c = 0; c < chains; c++) {
+            const float *weights = decoded + (k + c) * QM_PAIR;
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                Floats by = all(x[r * job->stride + k + c]);
+#pragma GCC unroll 4
+                for (int p = 0; p < HALF; p++) sums[r][c][p] += load(weights + p * LANES) * by;
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < HALF; p++) {
+            Floats sum = sums[r][0][p];
+#pragma GCC unroll 4
+            for (int c = 1; c < chains; c++) sum += sums[r][c][p];
+            if (!step->last) {
+                store(part + r * QM_PAIR + p * LANES, sum);
+                continue;
+            }
+            float *to = total + r * QM_PAIR + p * LANES;
+            store(to, load(to) + sum * load(w->scale + at + p * LANES));
+        }
+}
+
+static void qm_block(const QmJob *job, const QmStep *step) {
+    for (int half = 0; half < 2; half++) {
+        int64_t m = 0;
+#if LANES == 16
+        for (; m + 4 <= job->act_rows; m += 4) product(job, step, m, half, 4, 2);
+#elif LANES == 8
+        for (; m + 4 <= job->act_rows; m += 4) product(job, step, m, half, 4, 1);
+#endif
+        for (; m + 2 <= job->act_rows; m += 2) product(job, step, m, half, 2, LANES / 4);
+        for (; m < job->act_rows; m++) product(job, step, m, half, 1, LANES == 4 ? 2 : 4);
+    }
+}
+
+static void settle(QmJob *job) {
+    if (job->numbers == QM_CODE) return;
+    job->numbers = QM_LOOKUP;
+    job->unit = 1.0f;
+    job->base = 0.0f;
+}
+
+static int split(int dtype) {
+    (void)dtype;
+    return 1;
+}
+
+static void load_rows(const QmJob *job, int64_t first, int64_t last, char *workspace) {
+    (void)workspace;
+    for (int64_t m = first; m < last; m++) {
+        float *row = (float *)job->act + m * job->stride;
+        qm_row(job, m, row);
+        if (job->sums_needed) qm_sums(job, row, job->sums + m * job->groups);
+    }
+}
+
+static void run(const QmJob *job, int64_t pair, char *workspace) {
+    QmWorkspace w;
+    qm_workspace(job, workspace, &w);
+    qm_run_pair(job, pair, &w, 1);
+}
+
+const QmWay QM_JOIN(qm_fp32_, QM_LEVEL) = {4, settle, split, 1, load_rows, run};

@@ -1,0 +1,121 @@
+/* What the parts of matmul share. Internal: no part of the ABI. */
+#ifndef QUANTMILL_MATMUL_JOB_H
+#define QUANTMILL_MATMUL_JOB_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "matmul.h"
+#include "quantize.h"
+
+#define QM_PAIR 32 /* rows worked on together: two panels */
+#define QM_SEGMENT 16 /* most units in a run: what is decoded at a time stays in the first cache */
+#define QM_BATCH 128 /* rows of x worked on together */
+#define QM_FEW 4 /* rows for which decoding into memory doesn't pay */
+
+typedef struct {
+    int kind, lanes, level;
+    int64_t size, stride;
+    const void *data;
+    const float *table, *second;
+    float plus;
+} QmValues;
+
+/* What a code is in arithmetic: value = scale * gain * unit * (number + zero), where `zero` is
+ * (shift - zero point) / unit + base. */
+enum {
+    QM_LOOKUP, /* lookup[code] */
+    QM_MIRROR, /* the same for 8 bits, where the highest bit only turns the sign */
+    QM_CODE, /* the code itself, for the lookup ascends by one */
+    QM_BYTE, /* a byte from `bytes`: the lookup has whole numbers */
+    QM_TWO_BYTES /* 256 * a byte from `bytes` + one from `bytes + 64`: rounded to 16 bits */
+};
+
+typedef struct QmJob {
+    int64_t rows, columns, units, groups, group_units, panels, panel_bytes;
+    int64_t runs; /* in a group: pieces of at most QM_SEGMENT units */
+    int bits, offset_kind;
+    int numbers;
+    int sums_needed; /* something is multiplied by a group's sum of x */
+    const uint8_t *codes;
+    const float *lookup;
+    const int32_t *order;
+    QmValues scale, offset;
+    float gain, shift, plus;
+    float unit, base; /* of these numbers */
+    /* The lookup in bf16. Up to 6 bits: the low bytes of 64 words, repeating, then the high bytes;
+     * 8 bits: the same of 256 words. */
+    uint8_t table[512];
+    uint8_t bytes[128]; /* repeating */
+
+    const uint8_t *x, *bias; /* as they are, of `dtype` */
+    uint8_t *y;
+    int dtype;
+    int64_t batch;
+
+    /* Activations as the way wants them: `split` rows for each row of x, `stride` elements. */
+    int split;
+    int64_t act_rows, stride;
+    int tiled; /* 16 rows by 32 columns of them lie together */
+    void *act;
+    float *sums; /* [act_rows, groups] */
+    float *steps; /* [act_rows, groups * runs]: what 1 is worth in whole activations */
+
+    char *workspace; /* of worker 0; the others' follow */
+    size_t workspace_bytes;
+} QmJob;
+
+/* A way of computing, for one instruction set. */
+typedef struct {
+    int element; /* bytes of an activation */
+    /* Say which of the numbers it uses: `numbers`, `unit` and `base` of the job. */
+    void (*settle)(QmJob *job);
+    /* Rows of activations for one of x in this dtype. Their number is a multiple of `multiple`;
+     * what is in those that stand for none is of no matter. */
+    int (*split)(int dtype);
+    int multiple;
+    /* Fill the activations and sums of x's rows [first, last). */
+    void (*load)(const QmJob *job, int64_t first, int64_t last, char *workspace);
+    /* Rows 32 * pair to 32 * pair + 31 of W against all activations. */
+    void (*run)(const QmJob *job, int64_t pair, char *workspace);
+} QmWay;
+
+extern const QmWay qm_fp32_baseline;
+#ifdef QM_X86_LEVELS
+extern const QmWay qm_fp32_avx2, qm_fp32_avx512;
+#endif
+extern const QmWay qm_int8_avx512; /* needs VNNI and VBMI */
+extern const QmWay qm_bf16_avx512; /* needs BF16 and VBMI */
+extern const QmWay qm_bf16_amx;
+
+/* A worker's workspace; every part is a multiple of 64 bytes. */
+typedef struct {
+    float *row; /* a row of x, or anything else of that size */
+    float *scale, *zero, *minimum; /* [groups, 32] */
+    float *total, *part; /* [act_rows, 32], the rows of `part` filled up to 32 */
+    void *decoded; /* [QM_SEGMENT * 16 columns, 32], of up to four bytes */
+    float *tiles; /* [2, 4, 16, 16] */
+} QmWorkspace;
+
+static inline size_t qm_part(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* The layout of a workspace, and its size; `at` may be NULL to learn the size. */
+static inline size_t qm_workspace(const QmJob *job, char *at, QmWorkspace *out) {
+    size_t values = qm_part((size_t)job->groups * QM_PAIR * 4);
+    size_t rows = qm_part((size_t)job->act_rows * QM_PAIR * 4), used = 0;
+#define QM_TAKE(field, bytes) \
+    out->field = (void *)(at ? at + used : NULL); \
+    used += (bytes);
+    QM_TAKE(row, qm_part((size_t)job->stride * 4))
+    QM_TAKE(scale, values)
+    QM_TAKE(zero, values)
+    QM_TAKE(minimum, values)
+    QM_TAKE(total, rows)
+    QM_TAKE(part, qm_part((size_t)(job->act_rows + 31) / 32 * 32 * QM_PAIR * 4))
+    QM_TAKE(decoded, (size_t)(QM_SEGMENT * QM_UNIT * QM_PAIR * 4))
+    QM_TAKE(tiles, 2 * 4 * 16 * 16 * 4)
+#undef QM_TAKE
+    return used;
+}
+
+#endif

@@ -1,0 +1,232 @@
+/* Codes to and from panels (matmul.h draws the layout), and to and from the forms' packings. */
+#include "matmul.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "pool.h"
+
+#define QM_API __attribute__((visibility("default")))
+
+static inline int64_t ceil_of(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+/* ---- Packings ---------------------------------------------------------------------------------
+ * The words below are assembled from bytes by shifts where order matters, so that the code does
+ * not depend on the machine's byte order; 8 codes of b bits are exactly b bytes. */
+
+static uint64_t load_bytes(const uint8_t *from, int count) {
+    uint64_t value = 0;
+    for (int i = 0; i < count; i++) value |= (uint64_t)from[i] << (8 * i);
+    return value;
+}
+
+static void dense_unpack(const uint8_t *packed, int bits, int64_t start, int64_t count,
+                         uint8_t *codes) {
+    const unsigned mask = (1u << bits) - 1;
+    int64_t i = 0;
+    /* One by one until a byte begins with a code, then eight at a time, then the rest. */
+    for (;;) {
+        if ((start + i) % 8 == 0)
+            for (; i + 8 <= count; i += 8) {
+                uint64_t word = load_bytes(packed + (start + i) / 8 * bits, bits);
+                for (int k = 0; k < 8; k++) codes[i + k] = (uint8_t)(word >> (bits * k) & mask);
+            }
+        if (i >= count) return;
+        int64_t bit = (start + i) * bits;
+        unsigned pair = packed[bit / 8];
+        if (bit % 8 + bits > 8) pair |= (unsigned)packed[bit / 8 + 1] << 8;
+        codes[i++] = (uint8_t)(pair >> (bit % 8) & mask);
+    }
+}
+
+static void dense_pack(const uint8_t *codes, int bits, int64_t count, uint8_t *packed) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        uint64_t word = 0;
+        for (int k = 0; k < 8; k++) word |= (uint64_t)codes[i + k] << (bits * k);
+        for (int k = 0; k < bits; k++) packed[i / 8 * bits + k] = (uint8_t)(word >> (8 * k));
+    }
+    if (i == count) return;
+    uint64_t word = 0;
+    for (int k = 0; i + k < count; k++) word |= (uint64_t)codes[i + k] << (bits * k);
+    int64_t bytes = ceil_of((count - i) * bits, 8);
+    for (int k = 0; k < bytes; k++) packed[i / 8 * bits + k] = (uint8_t)(word >> (8 * k));
+}
+
+QM_API void qm_codes_unpack(const uint8_t *packed, int packing, int bits, int64_t start,
+                            int64_t count, uint8_t *codes) {
+    const uint8_t half = (uint8_t)(1u << (bits - 1));
+    switch (packing) {
+    case QM_BYTES:
+        memcpy(codes, packed + start, (size_t)count);
+        return;
+    case QM_SIGNED:
+        for (int64_t i = 0; i < count; i++) codes[i] = (uint8_t)(packed[start + i] + half);
+        return;
+    case QM_DENSE:
+        dense_unpack(packed, bits, start, count, codes);
+        return;
+    default: {
+        const int first = packing == QM_HIGH_FIRST ? 4 : 0, second = 4 - first;
+        int64_t i = 0;
+        if (start % 2 && count) codes[i++] = packed[start / 2] >> second & 15;
+        const uint8_t *at = packed + (start + i) / 2;
+        for (; i + 2 <= count; i += 2, at++) {
+            codes[i] = *at >> first & 15;
+            codes[i + 1] = *at >> second & 15;
+        }
+        if (i < count) codes[i] = *at >> first & 15;
+    }
+    }
+}
+
+QM_API void qm_codes_pack(const uint8_t *codes, int packing, int bits, int64_t count,
+                          uint8_t *packed) {
+    const uint8_t half = (uint8_t)(1u << (bits - 1));
+    switch (packing) {
+    case QM_BYTES:
+        memcpy(packed, codes, (size_t)count);
+        return;
+    case QM_SIGNED:
+        for (int64_t i = 0; i < count; i++) packed[i] = (uint8_t)(codes[i] - half);
+        return;
+    case QM_DENSE:
+        dense_pack(codes, bits, count, packed);
+        return;
+    default: {
+        const int first = packing == QM_HIGH_FIRST ? 4 : 0, second = 4 - first;
+        for (int64_t i = 0; i + 2 <= count; i += 2)
+            packed[i / 2] = (uint8_t)(codes[i] << first | codes[i + 1] << second);
+        if (count % 2) packed[count / 2] = (uint8_t)(codes[count - 1] << first);
+    }
+    }
+}
+
+/* ---- Panels ----------------------------------------------------------------------------------- */
+
+/* Each row has a column of 32-bit words in a chunk. Byte `p` of a word holds 8 / b codes of a plane
+ * of b bits, so that one shift of a vector gives, in byte `p`, the code of column 4 * j + p. */
+
+/* The codes of columns p, p + 4, ... p + 28, side by side: 8 * b bits. */
+static inline uint64_t gather(const uint8_t *codes, int p, int shift, int b) {
+    uint64_t bits = 0;
+    for (int j = 0; j < 8; j++)
+        bits |= (uint64_t)(codes[4 * j + p] >> shift & ((1u << b) - 1)) << (b * j);
+    return bits;
+}
+
+static inline void plane_pack(const uint8_t *codes, int shift, int b, uint8_t *out) {
+    for (int p = 0; p < 4; p++) {
+        uint64_t bits = gather(codes, p, shift, b);
+        for (int word = 0; word < b; word++) out[64 * word + p] = (uint8_t)(bits >> (8 * word));
+    }
+}
+
+static inline void plane_unpack(const uint8_t *in, int shift, int b, uint8_t *codes) {
+    const unsigned mask = (1u << b) - 1;
+    for (int p = 0; p < 4; p++) {
+        uint64_t bits = 0;
+        for (int word = 0; word < b; word++) bits |= (uint64_t)in[64 * word + p] << (8 * word);
+        for (int j = 0; j < 8; j++)
+            codes[4 * j + p] |= (uint8_t)((bits >> (b * j) & mask) << shift);
+    }
+}
+
+/* The widths are constants in each call, so that the loops above are unrolled. */
+#define ALL_PLANES(work, codes, panel) \
+    switch (bits) { \
+    case 1: work(codes, 0, 1, panel); break; \
+    case 2: work(codes, 0, 2, panel); break; \
+    case 3: work(codes, 0, 2, panel); work(codes, 2, 1, panel + 128); break; \
+    case 4: work(codes, 0, 4, panel); break; \
+    case 5: work(codes, 0, 4, panel); work(codes, 4, 1, panel + 256); break; \
+    case 6: work(codes, 0, 4, panel); work(codes, 4, 2, panel + 256); break; \
+    case 8: work(codes, 0, 8, panel); break; \
+    }
+
+static void chunk_row_pack(const uint8_t *codes, int bits, uint8_t *out) {
+    ALL_PLANES(plane_pack, codes, out)
+}
+
+#define UNPACK(codes, shift, b, panel) plane_unpack(panel, shift, b, codes)
+
+static void chunk_row_unpack(const uint8_t *in, int bits, uint8_t *codes) {
+    memset(codes, 0, 32);
+    ALL_PLANES(UNPACK, codes, in)
+}
+
+QM_API int64_t qm_panels_size(int64_t rows, int64_t columns, int bits) {
+    if (bits < 1 || bits > 8 || bits == 7) return -1;
+    return ceil_of(rows, QM_PANEL) * ceil_of(columns, QM_CHUNK_COLUMNS) * 64 * bits;
+}
+
+typedef struct {
+    const uint8_t *from;
+    uint8_t *to;
+    int packing, bits, pad;
+    int64_t rows, columns;
+    const int32_t *order;
+} Move;
+
+/* Sixteen rows of any width begin and end with a whole byte: no two threads write the same. */
+static void pack_piece(void *argument, int64_t panel, int worker) {
+    const Move *m = argument;
+    (void)worker;
+    int64_t chunks = ceil_of(m->columns, QM_CHUNK_COLUMNS), width = chunks * QM_CHUNK_COLUMNS;
+    uint8_t *row = malloc((size_t)width * 2 + 1), *plain = row + width;
+    if (!row) abort(); /* a few kilobytes */
+    uint8_t *out = m->to + panel * chunks * 64 * m->bits;
+    for (int r = 0; r < QM_PANEL; r++) {
+        int64_t n = panel * QM_PANEL + r;
+        memset(row, m->pad, (size_t)width);
+        if (n < m->rows) {
+            uint8_t *to = m->order ? plain : row;
+            qm_codes_unpack(m->from, m->packing, m->bits, n * m->columns, m->columns, to);
+            if (m->order)
+                for (int64_t k = 0; k < m->columns; k++) row[k] = plain[m->order[k]];
+        }
+        for (int64_t c = 0; c < chunks; c++)
+            chunk_row_pack(row + c * QM_CHUNK_COLUMNS, m->bits, out + c * 64 * m->bits + 4 * r);
+    }
+    free(row);
+}
+
+static void unpack_piece(void *argument, int64_t panel, int worker) {
+    const Move *m = argument;
+    (void)worker;
+    int64_t chunks = ceil_of(m->columns, QM_CHUNK_COLUMNS), width = chunks * QM_CHUNK_COLUMNS;
+    int64_t first = panel * QM_PANEL, count = m->rows - first;
+    if (count > QM_PANEL) count = QM_PANEL;
+    uint8_t *codes = malloc((size_t)(m->columns * count + width) + 1);
+    if (!codes) abort();
+    uint8_t *row = codes + m->columns * count;
+    const uint8_t *in = m->from + panel * chunks * 64 * m->bits;
+    for (int64_t r = 0; r < count; r++) {
+        for (int64_t c = 0; c < chunks; c++)
+            chunk_row_unpack(in + c * 64 * m->bits + 4 * r, m->bits, row + c * QM_CHUNK_COLUMNS);
+        uint8_t *to = codes + r * m->columns;
+        if (m->order)
+            for (int64_t k = 0; k < m->columns; k++) to[m->order[k]] = row[k];
+        else
+            memcpy(to, row, (size_t)m->columns);
+    }
+    int width_bits = m->packing == QM_BYTES || m->packing == QM_SIGNED ? 8
+                     : m->packing == QM_DENSE                         ? m->bits
+                                                                      : 4;
+    uint8_t *out = m->to + first * m->columns * width_bits / 8;
+    qm_codes_pack(codes, m->packing, m->bits, count * m->columns, out);
+    free(codes);
+}
+
+QM_API void qm_panels_pack(const uint8_t *packed, int packing, int bits, int64_t rows,
+                           int64_t columns, const int32_t *order, int pad, uint8_t *panels,
+                           int threads) {
+    Move move = {packed, panels, packing, bits, pad, rows, columns, order};
+    qm_parallel(pack_piece, &move, ceil_of(rows, QM_PANEL), threads);
+}
+
+QM_API void qm_panels_unpack(const uint8_t *panels, int packing, int bits, int64_t rows,
+                             int64_t columns, const int32_t *order, uint8_t *packed, int threads) {
+    Move move = {panels, packed, packing, bits, 0, rows, columns, order};
+    qm_parallel(unpack_piece, &move, ceil_of(rows, QM_PANEL), threads);
+}

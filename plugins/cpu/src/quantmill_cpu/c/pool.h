@@ -1,0 +1,17 @@
+/* Threads that wait for small work: a matrix-vector product takes a quarter of a millisecond, so
+ * starting threads for each one would cost a good part of it. Internal: no part of the ABI. */
+#ifndef QUANTMILL_POOL_H
+#define QUANTMILL_POOL_H
+
+#include <stdint.h>
+
+#define QM_POOL_MOST 64 /* threads, the caller's included */
+
+/* One piece of the work; `worker` is 0 (the caller) to threads - 1 and runs one piece at a time. */
+typedef void (*QmWork)(void *argument, int64_t index, int worker);
+
+/* Run pieces 0 to count - 1 (count < 2^32) on up to `threads` threads and return when all are
+ * done. Pieces are taken one by one, so a thread that comes late or is held up costs little. */
+void qm_parallel(QmWork work, void *argument, int64_t count, int threads);
+
+#endif

@@ -1,0 +1,98 @@
+"""Codes packed, unpacked and laid in panels by the library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantmill.forms import Codes
+from quantmill_cpu.native import library
+
+__all__ = ["PACKINGS", "pack_codes", "panels_of", "panels_size", "panels_to", "unpack_codes"]
+
+PACKINGS = {"u8": 0, "i8": 1, "hi4": 2, "lo4": 3, "dense": 4}
+"""Numbers of the packings in the library."""
+
+
+def _bytes(data: Tensor, count: int) -> Tensor:
+    """``count`` bytes that the library may read."""
+    flat = data.contiguous().reshape(-1).view(torch.uint8)
+    if flat.device.type != "cpu" or flat.numel() < count:
+        raise ValueError(
+            f"{count} bytes on the CPU are needed, not {flat.numel()} on {flat.device}"
+        )
+    return flat
+
+
+def _size(count: int, bits: int, packing: str) -> int:
+    width = {"u8": 8, "i8": 8, "dense": bits}.get(packing, 4)
+    return (count * width + 7) // 8
+
+
+def unpack_codes(codes: Codes) -> Tensor:
+    """Codes one per byte, as :meth:`quantmill.forms.Codes.unpack` gives them."""
+    count = codes.count
+    data = _bytes(codes.data, _size(count, codes.bits, codes.packing))
+    if codes.packing in ("u8", "i8"):
+        return codes.unpack()
+    out = torch.empty(codes.shape, dtype=torch.uint8)
+    library().qm_codes_unpack(
+        data.data_ptr(), PACKINGS[codes.packing], codes.bits, 0, count, out.data_ptr()
+    )
+    return out
+
+
+def pack_codes(codes: Tensor, bits: int, packing: str) -> Codes:
+    """Unsigned codes in range, any shape, as :meth:`quantmill.forms.Codes.pack` packs them."""
+    shape, count = tuple(codes.shape), codes.numel()
+    if packing in ("u8", "i8"):
+        return Codes.pack(codes, bits, packing)
+    source = _bytes(codes.to(torch.uint8), count)
+    made = Codes.empty(shape, bits, packing)
+    library().qm_codes_pack(source.data_ptr(), PACKINGS[packing], bits, count, made.data.data_ptr())
+    return made
+
+
+def panels_size(shape: tuple[int, ...], bits: int) -> int:
+    """Bytes of the panels of codes ``[rows, columns]``."""
+    rows, columns = shape
+    return -(-rows // 16) * -(-columns // 32) * 64 * bits
+
+
+def panels_of(codes: Codes, order: Tensor | None, pad: int) -> Tensor:
+    """The panels of codes ``[rows, columns]``; ``order`` (int32) sorts the columns, ``pad`` is the
+    code that fills the rest."""
+    rows, columns = codes.shape
+    data = _bytes(codes.data, _size(codes.count, codes.bits, codes.packing))
+    out = torch.empty(panels_size(codes.shape, codes.bits), dtype=torch.uint8)
+    library().qm_panels_pack(
+        data.data_ptr(),
+        PACKINGS[codes.packing],
+        codes.bits,
+        rows,
+        columns,
+        None if order is None else order.data_ptr(),
+        pad,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def panels_to(panels: Tensor, like: Codes, order: Tensor | None) -> Tensor:
+    """The bytes ``[n]`` of packed codes as ``like`` (on the meta device) says; bits of the last
+    byte that no code uses are zero."""
+    rows, columns = like.shape
+    source = _bytes(panels, panels_size(like.shape, like.bits))
+    out = torch.empty(_size(like.count, like.bits, like.packing), dtype=torch.uint8)
+    library().qm_panels_unpack(
+        source.data_ptr(),
+        PACKINGS[like.packing],
+        like.bits,
+        rows,
+        columns,
+        None if order is None else order.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out

@@ -1,0 +1,95 @@
+"""All quantizers over edge-case shapes and values, on every level; prints a digest of the bytes.
+
+Run as a program by test_sanitized.py: once with the installed library, and once with one that was
+built with sanitizers (its path is the argument). ``overflow`` as second argument makes a mistake
+on purpose: a call whose output is too short.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantmill_cpu import native
+
+BLOCKS = (2, 64, 4096, 4098, 10000)
+COUNTS = (0, 1, 2, 63, 65, 4095, 4096, 4097, 12289, 20001)
+ROWS = ((1, 1), (3, 1), (1, 4095), (2, 4097), (70, 3), (5, 129), (0, 4), (4, 0))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def sources(count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Ordinary, extreme and unaligned values; the last has a NaN in its middle."""
+    generator = torch.Generator().manual_seed(count)
+    ordinary = torch.randn(count, generator=generator).to(dtype)
+    tops = torch.tensor([0.0, -0.0, torch.finfo(dtype).max, -torch.finfo(dtype).tiny / 4])
+    extreme = tops[torch.randint(0, 4, (count,), generator=generator)].to(dtype)
+    whole = bytearray(1 + count * dtype.itemsize + 1)
+    apart = torch.frombuffer(whole, dtype=torch.uint8)[1 : 1 + count * dtype.itemsize]
+    apart.copy_(ordinary.view(torch.uint8))
+    nan = ordinary.clone()
+    nan[count // 2 : count // 2 + 1] = float("nan")
+    tiny = ordinary * torch.finfo(dtype).tiny / 8
+    found = [ordinary, extreme, torch.zeros(count, dtype=dtype), tiny, nan]
+    return [*found, torch.frombuffer(whole, dtype=dtype, count=count, offset=1)] if count else found
+
+
+def codebook(source: Tensor, table: Tensor, block: int) -> list[Tensor]:
+    from quantmill_cpu.quantize import quantize_codebook
+
+    count = source.numel()
+    codes = torch.zeros(count if len(table) == 256 else (count + 1) // 2, dtype=torch.uint8)
+    scale = torch.zeros(-(-count // block))
+    bad = quantize_codebook(source, table=table, block_size=block, out_codes=codes, out_scale=scale)
+    return [torch.tensor(bad)] if bad >= 0 else [codes, scale]
+
+
+def rows_int8(source: Tensor) -> list[Tensor]:
+    from quantmill_cpu.quantize import quantize_rows_int8
+
+    codes, scale = torch.zeros(source.shape, dtype=torch.int8), torch.ones(source.shape[0])
+    bad = quantize_rows_int8(source, out_codes=codes, out_scale=scale)
+    return [torch.tensor(bad)] if bad >= 0 else [codes, scale]
+
+
+def digest() -> str:
+    small = torch.linspace(-1, 1, 16)[torch.randperm(16, generator=torch.Generator())]
+    large = torch.linspace(-1, 1, 256)
+    found = hashlib.sha256()
+    for dtype in DTYPES:
+        for count in COUNTS:
+            for source in sources(count, dtype):
+                for block in BLOCKS:
+                    results = codebook(source, small, block)
+                    if dtype == torch.float32:
+                        results += codebook(source, large, block)
+                    for tensor in results:
+                        found.update(tensor.numpy().tobytes())
+        for shape in ROWS:
+            for source in sources(shape[0] * shape[1], dtype):
+                for tensor in rows_int8(source.reshape(shape)):
+                    found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def main(library: str = "", mistake: str = "") -> None:
+    torch.set_num_threads(3)
+    if library:
+        native._FILE = Path(library)
+    if mistake:
+        short, scale = torch.zeros(60, dtype=torch.int8), torch.zeros(1)
+        source = torch.ones(64)
+        native.library().qm_quantize_rows_int8(
+            source.data_ptr(), 0, 1, 64, short.data_ptr(), scale.data_ptr(), 1
+        )
+    for level in native.levels():
+        native.use_level(level)
+        print(level, digest())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
