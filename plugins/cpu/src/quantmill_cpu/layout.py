@@ -1,7 +1,7 @@
 """The live layout ``cpu-panels``: forms as the native matmul wants them, and back, bit for bit.
 
-Panels of 16 rows hold the codes as planes (``c/matmul.h`` draws them); scales and offsets lie beside
-them group by group, 16 rows at a time. What the kernel has no use for, or reads in another form,
+Panels of 16 rows hold the codes as planes (``c/matmul.h`` draws them); scales and offsets lie
+beside them group by group, 16 rows at a time. What the kernel has no use for, or reads in another form,
 stays as it is under ``form.NAME``. A form that doesn't fit (:func:`misfit`) is kept whole that way,
 and is computed with the reference: constraints of kernels can't ask for everything.
 """
@@ -160,7 +160,8 @@ def prepare(form: Form) -> dict[str, Tensor]:
     order: Tensor | None = None
     if isinstance(form, Affine) and form.group_index is not None:
         order = _order(form.group_index, size)
-        found["order"] = order
+        if order is not None:
+            found["order"] = order
     if isinstance(form, Codebook):
         found["form.table"] = form.table
     if codes.count * _width(codes) % 8:

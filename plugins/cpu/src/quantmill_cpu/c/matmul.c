@@ -15,7 +15,9 @@
 #define QM_API __attribute__((visibility("default")))
 #define SMALL 65536 /* products: below, waking another thread costs more than it saves */
 #define PIECE 32768 /* bytes of codes in a piece of work, at least: memory is read best in order */
+#ifndef PIECES
 #define PIECES 16 /* for each thread, at least: one may be held up */
+#endif
 
 /* ---- Levels ------------------------------------------------------------------------------------ */
 
