@@ -1,9 +1,9 @@
 """The live layout ``cpu-panels``: forms as the native matmul wants them, and back, bit for bit.
 
 Panels of 16 rows hold the codes as planes (``c/matmul.h`` draws them); scales and offsets lie
-beside them group by group, 16 rows at a time. What the kernel has no use for, or reads in another form,
-stays as it is under ``form.NAME``. A form that doesn't fit (:func:`misfit`) is kept whole that way,
-and is computed with the reference: constraints of kernels can't ask for everything.
+beside them group by group, 16 rows at a time. What the kernel has no use for, or reads in another
+form, stays as it is under ``form.NAME``. A form that doesn't fit (:func:`misfit`) is kept whole
+that way, and is computed with the reference: constraints of kernels can't ask for everything.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +20,17 @@ __all__ = ["matmul", "prepare", "restore"]
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUMBERS = {name: number for number, name in enumerate(SLOTS)}
 _Slots = ctypes.c_void_p * len(SLOTS)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The library, with PyTorch's threads: those spin for a while after each of its operations,
+    and threads of our own would get half of the processors meanwhile."""
+    found = library()
+    with contextlib.suppress(OSError, AttributeError):
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        found.qm_borrow_threads(ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p))
+    return found
 
 
 def _call(
@@ -39,7 +53,7 @@ def _call(
     pointers = _Slots()
     for slot, tensor in zip(slots, weight, strict=True):
         pointers[slot] = tensor.data_ptr()
-    failed = library().qm_matmul(
+    failed = _library().qm_matmul(
         pointers,
         x.data_ptr(),
         address,

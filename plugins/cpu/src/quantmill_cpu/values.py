@@ -1,8 +1,9 @@
 """Scales and offsets of the live layout: 16 rows of a group side by side.
 
-Tensors keep their dtype. Forms of 8 bits or fewer (double quantization, K-quants' scales, NVFP4's)
-stay quantized: their codes lie like a tensor's, a byte each, and the kernel looks them up in a
-table and multiplies by the second level. Anything else is expanded to float32 and kept beside as it was.
+Tensors keep their dtype. Forms of 8 bits or fewer (double quantization, K-quants' scales,
+NVFP4's) stay quantized: their codes lie like a tensor's, a byte each, and the kernel looks them
+up in a table and multiplies by the second level. Anything else is expanded to float32 and kept
+beside as it was.
 """
 
 from __future__ import annotations

@@ -14,10 +14,8 @@
 
 #define QM_API __attribute__((visibility("default")))
 #define SMALL 65536 /* products: below, waking another thread costs more than it saves */
-#define PIECE 32768 /* bytes of codes in a piece of work, at least: memory is read best in order */
-#ifndef PIECES
-#define PIECES 16 /* for each thread, at least: one may be held up */
-#endif
+#define PIECE 32768 /* bytes of codes in the smallest pieces: memory is read best in order */
+#define HALVINGS 4
 
 /* ---- Levels ------------------------------------------------------------------------------------ */
 
@@ -98,7 +96,10 @@ static const QmWay *choose_way(const QmJob *job, int64_t batch) {
     (void)few;
     switch (level) {
 #ifdef QM_AMX
-    case AMX: return few && whole ? &qm_int8_avx512 : few ? &qm_bf16_avx512 : &qm_bf16_amx;
+    case AMX:
+        /* Codes of 8 bits are used as they are, or cost most to decode to bf16. */
+        if (batch > (whole && job->bits == 8 ? QM_FEW : 2)) return &qm_bf16_amx;
+        return whole ? &qm_int8_avx512 : &qm_bf16_avx512;
 #endif
 #ifdef QM_AVX512BF16
     case BF16:
@@ -168,7 +169,8 @@ static void scratch_give(char *memory, size_t bytes) {
 typedef struct {
     QmJob job;
     const QmWay *way;
-    int64_t pairs_each, rows_each;
+    int64_t pairs, rows_each;
+    int threads, halvings;
 } Work;
 
 static void load_piece(void *argument, int64_t index, int worker) {
@@ -178,10 +180,20 @@ static void load_piece(void *argument, int64_t index, int worker) {
     w->way->load(&w->job, first, last, w->job.workspace + (size_t)worker * w->job.workspace_bytes);
 }
 
+/* Pairs are taken in pieces that get smaller: for each thread one of half its share, one of a
+ * quarter, and so on. Long pieces are read fast, and short ones let all threads end together. */
+static int64_t first_pair(const Work *w, int64_t piece) {
+    int64_t halved = piece / w->threads, turn = piece % w->threads;
+    if (halved > w->halvings) return w->pairs;
+    int64_t left = w->pairs >> halved;
+    int64_t level = halved == w->halvings ? left : left - (w->pairs >> (halved + 1));
+    return w->pairs - left + level * turn / w->threads;
+}
+
 static void run_piece(void *argument, int64_t index, int worker) {
     const Work *w = argument;
-    int64_t pairs = (w->job.panels + 1) / 2, first = index * w->pairs_each;
-    for (int64_t p = first; p < first + w->pairs_each && p < pairs; p++)
+    const int64_t end = first_pair(w, index + 1);
+    for (int64_t p = first_pair(w, index); p < end; p++)
         w->way->run(&w->job, p, w->job.workspace + (size_t)worker * w->job.workspace_bytes);
 }
 
@@ -295,11 +307,12 @@ static int run_batch(Work *work, int threads) {
     job->workspace = memory + act + sums + steps;
     work->rows_each = 65536 / (job->columns + 1) + 1;
     qm_parallel(load_piece, work, (job->batch + work->rows_each - 1) / work->rows_each, threads);
-    int64_t pairs = (job->panels + 1) / 2;
-    work->pairs_each = pairs / (PIECES * threads);
-    if (work->pairs_each * job->panel_bytes * 2 < PIECE)
-        work->pairs_each = PIECE / (job->panel_bytes * 2) + 1;
-    qm_parallel(run_piece, work, (pairs + work->pairs_each - 1) / work->pairs_each, threads);
+    work->pairs = (job->panels + 1) / 2;
+    work->threads = threads;
+    work->halvings = 0;
+    int64_t smallest = work->pairs * job->panel_bytes * 2 / threads;
+    for (; work->halvings < HALVINGS && smallest > 2 * PIECE; smallest /= 2) work->halvings++;
+    qm_parallel(run_piece, work, (int64_t)threads * (work->halvings + 1), threads);
     scratch_give(memory, bytes);
     return 0;
 }

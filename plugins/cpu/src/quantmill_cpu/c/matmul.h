@@ -99,4 +99,7 @@ void qm_codes_unpack(const uint8_t *packed, int packing, int bits, int64_t start
                      uint8_t *codes);
 void qm_codes_pack(const uint8_t *codes, int packing, int bits, int64_t count, uint8_t *packed);
 
+/* Read memory and do nothing else: what benchmarks compare with. */
+int64_t qm_read(const uint8_t *from, int64_t count, int threads);
+
 #endif

@@ -6,9 +6,8 @@
 
 #include "matmul_driver.h"
 
-#ifndef QM_AHEAD
-#define QM_AHEAD 3072 /* bytes: memory answers late, and the hardware stops looking at page ends */
-#endif
+/* Bytes: memory answers late, and the hardware stops looking ahead at the end of a page. */
+#define QM_AHEAD 4096
 
 typedef uint16_t QmWords __attribute__((vector_size(64)));
 
@@ -41,7 +40,7 @@ QM_INLINE __m512i qm_codes(const uint8_t *chunk, int j, int bits, int to) {
 QM_INLINE void qm_prefetch(const uint8_t *chunk, int bits) {
 #pragma GCC unroll 8
     for (int line = 0; line < bits; line++)
-        _mm_prefetch((const char *)chunk + QM_AHEAD + 64 * line, _MM_HINT_T0);
+        _mm_prefetch((const char *)chunk + QM_AHEAD + 64 * line, _MM_HINT_T1);
 }
 
 #endif

@@ -230,3 +230,42 @@ QM_API void qm_panels_unpack(const uint8_t *panels, int packing, int bits, int64
     Move move = {panels, packed, packing, bits, 0, rows, columns, order};
     qm_parallel(unpack_piece, &move, ceil_of(rows, QM_PANEL), threads);
 }
+
+/* ---- Reading ----------------------------------------------------------------------------------- */
+
+#define READ_PIECE (1 << 18)
+
+typedef struct {
+    const uint8_t *from;
+    int64_t count;
+    uint64_t sums[QM_POOL_MOST][8];
+} Read;
+
+static void read_piece(void *argument, int64_t index, int worker) {
+    Read *r = argument;
+    const uint8_t *from = r->from + index * READ_PIECE;
+    int64_t count = r->count - index * READ_PIECE;
+    if (count > READ_PIECE) count = READ_PIECE;
+    uint64_t sums[32] = {0}; /* enough for the additions of vectors to run beside each other */
+    int64_t i = 0;
+    for (; i + 256 <= count; i += 256) {
+        uint64_t words[32];
+        memcpy(words, from + i, 256);
+        __builtin_prefetch(from + i + 4096);
+        __builtin_prefetch(from + i + 4160);
+        __builtin_prefetch(from + i + 4224);
+        __builtin_prefetch(from + i + 4288);
+        for (int k = 0; k < 32; k++) sums[k] += words[k];
+    }
+    for (; i < count; i++) sums[0] += from[i];
+    for (int k = 0; k < 32; k++) r->sums[worker][k % 8] += sums[k];
+}
+
+/* The sum of all bytes' words: what it costs is to read them, which benchmarks compare with. */
+QM_API int64_t qm_read(const uint8_t *from, int64_t count, int threads) {
+    Read read = {.from = from, .count = count};
+    uint64_t sum = 0;
+    qm_parallel(read_piece, &read, ceil_of(count, READ_PIECE), threads);
+    for (int i = 0; i < QM_POOL_MOST * 8; i++) sum += read.sums[i / 8][i % 8];
+    return (int64_t)sum;
+}

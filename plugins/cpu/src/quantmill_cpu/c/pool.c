@@ -73,8 +73,33 @@ static void *live(void *number) {
     return NULL;
 }
 
+/* ---- Borrowed threads ---------------------------------------------------------------------------
+ * OpenMP's threads of another library in the process: they spin between its parallel regions, and
+ * would fight with ours for the processors. */
+
+static _Atomic(QmRunner) borrowed;
+
+typedef struct {
+    QmWork work;
+    void *argument;
+    int64_t count;
+    atomic_int_fast64_t next;
+    atomic_int workers;
+} Shared;
+
+static void share(void *data) {
+    Shared *s = data;
+    int worker = atomic_fetch_add(&s->workers, 1);
+    for (int64_t i; (i = atomic_fetch_add(&s->next, 1)) < s->count;) s->work(s->argument, i, worker);
+}
+
+__attribute__((visibility("default"))) void qm_borrow_threads(QmRunner runner) {
+    atomic_store(&borrowed, runner);
+}
+
 /* A forked child has none of the threads, and locks in any state. */
 static void forget(void) {
+    atomic_store(&borrowed, (QmRunner)0);
     pthread_mutex_init(&pool.owner, NULL);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
@@ -85,8 +110,6 @@ static void forget(void) {
 static void at_fork(void) { pthread_atfork(NULL, NULL, forget); }
 
 static void start(int threads) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, at_fork);
     while (pool.started < threads - 1) {
         pthread_t thread;
         void *number = (void *)(intptr_t)(pool.started + 1);
@@ -99,8 +122,17 @@ static void start(int threads) {
 void qm_parallel(QmWork work, void *argument, int64_t count, int threads) {
     if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
     if (threads > count) threads = (int)count;
+    if (threads < 1) threads = 1;
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, at_fork);
+    QmRunner runner = atomic_load_explicit(&borrowed, memory_order_relaxed);
+    if (runner && threads > 1) {
+        Shared shared = {.work = work, .argument = argument, .count = count};
+        runner(share, &shared, (unsigned)threads, 0);
+        return;
+    }
     /* Another Python thread's job may be running: then this one needs no helpers. */
-    if (threads <= 1 || pthread_mutex_trylock(&pool.owner) != 0) {
+    if (threads == 1 || pthread_mutex_trylock(&pool.owner) != 0) {
         for (int64_t i = 0; i < count; i++) work(argument, i, 0);
         return;
     }

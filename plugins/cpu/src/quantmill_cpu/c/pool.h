@@ -14,4 +14,10 @@ typedef void (*QmWork)(void *argument, int64_t index, int worker);
  * done. Pieces are taken one by one, so a thread that comes late or is held up costs little. */
 void qm_parallel(QmWork work, void *argument, int64_t count, int threads);
 
+/* Run `work(data)` on so many threads at once and wait for all; `flags` is 0: GOMP_parallel. */
+typedef void (*QmRunner)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+
+/* Use another library's threads from now on, or the pool's own again (NULL). Part of the ABI. */
+void qm_borrow_threads(QmRunner runner);
+
 #endif
