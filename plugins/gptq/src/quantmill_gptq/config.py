@@ -39,6 +39,8 @@ class GptqConfig(MethodConfig):
         {"damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse"}
     )
 
+    exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("desc_act", "act_group_aware"),)
+
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int = 128
     """Input columns that share a scale; -1 for one group per row."""
@@ -47,7 +49,7 @@ class GptqConfig(MethodConfig):
     desc_act: bool = False
     """Act-order: columns in the order of falling input energy; scales follow that order."""
     act_group_aware: bool = True
-    """Without ``desc_act``: whole groups, and columns within them, in the order of falling
+    """Unless ``desc_act``: whole groups, and columns within them, in the order of falling
     energy. Scales stay in their places, so it costs nothing at inference."""
     static_groups: bool = False
     """Scales of all groups are fixed before the first column is rounded."""
@@ -72,6 +74,14 @@ class GptqConfig(MethodConfig):
     pack_dtype: Literal["int32"] = "int32"
     meta: dict[str, Any] | None = None
     """What the writer noted about itself; kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_order(cls, data: Any) -> Any:
+        # Act-order is an order of its own; the peer takes only one of the two.
+        if isinstance(data, dict) and data.get("desc_act") is True:
+            data = {"act_group_aware": False, **data}
+        return data
 
     @model_validator(mode="after")
     def _groups(self) -> GptqConfig:
@@ -124,8 +134,6 @@ class GptqConfig(MethodConfig):
         for name in ("dynamic", "modules_in_block_to_quantize", "modules_to_not_convert", "meta"):
             if data.get(name) is None:
                 data.pop(name, None)
-        # The peer takes only one of the two orders; with act-order ours is that one anyway.
-        data["act_group_aware"] = self.act_group_aware and not self.desc_act
         data |= {"quant_method": "gptq", "method": "gptq", "format": self.checkpoint_format}
         return data
 
