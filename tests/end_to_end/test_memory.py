@@ -96,8 +96,8 @@ def test_nf4_on_the_fly_stays_within_the_promise(large: dict[str, int]) -> None:
     assert 200 * MIB < large["bytes_before"] < 300 * MIB
     assert large["bytes_memory"] < large["bytes_before"] / 2
     assert bounded(large)
-    # The model itself is part of what was measured: the plan does not count too much.
-    assert large["above"] > 0.9 * large["bytes_memory"]
+    # The quantized part at least is in memory; embedding and head are mapped and not yet used.
+    assert large["above"] > 0.5 * large["bytes_memory"]
 
 
 def test_what_comes_on_top_does_not_grow_with_the_layers(

@@ -242,6 +242,13 @@ class CheckpointWriter:
             raise
 
 
+_ALIGNED: Final = 64
+_SMALL: Final = 1 << 16
+"""Shorter tensors of no multiple of ``_ALIGNED`` bytes wait for the end of their shard."""
+_GROWTH: Final = 32
+"""Bytes by which an entry grows when its offsets do."""
+
+
 class _Shard:
     """One safetensors file while it grows."""
 
@@ -252,6 +259,8 @@ class _Shard:
         self._file.truncate(reserved)
         self._file.seek(reserved)
         self._entries: list[str] = []
+        self._odd: list[tuple[int, str, str, tuple[int, ...], bytes]] = []
+        self._odd_bytes = 0
         self._header_bytes = len(_OPENING) + 1
         self.data_bytes = 0
 
@@ -266,12 +275,20 @@ class _Shard:
 
     def full(self, name: str, dtype: str, shape: tuple[int, ...], size: int, limit: int) -> bool:
         """Whether a tensor should go into the next shard."""
-        if not self._entries:
+        if not self._entries and not self._odd:
             return False
         header = self._header_bytes + len(self._entry(name, dtype, shape, size))
-        return self.data_bytes + size > limit or header > self._reserved - 8
+        held = self.data_bytes + self._odd_bytes
+        return held + size > limit or header + _GROWTH > self._reserved - 8
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Tensor, size: int) -> None:
+        if size % _ALIGNED and size < _SMALL:
+            # Written last, so that they don't misalign what can be mapped.
+            memory = (ctypes.c_char * size).from_address(data.data_ptr()) if size else b""
+            self._odd.append((data.element_size(), name, dtype, shape, bytes(memory)))
+            self._header_bytes += len(self._entry(name, dtype, shape, size)) + _GROWTH
+            self._odd_bytes += size
+            return
         entry = self._entry(name, dtype, shape, size)
         if size:
             memory = (ctypes.c_char * size).from_address(data.data_ptr())
@@ -281,6 +298,11 @@ class _Shard:
         self._entries.append(entry)
 
     def close(self) -> None:
+        for _, name, dtype, shape, data in sorted(self._odd, key=lambda item: -item[0]):
+            self._entries.append(self._entry(name, dtype, shape, len(data)))
+            self._file.write(data)
+            self.data_bytes += len(data)
+        self._odd.clear()
         header = (_OPENING + "".join(self._entries) + "}").encode("ascii")
         room = self._reserved - 8
         self._file.seek(0)

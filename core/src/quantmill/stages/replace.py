@@ -31,6 +31,10 @@ def linear_for(
     return factory.build(target, form, bias, getattr(torch, job.plan.dtype))
 
 
+_MAPPED = 1 << 20
+"""Bytes from which a tensor is worth a mapping of its own."""
+
+
 class ModelSink:
     """Fills a model that was built on the meta device."""
 
@@ -78,7 +82,11 @@ class ModelSink:
     def put_tensor(
         self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader
     ) -> None:
-        """Read a float tensor straight into its parameter, in the dtype it will have."""
+        """Read a float tensor straight into its parameter, in the dtype it will have.
+
+        Large ones that stay as they lie on the disk are mapped: no copy, no memory before they
+        are used, and the file is not written to.
+        """
         owner = self.model.get_submodule(module.name) if module.name else self.model
         local = parameter.name.rpartition(".")[2]
         stored = torch_dtype(parameter.dtype)
@@ -87,6 +95,12 @@ class ModelSink:
             wanted = torch.float32 if module.keep_float else self.dtype
         if self.architecture.converted(parameter):
             tensor = self.architecture.assemble(parameter, reader)
+        elif (
+            self.device.type == "cpu"
+            and wanted == stored
+            and reader.headers.tensors[parameter.sources[0]].nbytes >= _MAPPED
+        ):
+            tensor = reader.mapped(parameter.sources[0])
         else:
             header = reader.headers.tensors[parameter.sources[0]]
             tensor = torch.empty(tuple(header.shape), dtype=stored)

@@ -1,0 +1,238 @@
+"""The disk layouts of FP8 checkpoints as codecs over the scaled float form.
+
+Relative to the module, with ``in`` and ``out`` features and blocks of ``b0 x b1``::
+
+    quant_method fp8 (DeepSeek-V3)
+    weight            float8_e4m3fn [out, in]
+    weight_scale_inv  float32 (bfloat16, float16) or float8_e8m0fnu (uint8: its bytes)
+                      [ceil(out / b0), ceil(in / b1)], or one number for the whole weight
+    activation_scale  float32 []  static activations only
+
+    quant_method fbgemm_fp8
+    weight            float8_e4m3fn [out, in]
+    weight_scale      float32 [out, 1]
+    input_scale_ub    float32 [1]  in early files only
+
+In both ``value = weight * scale``, whatever the name says: ``inv`` is the inverse of what the
+weight was multiplied with. Blocks start at the first row and column; those at the end are cut.
+Their size is the config's and never inferred from the number of scales.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from math import prod
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import Codec
+from quantmill.checkpoint.headers import TensorHeader
+from quantmill.config import MethodConfig
+from quantmill.findings import QuantmillError, declare
+from quantmill.forms import Blocks, Channel, Form, Grouping, PerTensor, ScaledFloat
+from quantmill.targeting.types import Target
+from quantmill_fp8.config import FbgemmFp8Config, Fp8Config
+from quantmill_fp8.form import VALUES, abstract_form, joined, parted
+
+__all__ = ["BlockCodec", "RowCodec", "grouping_of"]
+
+BAD_TENSORS = declare("QM-FP8-001", "A quantized weight's tensors contradict each other")
+BAD_SCALE = declare(
+    "QM-FP8-002", "A scale of a quantized weight is zero, negative, NaN or infinite"
+)
+_SCALES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),
+    "U8": getattr(torch, "float8_e8m0fnu", torch.uint8),
+}
+"""Dtypes of scales by their code in safetensors, as they are in memory."""
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+def _refuse(target: Target, cause: str) -> QuantmillError:
+    return QuantmillError(
+        BAD_TENSORS(target.name, cause, "the checkpoint is damaged: get it again")
+    )
+
+
+def grouping_of(config: Fp8Config) -> Grouping:
+    """What shares a scale."""
+    size = config.weight_block_size
+    return PerTensor() if size is None else Blocks(*size)
+
+
+class _Fp8Codec(Codec[ConfigT]):
+    """What the layouts share; they differ in names and in the shape of scales."""
+
+    scale_name: ClassVar[str]
+    activation_name: ClassVar[str]
+
+    @abstractmethod
+    def _grouping(self) -> Grouping: ...
+
+    @abstractmethod
+    def _stored_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the scales in the file."""
+
+    def encode(self, form: Form) -> dict[str, Tensor]:
+        assert isinstance(form, ScaledFloat) and isinstance(form.scale, Tensor)
+        out_features, in_features = form.shape
+        scale = form.scale
+        if not isinstance(form.grouping, PerTensor):
+            scale = scale.reshape(self._stored_shape((out_features, in_features)))
+        stored = {"weight": form.values, self.scale_name: scale}
+        _, activation = parted(form)
+        if activation is not None:
+            stored[self.activation_name] = activation
+        return stored
+
+    def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
+        self._complete(set(tensors), target)
+        weight, scale = tensors["weight"], tensors[self.scale_name]
+        if weight.dtype != VALUES:
+            raise _refuse(target, f"weight is {weight.dtype}, not float8_e4m3fn")
+        if scale.dtype == torch.uint8 and _SCALES["U8"] != torch.uint8:
+            scale = scale.view(_SCALES["U8"])
+        if scale.dtype not in _SCALES.values() or scale.dtype == torch.uint8:
+            raise _refuse(target, f"{self.scale_name} is {scale.dtype}")
+        shape = self._fit(tuple(weight.shape), tuple(scale.shape), target)
+        grouping = self._grouping()
+        if not isinstance(grouping, PerTensor):
+            scale = scale.reshape(grouping.scale_shape(shape))
+        form = ScaledFloat(weight, scale, grouping, dtype=dtype)
+        self._check(form, scale, target)
+        activation = tensors.get(self.activation_name)
+        if activation is not None:
+            self._positive(activation, target)
+        return joined(form, activation)
+
+    def describe(
+        self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
+    ) -> Form | None:
+        weight, scale = headers.get("weight"), headers.get(self.scale_name)
+        eight = weight is not None and weight.dtype.startswith("F8_")
+        if not eight and scale is None and self.activation_name not in headers:
+            return None
+        self._complete(set(headers), target)
+        assert weight is not None and scale is not None
+        if weight.dtype != "F8_E4M3":
+            raise _refuse(target, f"weight is {weight.dtype}, not F8_E4M3")
+        if scale.dtype not in _SCALES:
+            raise _refuse(target, f"{self.scale_name} is {scale.dtype}")
+        shape = self._fit(tuple(weight.shape), tuple(scale.shape), target)
+        grouping = self._grouping()
+        kept = tuple(scale.shape) if isinstance(grouping, PerTensor) else None
+        form = abstract_form(shape, grouping, _SCALES[scale.dtype], dtype, kept)
+        given = headers.get(self.activation_name)
+        if given is None:
+            return form
+        kind = _SCALES.get(given.dtype, torch.float32)
+        return joined(form, torch.empty(tuple(given.shape), dtype=kind, device="meta"))
+
+    def _complete(self, names: set[str], target: Target) -> None:
+        missing = [name for name in ("weight", self.scale_name) if name not in names]
+        if missing:
+            raise _refuse(
+                target, f"it has {', '.join(sorted(names))} and no {' and no '.join(missing)}"
+            )
+
+    def _fit(
+        self, weight: tuple[int, ...], scale: tuple[int, ...], target: Target
+    ) -> tuple[int, int]:
+        """The shape of the weight, if both tensors have the shapes they must have."""
+        wanted = (target.out_features, target.in_features)
+        if weight != wanted:
+            raise _refuse(target, f"weight is {list(weight)}, the model wants {list(wanted)}")
+        needed = self._stored_shape(wanted)
+        single = isinstance(self._grouping(), PerTensor)
+        # A row's scale comes as [out, 1] or [out], a tensor's as [], [1] or [1, 1].
+        flat = single or isinstance(self._grouping(), Channel)
+        if scale != needed and not (flat and prod(scale) == prod(needed) and len(scale) < 3):
+            raise _refuse(
+                target,
+                f"{self.scale_name} is {list(scale)}, and {self._why()} of a weight"
+                f" {list(wanted)} need {list(needed)}",
+            )
+        return wanted
+
+    def _why(self) -> str:
+        return "the scales"
+
+    def _check(self, form: ScaledFloat, scale: Tensor, target: Target) -> None:
+        """Refuse scales that no quantizer makes.
+
+        Raises:
+            QuantmillError: one is not finite and positive. Zero is allowed for zeros.
+        """
+        wide = scale.to(torch.float32)
+        bad = ~(torch.isfinite(wide) & (wide > 0))
+        if not bool(bad.any()):
+            return
+        zero = wide == 0
+        if bool((bad == zero).all()):
+            inside = form.grouping.expand(zero, form.shape)
+            if not bool((inside & (form.values.view(torch.uint8) & 0x7F != 0)).any()):
+                return
+        index = int(torch.argmax(bad.reshape(-1).to(torch.uint8)).item())
+        raise self._bad_scale(target, self.scale_name, index, float(wide.reshape(-1)[index].item()))
+
+    def _positive(self, activation: Tensor, target: Target) -> None:
+        if activation.numel() != 1 or not activation.is_floating_point():
+            raise _refuse(
+                target,
+                f"{self.activation_name} is {activation.dtype} {list(activation.shape)},"
+                " not a single float",
+            )
+        value = float(activation.item())
+        if not 0 < value < float("inf"):
+            raise self._bad_scale(target, self.activation_name, 0, value)
+
+    @staticmethod
+    def _bad_scale(target: Target, name: str, index: int, value: float) -> QuantmillError:
+        return QuantmillError(
+            BAD_SCALE(
+                target.name,
+                f"{name} is {value} at element {index}, and a scale is finite and positive",
+                "the checkpoint is damaged: get it again",
+            )
+        )
+
+
+class BlockCodec(_Fp8Codec[Fp8Config]):
+    """``fp8``: a scale per block, or one for all."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale_inv", "activation_scale")
+    scale_name: ClassVar[str] = "weight_scale_inv"
+    activation_name: ClassVar[str] = "activation_scale"
+
+    def _grouping(self) -> Grouping:
+        return grouping_of(self.config)
+
+    def _stored_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        return self._grouping().scale_shape(shape)
+
+    def _why(self) -> str:
+        size = self.config.weight_block_size
+        return "the whole" if size is None else f"blocks of {size[0]} x {size[1]}"
+
+
+class RowCodec(_Fp8Codec[FbgemmFp8Config]):
+    """``fbgemm_fp8``: a scale per row."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale_ub")
+    scale_name: ClassVar[str] = "weight_scale"
+    activation_name: ClassVar[str] = "input_scale_ub"
+
+    def _grouping(self) -> Grouping:
+        return Channel(0)
+
+    def _stored_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        return (shape[0], 1)
+
+    def _why(self) -> str:
+        return "the rows"

@@ -1,0 +1,93 @@
+"""Findings of the FP8 backend before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quantmill.findings import Finding, Severity, declare
+from quantmill.job import Job
+from quantmill_fp8.config import FbgemmFp8Config, Fp8Config, SkipConfig
+
+__all__ = ["check"]
+
+NO_CALIBRATION = declare("QM-FP8-010", "Static activation scales need calibration")
+WEIGHT_ONLY = declare(
+    "QM-FP8-011", "Activations are computed with as they come, not in 8 bits", Severity.INFO
+)
+NO_EFFECT = declare(
+    "QM-FP8-012", "An option of FP8 has no effect here", Severity.WARNING, fallback=True
+)
+WITHOUT_SCALES = declare("QM-FP8-014", "FP8 weights would be read without their scales")
+TOO_OLD = declare("QM-FP8-013", "PyTorch does not know a dtype of scales")
+
+
+def check(job: Job) -> Iterator[Finding]:
+    """What the config asks for and does not get; scales that nobody would apply."""
+    import torch
+
+    yield from _without_scales(job)
+
+    for selection in job.selections.values():
+        config = selection.config
+        if isinstance(config, FbgemmFp8Config | Fp8Config):
+            field = "activation_scheme" if isinstance(config, Fp8Config) else "activation_scale_ub"
+            yield WEIGHT_ONLY(
+                field,
+                f"{field} is for the peer's GPU kernels, which round activations to 8 bits;"
+                " weights alone are in 8 bits here",
+                "nothing to do: results are closer to the float model's",
+            )
+        if not isinstance(config, Fp8Config):
+            continue
+        if config.dequantize:
+            yield NO_EFFECT(
+                "dequantize",
+                "a config does not decide whether weights stay quantized",
+                "load with dequantize=True",
+            )
+        if config.activation_scheme == "static" and not job.prequantized:
+            yield NO_CALIBRATION(
+                "activation_scheme",
+                "static scales come from calibration, which this method does not do",
+                "use activation_scheme=dynamic",
+            )
+        if config.scale_fmt == "ue8m0" and not hasattr(torch, "float8_e8m0fnu"):
+            yield TOO_OLD(
+                "scale_fmt",
+                f"PyTorch {torch.__version__} has no float8_e8m0fnu",
+                "install torch>=2.7, or use scale_fmt=float",
+            )
+
+
+def _without_scales(job: Job) -> Iterator[Finding]:
+    """Modules that stay float and whose weights the file holds in 8 bits with scales.
+
+    Experts that the file has one by one and the model in one tensor are such: no form is made of
+    them, and the bare values are not the weights.
+    """
+    ours = any(isinstance(item.config, SkipConfig) for item in job.selections.values())
+    if not ours or not job.prequantized or job.plan is None or job.architecture is None:
+        return
+    made = {
+        entry.target.name
+        for entry in job.plan.modules
+        if entry.action == "quantize" and entry.target is not None
+    }
+    tensors = job.headers.tensors
+    for module in job.architecture.modules:
+        if module.name in made:
+            continue
+        scaled = [
+            name
+            for parameter in module.parameters.values()
+            for name in parameter.sources
+            if tensors[name].dtype.startswith("F8_")
+            and (f"{name}_scale_inv" in tensors or f"{name}_scale" in tensors)
+        ]
+        if scaled:
+            yield WITHOUT_SCALES(
+                module.name,
+                f"{scaled[0]} is in FP8 with scales ({len(scaled)} such tensors), and modules of"
+                f" kind {module.kind} are read as float numbers without them",
+                "save it dequantized by transformers (dequantize=True) and quantize that",
+            )

@@ -1,0 +1,82 @@
+"""Which tiles a matmul runs with: a small table, measured on an H200, and what follows from it.
+
+Nothing is tuned at run time: the first call would wait for it, and results would differ between
+runs. ``benchmarks/triton_tune.py`` measures candidates for this table.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from quantmill_triton.facts import Facts
+
+__all__ = ["FUSED_ROWS", "Config", "choose", "split_of"]
+
+
+class Config(NamedTuple):
+    """How one matmul is launched."""
+
+    bm: int
+    """Rows of activations of a product."""
+    bn: int
+    """Rows of the weight of a tile."""
+    warps: int
+    stages: int
+    """Tiles of the pipeline from memory to shared memory."""
+    resident: int
+    """Programs that one processor is meant to hold at once."""
+    teams: int = 1
+    """Parts of a row that a program's warps share among them: 1, or as many as warps."""
+    prescale: bool = False
+    """Scale each weight in place of each group's sum."""
+
+
+FUSED_ROWS = 384
+"""With more rows of activations the weight is dequantized first and PyTorch multiplies."""
+
+_TABLE: tuple[tuple[int, Config], ...] = (
+    (8, Config(8, 128, 4, 3, 2)),
+    (16, Config(16, 128, 4, 4, 2)),
+    (32, Config(32, 128, 4, 3, 2)),
+    (64, Config(64, 64, 4, 3, 2)),
+    (FUSED_ROWS, Config(128, 128, 8, 3, 1)),
+)
+
+
+@lru_cache(maxsize=4096)
+def choose(facts: Facts, rows: int, shared: int) -> Config:
+    """The tiles for ``rows`` of activations, with stages that fit ``shared`` bytes."""
+    config = next((config for most, config in _TABLE if rows <= most), _TABLE[-1][1])
+    while config.stages > 1 and _shared_bytes(config, facts) > shared:
+        config = config._replace(stages=config.stages - 1)
+    return config
+
+
+def _shared_bytes(config: Config, facts: Facts) -> int:
+    words = facts.width * facts.slices * (facts.bits + facts.high_bits) // 16
+    pairs = 8 * config.bn * facts.chunk // facts.flush
+    ahead = max(1, config.stages - 1) * (2 * config.bn * words + pairs)
+    # Of activations the tile that is being multiplied is in shared memory too.
+    return config.teams * (ahead + config.stages * 2 * config.bm * facts.chunk)
+
+
+@lru_cache(maxsize=4096)
+def split_of(facts: Facts, rows: int, config: Config, processors: int) -> tuple[int, int]:
+    """Parts that a row's chunks are divided in, and chunks of a part.
+
+    As many as fill the processors, whole rounds if possible; each part has at least 512 columns,
+    or the sums written and read again would weigh as much as its codes.
+    """
+    tiles = -(-facts.rows // config.bn) * -(-rows // config.bm)
+    places = processors * config.resident
+    least = max(1, -(-512 // facts.chunk)) * config.teams
+    best, most = (0.0, 1), max(1, min(16, facts.chunks // least))
+    for parts in range(1, most + 1):
+        programs = tiles * parts
+        # A round of programs lasts as long as a part, and each part more costs about 3 %.
+        used = programs / (-(-programs // places) * places) - 0.03 * parts
+        if used > best[0]:
+            best = (used, parts)
+    part = -(-facts.chunks // best[1])
+    return -(-facts.chunks // part), part

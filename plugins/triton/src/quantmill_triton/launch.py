@@ -1,0 +1,263 @@
+"""Launches of the kernels over prepared tensors, and the locks that split matmuls need."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantmill_triton.available import interpreted
+from quantmill_triton.configs import FUSED_ROWS, Config, choose, split_of
+from quantmill_triton.facts import ROWS, Facts
+from quantmill_triton.kernels import dequantize_kernel, matmul_kernel
+
+__all__ = ["BUFFER_BYTES", "Weight", "dequantize", "matmul", "matmul_fused"]
+
+BUFFER_BYTES = 128 << 20
+"""Most bytes of dequantized weight that a large batch holds at a time."""
+
+_GATHER_ROWS = 8
+"""Up to so many rows of activations the matmul gathers columns itself (act-order)."""
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class Weight(NamedTuple):
+    """The tensors of the layout that kernels read; see :mod:`quantmill_triton.layout`."""
+
+    codes: Tensor
+    high: Tensor | None
+    scale: Tensor
+    """``scale`` or ``pairs`` of the layout."""
+    offset: Tensor | None
+    table: Tensor | None
+    lut: Tensor | None
+    unit: Tensor | None
+    order: Tensor | None
+
+
+class _Machine(NamedTuple):
+    processors: int
+    shared: int
+    assembly: bool
+
+
+@lru_cache(maxsize=64)
+def _machine(device: torch.device) -> _Machine:
+    if device.type != "cuda":
+        return _Machine(4, 1 << 30, False)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    assembly = torch.version.cuda is not None and not interpreted()
+    return _Machine(properties.multi_processor_count, shared, assembly)
+
+
+class _Locks:
+    """Counters that are 0 between launches: one region per stream, one per captured launch.
+
+    Launches of a stream follow each other, so they share a region. A captured launch may be
+    replayed beside anything, so each has a region of its own, as long as there are any.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Tensor | None = None
+        self._used = 0
+        self._streams: dict[int, Tensor] = {}
+
+    def take(self, count: int) -> Tensor:
+        """int32 ``[at least count]``, zeros."""
+        if self._device.type != "cuda":
+            return torch.zeros(count, dtype=torch.int32, device=self._device)
+        if torch.cuda.is_current_stream_capturing():
+            return self._fresh(count)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        held = self._streams.get(stream)
+        if held is None or held.numel() < count:
+            if self._pool is None:
+                self._pool = torch.zeros(1 << 20, dtype=torch.int32, device=self._device)
+                # Zeros are there before another stream can take a part of them.
+                torch.cuda.current_stream(self._device).synchronize()
+            held = self._streams[stream] = self._fresh(max(count, 4096))
+        return held
+
+    def _fresh(self, count: int) -> Tensor:
+        if self._pool is None or self._used + count > self._pool.numel():
+            return torch.zeros(count, dtype=torch.int32, device=self._device)
+        start, self._used = self._used, self._used + count
+        return self._pool[start : self._used]
+
+
+@lru_cache(maxsize=64)
+def _locks(device: torch.device) -> _Locks:
+    return _Locks(device)
+
+
+def _fast(facts: Facts, machine: _Machine) -> bool:
+    """Whether slices are unpacked in assembly, two words at a time."""
+    if not machine.assembly:
+        return False
+    if facts.paired:
+        return True
+    exact = facts.values == 0 and facts.offset in (0, 1) and facts.high_bits == 0
+    return exact and facts.bits in (2, 4, 8)
+
+
+def matmul(x: Tensor, weight: Weight, bias: Tensor | None, facts: Facts, factor: float) -> Tensor:
+    """``x @ W.T + bias`` for ``x`` ``[rows, columns]``: fused for halves and few rows."""
+    if x.dtype in _HALVES and 0 < x.shape[0] <= FUSED_ROWS:
+        return matmul_fused(x, weight, bias, facts, factor)
+    out = x.new_empty((x.shape[0], facts.rows))
+    if out.numel() == 0:
+        return out
+    if weight.order is not None:
+        x = x.index_select(1, weight.order)
+    # Whole tiles of rows, so that each piece begins with a tile.
+    step = BUFFER_BYTES // (facts.columns * x.element_size()) // ROWS * ROWS
+    for start in range(0, facts.rows, max(ROWS, step)):
+        stop = min(facts.rows, start + max(ROWS, step))
+        part = _dequantize(weight, facts, factor, x.dtype, start, stop, ordered=True)
+        if stop - start == facts.rows:
+            torch.mm(x, part.t(), out=out)
+        else:
+            torch.mm(x, part.t(), out=out[:, start:stop])
+    return out if bias is None else out.add_(bias)
+
+
+def matmul_fused(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    facts: Facts,
+    factor: float,
+    config: Config | None = None,
+    split: tuple[int, int] | None = None,
+) -> Tensor:
+    """The fused kernel for ``x`` bfloat16 or float16 ``[rows, columns]``, at least one row."""
+    rows = x.shape[0]
+    machine = _machine(x.device)
+    config = config or choose(facts, rows, machine.shared)
+    parts, part = split or split_of(facts, rows, config, machine.processors)
+    gather = weight.order is not None and rows <= _GATHER_ROWS
+    if weight.order is not None and not gather:
+        x = x.index_select(1, weight.order)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = x.new_empty((rows, facts.rows))
+    fast = _fast(facts, machine)
+    prescale = config.prescale or facts.offset in (2, 3) or (facts.values == 1 and not fast)
+    grid = (-(-facts.rows // config.bn), parts, -(-rows // config.bm))
+    work, locks = out, out
+    if parts > 1:
+        work = x.new_empty((parts, rows, facts.rows), dtype=torch.float32)
+        locks = _locks(x.device).take(grid[0] * grid[2])
+    codes = weight.codes
+    table = weight.table
+    if facts.paired and fast:
+        assert weight.unit is not None
+        table = weight.unit[int(x.dtype == torch.float16) :]
+        assert weight.lut is not None
+        lut = weight.lut[int(x.dtype == torch.float16)]
+    else:
+        lut = codes
+    matmul_kernel[grid](
+        x,
+        codes,
+        codes if weight.high is None else weight.high,
+        weight.scale,
+        codes if weight.offset is None else weight.offset,
+        codes if table is None else table,
+        lut,
+        codes if weight.order is None else weight.order,
+        codes if bias is None else bias,
+        out,
+        work,
+        locks,
+        rows,
+        facts.rows,
+        facts.columns,
+        x.stride(0),
+        facts.chunks,
+        part,
+        facts.groups,
+        weight.scale.shape[1],
+        BITS=facts.bits,
+        HIGH_BITS=facts.high_bits,
+        WIDTH=facts.width,
+        SLICES=facts.slices,
+        GROUP=facts.group,
+        TALL=facts.tall,
+        FLUSH=facts.flush,
+        VALUES=facts.values,
+        OFFSET=facts.offset,
+        MIDDLE=facts.middle,
+        PAIRED=bool(facts.paired),
+        SCALES=facts.scales,
+        GATHER=gather,
+        EVEN=facts.columns % facts.chunk == 0 and facts.chunks % (parts * config.teams) == 0,
+        BIAS=bias is not None,
+        PRESCALE=prescale,
+        FAST=fast,
+        WIDE=interpreted(),
+        SPLIT=parts > 1,
+        BM=config.bm,
+        TEAMS=config.teams,
+        BN=config.bn,
+        FACTOR=factor,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def dequantize(weight: Weight, facts: Facts, factor: float, dtype: torch.dtype) -> Tensor:
+    """The whole weight ``[rows, columns]``, columns in their original order."""
+    return _dequantize(weight, facts, factor, dtype, 0, facts.rows, ordered=False)
+
+
+def _dequantize(
+    weight: Weight,
+    facts: Facts,
+    factor: float,
+    dtype: torch.dtype,
+    start: int,
+    stop: int,
+    *,
+    ordered: bool,
+) -> Tensor:
+    """Rows ``start`` (a multiple of 64) to ``stop``; ``ordered`` leaves columns as sorted."""
+    codes = weight.codes
+    out = torch.empty((stop - start, facts.columns), dtype=dtype, device=codes.device)
+    grid = (facts.chunks, -(-(stop - start) // ROWS))
+    dequantize_kernel[grid](
+        codes,
+        codes if weight.high is None else weight.high,
+        weight.scale,
+        codes if weight.offset is None else weight.offset,
+        codes if weight.table is None else weight.table,
+        codes if weight.order is None else weight.order,
+        out,
+        start,
+        stop,
+        facts.columns,
+        facts.chunks,
+        facts.groups,
+        weight.scale.shape[1],
+        BITS=facts.bits,
+        HIGH_BITS=facts.high_bits,
+        WIDTH=facts.width,
+        SLICES=facts.slices,
+        GROUP=facts.group,
+        TALL=facts.tall,
+        VALUES=facts.values,
+        OFFSET=facts.offset,
+        MIDDLE=facts.middle,
+        PAIRED=bool(facts.paired),
+        SCALES=facts.scales,
+        GATHER=weight.order is not None and not ordered,
+        FACTOR=factor,
+        enable_fp_fusion=False,
+    )
+    return out
