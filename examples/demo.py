@@ -10,6 +10,7 @@ import contextlib
 import gc
 import hashlib
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens to score")
     parser.add_argument("--prompt", default="It was a dark night, and the old house")
     options = parser.parse_args()
-    console = Console()
+    # Piped output has no width of its own: let nothing be cut there.
+    console = Console(width=None if sys.stdout.isatty() else 140)
     torch.manual_seed(0)
 
     show_plan(console, options.model)
