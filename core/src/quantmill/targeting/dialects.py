@@ -93,10 +93,15 @@ def from_compressed_tensors(
     rules = [Rule("**", "skip", origin, reason=reason, order=-1, optional=True)]
     rules += [
         # An ignored module stays float whatever a group says.
-        Rule(pattern, "skip", origin, reason=f"ignore: {entry}", order=3, optional=True)
+        Rule(pattern, "skip", origin, reason=f"ignore: {entry}", order=1 << 20, optional=True)
         for entry in ignore
-        for pattern, _ in [_compressed_pattern(entry)]
+        for pattern, _ in [_compressed_pattern(entry, 0)]
     ]
+    # Of several expressions that match, the library takes the first by text.
+    texts = sorted(
+        {str(entry) for group in groups.values() for entry in group.get("targets") or ()}
+    )
+    last = len(texts) + 1
     for name, group in groups.items():
         options = {key: item for key, item in group.items() if key != "targets"}
         rules += [
@@ -106,22 +111,23 @@ def from_compressed_tensors(
                 origin,
                 reason=f"config group {name}",
                 options=options,
-                order=order,
+                order=order if order != 1 else last - texts.index(str(entry)),
                 optional=True,
             )
             for entry in group.get("targets") or ()
-            for pattern, order in [_compressed_pattern(entry)]
+            for pattern, order in [_compressed_pattern(entry, last)]
         ]
     return rules
 
 
-def _compressed_pattern(entry: str) -> tuple[str, int]:
-    """The pattern of a target and its order."""
+def _compressed_pattern(entry: str, last: int) -> tuple[str, int]:
+    """The pattern of a target and its order: 0 for a class, 1 for an expression, above ``last``
+    for a name."""
     if entry.startswith("re:"):
         return _expression(f"(?:{_grouped(entry[3:])}).*"), 1
     if re.fullmatch(r"[A-Z]\w*", entry):
         return f"cls:{entry}", 0
-    return f"re:{re.escape(entry)}", 2
+    return f"re:{re.escape(entry)}", last + 1
 
 
 def from_torchao_fqn(value: Mapping[str, Any], origin: str = "checkpoint") -> list[Rule]:

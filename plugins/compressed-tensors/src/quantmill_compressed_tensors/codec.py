@@ -1,0 +1,374 @@
+"""The disk layouts of compressed-tensors as a codec over the affine and the scaled float form.
+
+Relative to the module, with ``in`` and ``out`` features (compressed-tensors 0.20, formats
+``pack-quantized``, ``int-quantized``, ``naive-quantized`` and ``float-quantized``)::
+
+    weight_packed      int32 [out, ceil(in * bits / 32)]      codes plus 2**(bits - 1)
+    weight_shape       int64 [2]                              out and in
+    weight_zero_point  int32 [ceil(out * bits / 32), groups]  each column a stream, plus the same
+
+    weight             int8 or float8_e4m3fn [out, in]        in place of the three above
+    weight_zero_point  int8, of the shape of the scale
+
+    weight_scale       float [out, groups], [out, 1], [out], [1], or [blocks, blocks]
+    weight_g_idx       int32 [in]                             group of each input column
+    input_scale, input_zero_point                             of activations with stored scales
+
+A symmetric weight has no zero point. What the tensors say outranks the config; the config decides
+where they say nothing: the width of very narrow packed rows, the sides of ragged blocks, and that
+a zero point is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import Codec
+from quantmill.checkpoint.headers import TensorHeader
+from quantmill.checkpoint.reader import torch_dtype
+from quantmill.findings import QuantmillError, declare
+from quantmill.forms import (
+    Blocks,
+    Channel,
+    Codes,
+    Form,
+    Group,
+    Grouping,
+    PerTensor,
+)
+from quantmill.targeting.types import Target
+from quantmill_compressed_tensors.config import CompressedConfig
+from quantmill_compressed_tensors.foreign import stored_form
+from quantmill_compressed_tensors.forms import (
+    Layout,
+    StoredAffine,
+    StoredFloat,
+    abstract_float,
+    abstract_integer,
+)
+from quantmill_compressed_tensors.schemes import Args
+from quantmill_compressed_tensors.words import pack_rows, row_words, unpack_rows, widths
+
+__all__ = ["CompressedCodec"]
+
+BAD_TENSORS = declare("QM-CT-001", "A quantized weight's tensors contradict each other")
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Dtype and shape of a tensor, in a header or in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _refuse(target: Target, cause: str) -> QuantmillError:
+    return QuantmillError(
+        BAD_TENSORS(target.name, cause, "the checkpoint is damaged: get it again")
+    )
+
+
+class CompressedCodec(Codec[CompressedConfig]):
+    """Packed integers, integers in bytes and FP8."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (
+        "weight",
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_g_idx",
+        "input_scale",
+        "input_zero_point",
+    )
+
+    def encode(self, form: Form) -> dict[str, Tensor]:
+        form = stored_form(form)
+        layout = form.layout
+        assert isinstance(form.scale, Tensor)
+        shape = layout.scale_shape
+        found = {"weight_scale": form.scale if shape is None else form.scale.reshape(shape)}
+        if isinstance(form, StoredFloat):
+            found["weight"] = form.values
+        elif not layout.packed:
+            found["weight"] = form.codes.data.reshape(form.shape)
+        else:
+            found["weight_packed"] = pack_rows(form.codes)
+            found["weight_shape"] = torch.tensor(
+                form.shape, dtype=layout.shape_dtype, device=form.scale.device
+            )
+        if isinstance(form, StoredAffine):
+            if layout.zeros != "none":
+                found["weight_zero_point"] = _zeros_out(form)
+            if form.group_index is not None:
+                found["weight_g_idx"] = form.group_index
+            elif layout.unordered:
+                found["weight_g_idx"] = torch.full(
+                    (form.shape[1],), -1, dtype=torch.int32, device=form.scale.device
+                )
+        if form.input_scale is not None:
+            found["input_scale"] = form.input_scale
+        if form.input_zero_point is not None:
+            found["input_zero_point"] = form.input_zero_point
+        return found
+
+    def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
+        seen = {name: _Seen(item.dtype, tuple(item.shape)) for name, item in tensors.items()}
+        skeleton = self._measure(seen, target, dtype)
+        if skeleton is None:
+            raise _refuse(target, f"it has only {', '.join(sorted(seen)) or 'nothing'}")
+        grouping, layout = skeleton.grouping, skeleton.layout
+        scale = tensors["weight_scale"].reshape(grouping.scale_shape(skeleton.shape))
+        inputs: dict[str, Any] = {
+            name: tensors.get(name) for name in ("input_scale", "input_zero_point")
+        }
+        if isinstance(skeleton, StoredFloat):
+            if "weight_zero_point" in tensors and bool(tensors["weight_zero_point"].float().any()):
+                raise _refuse(target, "it has zero points other than 0 for FP8 values")
+            return _sound(
+                replace(skeleton, values=tensors["weight"], scale=scale, **inputs), target
+            )
+        bits, (rows, columns) = skeleton.codes.bits, skeleton.shape
+        if layout.packed:
+            said = tensors["weight_shape"].tolist()
+            if said != [rows, columns]:
+                raise _refuse(
+                    target, f"weight_shape says {said}, the model wants {[rows, columns]}"
+                )
+            codes = unpack_rows(tensors["weight_packed"], bits, columns)
+        else:
+            codes = Codes(tensors["weight"], 8, (rows, columns), "i8")
+        order = self._order(tensors.get("weight_g_idx"), skeleton, target)
+        form = replace(
+            skeleton,
+            codes=codes,
+            scale=scale,
+            offset=_zeros_in(tensors.get("weight_zero_point"), skeleton, scale.device),
+            group_index=order,
+            layout=replace(layout, unordered="weight_g_idx" in tensors and order is None),
+            **inputs,
+        )
+        return _sound(form, target)
+
+    def describe(
+        self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
+    ) -> Form | None:
+        seen = {
+            name: _Seen(torch_dtype(item.dtype), tuple(item.shape))
+            for name, item in headers.items()
+        }
+        form = self._measure(seen, target, dtype)
+        if form is None:
+            return None
+        inputs: dict[str, Any] = {
+            name: torch.empty(seen[name].shape, dtype=seen[name].dtype, device="meta")
+            for name in ("input_scale", "input_zero_point")
+            if name in seen
+        }
+        return replace(form, **inputs)
+
+    def _measure(
+        self, seen: Mapping[str, _Seen], target: Target, dtype: torch.dtype
+    ) -> StoredAffine | StoredFloat | None:
+        """The form on the meta device; None when the weight is a float one or there is none."""
+        weight, packed = seen.get("weight"), seen.get("weight_packed")
+        if packed is None and weight is not None and weight.dtype not in (torch.int8, *FLOAT8):
+            return None
+        if packed is None and weight is None:
+            return None
+        group = self.config.scheme_of(target)
+        args = group.weights if group is not None and group.weights is not None else None
+        scale = seen.get("weight_scale")
+        if scale is None:
+            raise _refuse(target, "weight_scale is missing")
+        if scale.dtype not in SCALES:
+            raise _refuse(target, f"weight_scale is {scale.dtype}, not a float")
+        inputs = group.input_activations if group is not None else None
+        if inputs is not None and not inputs.dynamic and "input_scale" not in seen:
+            raise _refuse(target, "input_scale is missing, and its activations have stored scales")
+        shape = (target.out_features, target.in_features)
+        grouping = self._grouping(scale.shape, shape, args, target)
+        zeros = seen.get("weight_zero_point")
+        if zeros is None and args is not None and args.type == "int" and not args.symmetric:
+            raise _refuse(target, "weight_zero_point is missing, and its group is asymmetric")
+        if packed is not None:
+            bits = self._bits(packed, seen, shape, args, target)
+            if isinstance(grouping, Channel) and "weight_g_idx" in seen:
+                grouping = Group(shape[1])  # the index counts groups
+            layout = replace(
+                _zero_layout(zeros, bits, grouping, shape, target),
+                packed=True,
+                scale_shape=scale.shape,
+                shape_dtype=seen["weight_shape"].dtype,
+            )
+            return abstract_integer(
+                shape,
+                bits,
+                grouping,
+                layout,
+                scale.dtype,
+                dtype,
+                ordered="weight_g_idx" in seen,
+            )
+        assert weight is not None
+        if weight.shape != shape:
+            raise _refuse(target, f"weight is {list(weight.shape)}, the model wants {list(shape)}")
+        if weight.dtype in FLOAT8:
+            return abstract_float(
+                shape, weight.dtype, grouping, Layout(False, scale.shape), scale.dtype, dtype
+            )
+        if zeros is not None and (zeros.dtype != torch.int8 or zeros.shape != scale.shape):
+            raise _refuse(
+                target,
+                f"weight_zero_point is {zeros.dtype} {list(zeros.shape)}, not int8"
+                f" {list(scale.shape)}",
+            )
+        layout = Layout(False, scale.shape)
+        if zeros is not None:
+            layout = replace(layout, zeros="plain", zeros_shape=zeros.shape)
+        return abstract_integer(
+            shape, 8, grouping, layout, scale.dtype, dtype, ordered="weight_g_idx" in seen
+        )
+
+    def _bits(
+        self,
+        packed: _Seen,
+        seen: Mapping[str, _Seen],
+        shape: tuple[int, int],
+        args: Args | None,
+        target: Target,
+    ) -> int:
+        if packed.dtype != torch.int32:
+            raise _refuse(target, f"weight_packed is {packed.dtype}, not int32")
+        said = seen.get("weight_shape")
+        if said is None or said.shape != (2,):
+            raise _refuse(target, "weight_shape is missing or does not hold two numbers")
+        fitting = widths(shape[1], packed.shape[1]) if len(packed.shape) == 2 else []
+        if not fitting or packed.shape[0] != shape[0]:
+            raise _refuse(
+                target,
+                f"weight_packed is {list(packed.shape)}, the model wants {shape[0]} rows of"
+                f" {shape[1]} codes",
+            )
+        if args is not None and args.num_bits in fitting:
+            return args.num_bits
+        if len(fitting) > 1:
+            raise _refuse(target, f"its rows may hold {fitting} bits, and no group says which")
+        return fitting[0]
+
+    def _grouping(
+        self,
+        scale: tuple[int, ...],
+        shape: tuple[int, int],
+        args: Args | None,
+        target: Target,
+    ) -> Grouping:
+        """What shares a scale, by the shape of ``weight_scale``."""
+        rows, columns = shape
+        block = args.block if args is not None and args.means == "block" else None
+        if block is not None and scale == Blocks(*block).scale_shape(shape):
+            return Blocks(*block)
+        if scale in ((), (1,)) and (rows > 1 or args is None or args.means == "tensor"):
+            return PerTensor()
+        if scale in ((rows,), (rows, 1)):
+            return Channel(0)
+        if len(scale) == 2 and scale[0] == rows and 0 < scale[1] <= columns:
+            size = args.group_size if args is not None else None
+            if size is None or size <= 0 or -(-columns // size) != scale[1]:
+                size = columns // scale[1]
+            if -(-columns // size) == scale[1]:
+                return Group(size)
+        raise _refuse(target, f"weight_scale is {list(scale)} for a weight of {list(shape)}")
+
+    def _order(self, index: Tensor | None, form: StoredAffine, target: Target) -> Tensor | None:
+        """The group of each input column, or None where the file has none or says -1."""
+        if index is None:
+            return None
+        columns, grouping = form.shape[1], form.grouping
+        if index.shape != (columns,) or index.dtype != torch.int32:
+            raise _refuse(
+                target, f"weight_g_idx is {index.dtype} {list(index.shape)}, not int32 [{columns}]"
+            )
+        low, high = int(index.min()), int(index.max())
+        if low == high == -1:
+            return None
+        groups = grouping.scale_shape(form.shape)[1] if isinstance(grouping, Group) else 0
+        if low < 0 or high >= groups:
+            raise _refuse(
+                target, f"weight_g_idx names groups {low} to {high}, and there are {groups}"
+            )
+        return index
+
+
+def _sound(form: StoredAffine | StoredFloat, target: Target) -> Form:
+    """The form, unless its scales can't be those of any weight."""
+    scale = form.scale
+    assert isinstance(scale, Tensor)
+    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+        raise _refuse(target, "weight_scale holds NaN, infinite or negative values")
+    zero = scale == 0
+    # A scale of zero is what some writers give to rows of zeros: nothing else may be under it.
+    if bool(zero.any()) and bool(replace(form, scale=zero.to(scale.dtype)).dequantize().any()):
+        raise _refuse(target, "weight_scale is 0 for weights that are not")
+    return form
+
+
+def _zero_layout(
+    zeros: _Seen | None, bits: int, grouping: Grouping, shape: tuple[int, int], target: Target
+) -> Layout:
+    """Where the zero points of packed codes lie."""
+    if zeros is None:
+        return Layout()
+    size = grouping.scale_shape(shape)
+    if isinstance(grouping, Group | Channel) and zeros.dtype == torch.int32:
+        if zeros.shape == (row_words(shape[0], bits), *(size[1:] or (1,))):
+            return Layout(zeros="packed")
+    elif (
+        isinstance(grouping, PerTensor) and zeros.dtype == torch.int8 and zeros.shape in ((), (1,))
+    ):
+        return Layout(zeros="plain", zeros_shape=zeros.shape)
+    raise _refuse(
+        target,
+        f"weight_zero_point is {zeros.dtype} {list(zeros.shape)} for scales {list(size)} of"
+        f" {bits} bits",
+    )
+
+
+def _zeros_in(zeros: Tensor | None, form: StoredAffine, device: torch.device) -> Tensor | None:
+    """The zero points of a form from ``weight_zero_point``."""
+    size, layout = form.grouping.scale_shape(form.shape), form.layout
+    if not layout.packed:
+        return None if zeros is None else zeros.reshape(size)
+    bits = form.codes.bits
+    middle = 2 ** (bits - 1)
+    if zeros is None:
+        return torch.full(size, middle, dtype=torch.uint8, device=device)
+    if layout.zeros == "plain":
+        return (zeros.to(torch.int16) + middle).to(torch.uint8).reshape(size)
+    streams = zeros.t().contiguous()
+    return unpack_rows(streams, bits, form.shape[0]).unpack().t().reshape(size).contiguous()
+
+
+def _zeros_out(form: StoredAffine) -> Tensor:
+    """``weight_zero_point`` of a form that has one."""
+    zeros, layout = form.offset, form.layout
+    assert isinstance(zeros, Tensor)
+    if layout.zeros == "packed":
+        zeros = zeros.reshape(form.shape[0], -1)
+        if zeros.is_meta:
+            words = row_words(form.shape[0], form.codes.bits)
+            return torch.empty(words, zeros.shape[1], dtype=torch.int32, device="meta")
+        codes = Codes.pack(zeros.t().contiguous(), form.codes.bits, "dense")
+        return pack_rows(codes).t().contiguous()
+    assert layout.zeros_shape is not None
+    if layout.packed:
+        zeros = (zeros.to(torch.int16) - 2 ** (form.codes.bits - 1)).to(torch.int8)
+    return zeros.reshape(layout.zeros_shape)

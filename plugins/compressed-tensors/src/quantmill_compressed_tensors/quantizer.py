@@ -1,0 +1,181 @@
+"""Rounding to nearest, by row blocks, with the scales that the peer takes from a range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.findings import Finding, declare
+from quantmill.forms import Blocks, Channel, Codes, Form, Group, Grouping, PerTensor
+from quantmill.targeting.types import Target
+from quantmill_compressed_tensors.config import CompressedConfig
+from quantmill_compressed_tensors.forms import (
+    Layout,
+    StoredAffine,
+    StoredFloat,
+    abstract_float,
+    abstract_integer,
+)
+from quantmill_compressed_tensors.schemes import Args, Scheme
+
+__all__ = ["CompressedQuantizer"]
+
+UNEVEN = declare("QM-CT-002", "A module's width is no multiple of the group size")
+TOP = 448.0
+"""The largest finite float8_e4m3fn."""
+
+
+class CompressedQuantizer(Quantizer[CompressedConfig]):
+    """Integers of 2 to 8 bits, and FP8 (e4m3)."""
+
+    def abstract(self, target: Target, dtype: torch.dtype) -> Form:
+        return self._empty(target, dtype)
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        args = self._args(target)
+        size = args.group_size or 0
+        if args.means == "group" and target.in_features % size:
+            yield UNEVEN(
+                target.name,
+                f"its width {target.in_features} is no multiple of group_size={size}, and the"
+                " format has no ragged groups",
+                f"take another group_size, or keep it float: --skip {target.name}",
+            )
+
+    def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
+        return 0
+
+    def quantize(self, target: Target, weight: WeightSource) -> Form:
+        form = self._empty(target, weight.dtype)
+        args = self._args(target)
+        real = form.map_tensors(lambda item: torch.empty_like(item, device=self.device))
+        whole = None
+        if isinstance(real.grouping, PerTensor):
+            whole = self._range(weight)
+        for start, rows in weight.row_blocks(_step(real)):
+            work = rows.to(torch.float32)
+            _finite(work, weight.name, start * target.in_features)
+            low, high = whole if whole is not None else _reduced(work, real.grouping)
+            if isinstance(real, StoredFloat):
+                _float_rows(real, start, work, low, high)
+            else:
+                _integer_rows(real, start, work, low, high, args)
+        return real
+
+    def _args(self, target: Target) -> Args:
+        group = self._group(target)
+        return group.weights if group.weights is not None else Args()
+
+    def _group(self, target: Target) -> Scheme:
+        found = self.config.scheme_of(target)
+        return found if found is not None else next(iter(self.config.config_groups.values()))
+
+    def _empty(self, target: Target, dtype: torch.dtype) -> StoredAffine | StoredFloat:
+        """The form on the meta device. Scales have the dtype of the weight, as the peer's."""
+        args, shape = self._args(target), (target.out_features, target.in_features)
+        dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+        grouping: Grouping = {
+            "tensor": PerTensor(),
+            "group": Group(args.group_size or 1),
+            "block": Blocks(*(args.block or (1, 1))),
+        }.get(args.means, Channel(0))
+        size = grouping.scale_shape(shape)
+        stored = {0: (1,), 1: (shape[0], 1)}.get(len(size), size)
+        if args.type == "float":
+            layout = Layout(False, stored)
+            return abstract_float(shape, torch.float8_e4m3fn, grouping, layout, dtype, dtype)
+        packed = self._group(target).stores_as == "pack-quantized"
+        layout = Layout(packed, stored)
+        if not args.symmetric:
+            plain = not packed or isinstance(grouping, PerTensor)
+            layout = replace(layout, zeros="plain" if plain else "packed")
+            layout = replace(layout, zeros_shape=stored if plain else None)
+        bits = args.num_bits if packed else 8
+        return abstract_integer(shape, bits, grouping, layout, dtype, dtype)
+
+    def _range(self, weight: WeightSource) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of the whole weight, in a pass of its own."""
+        low = high = torch.zeros((), dtype=torch.float32, device=self.device)
+        for _, rows in weight.row_blocks():
+            work = rows.to(torch.float32)
+            low, high = torch.minimum(low, work.amin()), torch.maximum(high, work.amax())
+        return low, high
+
+
+def _step(form: StoredAffine | StoredFloat) -> int:
+    """Rows that end where a byte of codes and a block of scales end."""
+    if isinstance(form.grouping, Blocks):
+        return form.grouping.rows
+    if isinstance(form, StoredAffine) and form.layout.packed:
+        return 8 // gcd(8, form.shape[1] * form.codes.bits)
+    return 1
+
+
+def _finite(work: Tensor, name: str, first: int) -> None:
+    finite = torch.isfinite(work)
+    if not bool(finite.all()):
+        raise NonFiniteWeight(name, first + int(torch.argmin(finite.reshape(-1).byte()).item()))
+
+
+def _reduced(work: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each group, widened to zero."""
+    low, high = grouping.reduce(work, "amin"), grouping.reduce(work, "amax")
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def _scale(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they are stored: rounded, finite, not zero."""
+    top = torch.finfo(dtype)
+    scale = values.clamp(max=top.max).to(dtype)
+    return torch.where(scale == 0, torch.tensor(top.eps, dtype=dtype, device=scale.device), scale)
+
+
+def _put(whole: Tensor, start: int, grouping: Grouping, part: Tensor) -> None:
+    """Write the scales or zero points of the rows from ``start`` on."""
+    if isinstance(grouping, PerTensor):
+        whole.copy_(part)
+        return
+    first = start // grouping.rows if isinstance(grouping, Blocks) else start
+    whole[first : first + part.shape[0]] = part
+
+
+def _float_rows(form: StoredFloat, start: int, work: Tensor, low: Tensor, high: Tensor) -> None:
+    assert isinstance(form.scale, Tensor)
+    scale = _scale(torch.maximum(-low, high) / TOP, form.scale.dtype)
+    _put(form.scale, start, form.grouping, scale)
+    wide = form.grouping.expand(scale.to(torch.float32), tuple(work.shape))
+    values = (work / wide).clamp(-TOP, TOP).to(form.values.dtype)
+    form.values[start : start + work.shape[0]] = values
+
+
+def _integer_rows(
+    form: StoredAffine, start: int, work: Tensor, low: Tensor, high: Tensor, args: Args
+) -> None:
+    assert isinstance(form.scale, Tensor)
+    least, most = -(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1
+    shape = tuple(work.shape)
+    if args.symmetric:
+        # As the peer: the range is divided by its whole length, and its top code is clamped.
+        scale = _scale(torch.maximum(-low, high) / ((most - least) / 2), form.scale.dtype)
+        zero = torch.zeros_like(low)
+    else:
+        scale = _scale((high - low) / (most - least), form.scale.dtype)
+        zero = torch.round((least - low / scale.to(torch.float32)).clamp(least, most))
+    _put(form.scale, start, form.grouping, scale)
+    wide = form.grouping.expand(scale.to(torch.float32), shape)
+    codes = torch.round(work / wide) + form.grouping.expand(zero, shape)
+    codes = codes.clamp(least, most)
+    middle = -least if form.layout.packed else 0
+    if isinstance(form.offset, Tensor):
+        _put(form.offset, start, form.grouping, (zero + middle).to(form.offset.dtype))
+    if not form.layout.packed:
+        form.codes.data[start : start + shape[0]] = codes.to(torch.int8)
+        return
+    data = Codes.pack((codes + middle).to(torch.uint8), form.codes.bits, "dense").data
+    first = start * shape[1] * form.codes.bits // 8
+    form.codes.data[first : first + data.numel()] = data

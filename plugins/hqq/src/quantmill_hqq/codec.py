@@ -1,0 +1,257 @@
+"""The disk layout of HQQ as a codec over the affine form.
+
+Both hqq's safetensors files and transformers' hold, per module, the state of an ``HQQLinear`` with
+every setting as a tensor. With ``n`` weights and groups of ``size``, relative to the module::
+
+    W_q            uint8, or int32 with 3 bits; see quantmill_hqq.packing
+                   axis 1: [n / size / codes per word, size], axis 0: [size / ..., n / size]
+    scale, zero    float [n / size, 1] (axis 1) or [1, n / size] (axis 0): w = (code - zero) * scale
+    shape          int64 [2]: of the weight
+    nbits, group_size, axis                                  int32 []
+    channel_wise, optimize, round_zero, view_as_float, quant_scale, quant_zero, offload_meta,
+    stores_quant_config, encoded_state_dict                  uint8 []: booleans
+    packing, unpack_view_dtype, compute_dtype                uint8 [length]: ASCII text
+
+Tensors outrank the config; settings that contradict the shapes of ``W_q`` and ``scale`` are an
+error. Source: the bytes of the checkpoints in ``tests/data``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import Codec
+from quantmill.checkpoint.headers import TensorHeader
+from quantmill.findings import QuantmillError, declare
+from quantmill.forms import Affine, Codes, Flat, Form, Group, Grouping, Strided
+from quantmill.targeting.types import Target
+from quantmill_hqq.config import HqqConfig
+from quantmill_hqq.packing import NAMES, WORDS, fits, pack, unpack, words_of
+
+__all__ = ["HqqCodec", "Layout", "abstract_form", "grouping_of"]
+
+BAD_TENSORS = declare("QM-HQQ-001", "A quantized weight's tensors contradict each other")
+UNREADABLE = declare("QM-HQQ-002", "A weight is stored in a variant of HQQ that is not read")
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NUMBERS = ("nbits", "group_size", "axis")
+_ON = ("channel_wise", "stores_quant_config", "encoded_state_dict")
+_OFF = ("view_as_float", "quant_scale", "quant_zero")
+_FREE = ("optimize", "round_zero", "offload_meta")
+_TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
+
+
+def _refuse(target: Target, cause: str) -> QuantmillError:
+    return QuantmillError(
+        BAD_TENSORS(target.name, cause, "the checkpoint is damaged: get it again")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the shapes of ``W_q`` and ``scale`` say."""
+
+    bits: int
+    size: int
+    axis: int
+
+    def matrix(self, count: int) -> tuple[int, int]:
+        """Rows and columns of the codes as they are packed, for ``count`` weights."""
+        groups = count // self.size
+        return (groups, self.size) if self.axis == 1 else (self.size, groups)
+
+    def column(self, count: int) -> tuple[int, int]:
+        """Shape of scales and zero points on disk."""
+        groups = count // self.size
+        return (groups, 1) if self.axis == 1 else (1, groups)
+
+
+def grouping_of(size: int, axis: int, columns: int) -> Grouping:
+    """The grouping; groups that never cross a row are :class:`Group`, for which kernels are."""
+    if axis == 0:
+        return Strided(size)
+    return Flat(size) if columns % size else Group(size)
+
+
+def abstract_form(
+    layout: Layout, shape: tuple[int, int], scale: torch.dtype, dtype: torch.dtype
+) -> Affine:
+    """An affine form on the meta device."""
+    meta = torch.device("meta")
+    grouping = grouping_of(layout.size, layout.axis, shape[1])
+    groups = grouping.scale_shape(shape)
+    return Affine(
+        Codes.empty(shape, layout.bits, "dense", meta),
+        torch.empty(groups, dtype=scale, device=meta),
+        grouping,
+        torch.empty(groups, dtype=scale, device=meta),
+        "zero",
+        dtype=dtype,
+    )
+
+
+class HqqCodec(Codec[HqqConfig]):
+    """1, 2, 3, 4 and 8 bits, both axes."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (
+        *("W_q", "scale", "zero", "shape"),
+        *_NUMBERS,
+        *_ON,
+        *_OFF,
+        *_FREE,
+        *_TEXTS,
+    )
+
+    def encode(self, form: Form) -> dict[str, Tensor]:
+        assert isinstance(form, Affine)
+        assert isinstance(form.scale, Tensor) and isinstance(form.offset, Tensor)
+        bits, count = form.codes.bits, form.codes.count
+        axis = 0 if isinstance(form.grouping, Strided) else 1
+        assert isinstance(form.grouping, Strided | Flat | Group)
+        layout = Layout(bits, form.grouping.size, axis)
+        rows, columns = layout.matrix(count)
+        if form.codes.data.is_meta:
+            words = torch.empty(words_of(rows, bits), columns, dtype=WORDS[bits], device="meta")
+        else:
+            words = pack(form.codes.unpack().reshape(rows, columns), bits)
+        device = form.codes.data.device
+        stored = {
+            "W_q": words,
+            "scale": form.scale.reshape(layout.column(count)),
+            "zero": form.offset.reshape(layout.column(count)),
+            "shape": torch.tensor(form.shape, dtype=torch.int64, device=device),
+        }
+        for name, number in zip(_NUMBERS, (bits, layout.size, axis), strict=True):
+            stored[name] = torch.tensor(number, dtype=torch.int32, device=device)
+        flags = {
+            **dict.fromkeys(_ON, True),
+            **dict.fromkeys(_OFF, False),
+            "optimize": self.config.optimize,
+            "round_zero": bits == 4,
+            "offload_meta": False,
+        }
+        for name, flag in flags.items():
+            stored[name] = torch.tensor(int(flag), dtype=torch.uint8, device=device)
+        for name, text in _texts(bits, form.scale.dtype).items():
+            stored[name] = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+        return stored
+
+    def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        wide = "W_q" in tensors and tensors["W_q"].dtype == torch.int32
+        layout = _measure(shapes, wide, target)
+        _check_settings(tensors, layout, target)
+        words, scale, zero = tensors["W_q"], tensors["scale"], tensors["zero"]
+        if words.dtype != WORDS[layout.bits]:
+            raise _refuse(target, f"W_q is {words.dtype}, not {WORDS[layout.bits]}")
+        for name, tensor in (("scale", scale), ("zero", zero)):
+            if tensor.dtype not in _FLOATS.values() or tensor.dtype != scale.dtype:
+                raise _refuse(target, f"{name} is {tensor.dtype}, scale is {scale.dtype}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise _refuse(target, f"{name} holds NaN or infinity")
+        if not bool((scale > 0).all()):
+            raise _refuse(target, "scale holds a number that is not positive")
+        shape = (target.out_features, target.in_features)
+        count = target.out_features * target.in_features
+        codes = unpack(words, layout.bits, layout.matrix(count)[0]).reshape(shape)
+        grouping = grouping_of(layout.size, layout.axis, target.in_features)
+        groups = grouping.scale_shape(shape)
+        return Affine(
+            Codes.pack(codes, layout.bits, "dense"),
+            scale.reshape(groups),
+            grouping,
+            zero.reshape(groups),
+            "zero",
+            dtype=dtype,
+        )
+
+    def describe(
+        self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
+    ) -> Form | None:
+        if "W_q" not in headers:
+            return None
+        shapes = {name: tuple(item.shape) for name, item in headers.items()}
+        layout = _measure(shapes, headers["W_q"].dtype == "I32", target)
+        scale = _FLOATS.get(headers["scale"].dtype)
+        if scale is None:
+            raise _refuse(target, f"scale is {headers['scale'].dtype}")
+        return abstract_form(layout, (target.out_features, target.in_features), scale, dtype)
+
+
+def _texts(bits: int, scale: torch.dtype) -> dict[str, str]:
+    return {
+        "packing": NAMES[bits],
+        "unpack_view_dtype": str(WORDS[bits]),
+        "compute_dtype": str(scale),
+    }
+
+
+def _measure(shapes: Mapping[str, tuple[int, ...]], wide: bool, target: Target) -> Layout:
+    """Bits, group size and axis, from the shapes; ``wide`` for words of 32 bits."""
+    missing = [name for name in ("W_q", "scale", "zero") if name not in shapes]
+    if missing:
+        raise _refuse(target, f"{' and '.join(missing)} are missing")
+    words, column = shapes["W_q"], shapes["scale"]
+    count = target.out_features * target.in_features
+    if len(words) != 2 or len(column) != 2 or 1 not in column or shapes["zero"] != column:
+        raise _refuse(
+            target,
+            f"W_q is {list(words)}, scale {list(column)}, zero {list(shapes['zero'])}",
+        )
+    groups = column[0] * column[1]
+    if groups == 0 or count % groups:
+        raise _refuse(target, f"{groups} scales do not divide {count} weights")
+    size = count // groups
+    for axis in (1, 0):
+        for bits in (3,) if wide else (8, 4, 2, 1):
+            layout = Layout(bits, size, axis)
+            rows, columns = layout.matrix(count)
+            packed = (words_of(rows, bits), columns)
+            if layout.column(count) == column and fits(rows, bits) and words == packed:
+                return layout
+    raise _refuse(
+        target,
+        f"W_q is {list(words)} and scale {list(column)}: that is no packing of"
+        f" {target.out_features} x {target.in_features} weights",
+    )
+
+
+def _check_settings(tensors: Mapping[str, Tensor], layout: Layout, target: Target) -> None:
+    """Compare what is written beside the codes with what their shapes say."""
+    for name in (*_ON, *_OFF, *_FREE):
+        value = tensors.get(name)
+        if value is None or name in _FREE:
+            continue
+        if value.numel() != 1 or bool(value.item()) != (name in _ON):
+            raise QuantmillError(
+                UNREADABLE(
+                    target.name,
+                    f"its setting {name} is {value.tolist()}",
+                    "save it anew with hqq's present defaults",
+                )
+            )
+    wanted = {"nbits": layout.bits, "group_size": layout.size, "axis": layout.axis}
+    for name, number in wanted.items():
+        value = tensors.get(name)
+        if value is not None and (value.numel() != 1 or int(value.item()) != number):
+            raise _refuse(target, f"{name} is {value.tolist()}, its tensors are made for {number}")
+    shape = tensors.get("shape")
+    if shape is not None and shape.tolist() != [target.out_features, target.in_features]:
+        raise _refuse(
+            target,
+            f"shape is {shape.tolist()}, the model wants"
+            f" {[target.out_features, target.in_features]}",
+        )
+    expected = _texts(layout.bits, tensors["scale"].dtype)
+    for name in ("packing", "unpack_view_dtype"):
+        value = tensors.get(name)
+        if value is None or value.dtype != torch.uint8:
+            continue
+        text = bytes(value.reshape(-1).tolist()).decode("ascii", "replace")
+        if text != expected[name]:
+            raise _refuse(target, f"{name} is {text!r}, its tensors are {expected[name]!r}")

@@ -1,0 +1,60 @@
+"""Recognises checkpoints that hqq wrote itself: their ``config.json`` says nothing of it.
+
+The settings are in the files, as small tensors beside the codes; those of the first module are
+read (a few bytes) and put in words as transformers would. Other modules may differ: each is
+decoded by its own tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantmill.findings import QuantmillError, declare
+
+if TYPE_CHECKING:
+    from quantmill.checkpoint.headers import CheckpointHeaders
+
+__all__ = ["detect"]
+
+PICKLED = declare("QM-HQQ-003", "An HQQ checkpoint is a pickle")
+_PICKLE = "qmodel.pt"
+
+
+def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
+    """The ``quantization_config`` that the tensors stand for, or None where there are none.
+
+    Raises:
+        QuantmillError: the folder holds hqq's pickle in place of a model's safetensors.
+    """
+    for name in headers.tensors:
+        prefix, _, local = name.rpartition(".")
+        if local != "W_q" or f"{prefix}.scale" not in headers.tensors:
+            continue
+        settings: dict[str, Any] = {}
+        for key in ("nbits", "group_size", "axis"):
+            value = _number(headers, f"{prefix}.{key}")
+            if value is not None:
+                settings[key] = value
+        return {
+            "quant_method": "hqq",
+            "quant_config": {"weight_quant_params": settings},
+            "skip_modules": [],
+        }
+    beside = any(file.startswith("model") for file in headers.files)
+    if not beside and headers.source.exists(_PICKLE):
+        raise QuantmillError(
+            PICKLED(
+                _PICKLE,
+                "it is a pickle, and loading one runs whatever is in it",
+                "write it anew with hqq's save_to_safetensors, where you trust it",
+            )
+        )
+    return None
+
+
+def _number(headers: CheckpointHeaders, name: str) -> int | None:
+    header = headers.tensors.get(name)
+    if header is None or header.dtype != "I32" or header.nbytes != 4:
+        return None
+    raw = headers.source.read(header.file, header.start, header.stop)
+    return int.from_bytes(raw, "little", signed=True)

@@ -1,0 +1,29 @@
+"""``HQQLinear``: the core's linear under the name by which HQQ's users know it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantmill.linear import FormLinear, FormLinearFactory
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from quantmill.forms import Form
+    from quantmill.targeting.types import Target
+
+__all__ = ["HQQLinear", "HQQLinearFactory"]
+
+
+class HQQLinear(FormLinear):
+    """A linear whose ``state_dict`` is the layout on disk: W_q, scale, zero and the settings."""
+
+
+class HQQLinearFactory(FormLinearFactory):
+    """Makes :class:`HQQLinear` modules."""
+
+    def build(
+        self, target: Target, form: Form, bias: Tensor | None, compute_dtype: torch.dtype
+    ) -> nn.Module:
+        return HQQLinear(form, bias, self.codec, self.kernels, self.dtype)

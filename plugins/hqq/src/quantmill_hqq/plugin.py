@@ -1,0 +1,88 @@
+"""Registrations of the HQQ backend. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from quantmill.hookspecs import hookimpl
+from quantmill.registrations import (
+    Capabilities,
+    CodecRegistration,
+    ConfigReader,
+    Method,
+    Preset,
+)
+
+if TYPE_CHECKING:
+    from quantmill.job import Job
+
+QUANTMILL_API = 1
+
+
+def _preset(bits: int, stored: float) -> Preset:
+    options = {"nbits": bits, "group_size": 64, "axis": 1}
+    return Preset(f"hqq-{bits}", options, f"{bits} bits, groups of 64", stored)
+
+
+@hookimpl
+def quantmill_methods() -> Sequence[Method]:
+    return [
+        Method(
+            name="hqq",
+            summary="HQQ: affine groups of 1 to 8 bits, optimised without calibration data",
+            config="quantmill_hqq.config:HqqConfig",
+            quantizer="quantmill_hqq.quantizer:HqqQuantizer",
+            codec="quantmill_hqq.codec:HqqCodec",
+            linear="quantmill_hqq.linear:HQQLinearFactory",
+            quant_methods=("hqq",),
+            capabilities=Capabilities(
+                on_the_fly=True,
+                prequantized=True,
+                serialisable=True,
+                trainable=True,
+                dequantizable=True,
+                devices=("cpu", "cuda"),
+                target_kinds=("linear",),
+                bits=(1, 2, 3, 4, 8),
+            ),
+            # Two 16-bit numbers per group of 64; 3 bits lie ten to an int32.
+            presets=(_preset(8, 8.5), _preset(4, 4.5), _preset(3, 3.7), _preset(2, 2.5)),
+        )
+    ]
+
+
+@hookimpl
+def quantmill_dialects() -> Sequence[ConfigReader]:
+    return [
+        ConfigReader(
+            name="hqq",
+            quant_methods=("hqq",),
+            method="hqq",
+            marker_keys=("quant_config", "nbits"),
+            rules="quantmill_hqq.config:rules",
+        )
+    ]
+
+
+@hookimpl
+def quantmill_codecs() -> Sequence[CodecRegistration]:
+    return [CodecRegistration("hqq", "affine", "quantmill_hqq.codec:HqqCodec", "hqq")]
+
+
+@hookimpl
+def quantmill_stage_started(job: Job, stage: str) -> None:
+    # hqq's own files have no quantization_config: what their tensors say takes its place, before
+    # the core looks for one, or before it plans where it has not looked (loading without METHOD).
+    if stage not in ("select", "target") or job.headers.config.get("quantization_config"):
+        return
+    from quantmill_hqq.detect import detect
+
+    found = detect(job.headers)
+    if found is None:
+        return
+    job.headers.config["quantization_config"] = found
+    if stage == "target" and not job.selections:
+        from quantmill.stages.select import select
+
+        select(job)
