@@ -24,9 +24,15 @@ PACKAGES = {
     "quantmill": "quantmill",
     "quantmill-awq": "quantmill_awq",
     "quantmill-bnb": "quantmill_bnb",
+    "quantmill-compressed-tensors": "quantmill_compressed_tensors",
     "quantmill-cpu": "quantmill_cpu",
+    "quantmill-fp8": "quantmill_fp8",
+    "quantmill-gguf": "quantmill_gguf",
     "quantmill-gptq": "quantmill_gptq",
+    "quantmill-quanto": "quantmill_quanto",
+    "quantmill-hqq": "quantmill_hqq",
     "quantmill-transformers": "quantmill_transformers",
+    "quantmill-triton": "quantmill_triton",
 }
 PLUGINS = {name.removeprefix("quantmill-"): name for name in PACKAGES if name != "quantmill"}
 

@@ -12,6 +12,7 @@ from quantmill.registrations import (
     ConfigReader,
     Method,
     Preset,
+    resolve,
 )
 
 if TYPE_CHECKING:
@@ -74,15 +75,5 @@ def quantmill_codecs() -> Sequence[CodecRegistration]:
 def quantmill_stage_started(job: Job, stage: str) -> None:
     # hqq's own files have no quantization_config: what their tensors say takes its place, before
     # the core looks for one, or before it plans where it has not looked (loading without METHOD).
-    if stage not in ("select", "target") or job.headers.config.get("quantization_config"):
-        return
-    from quantmill_hqq.detect import detect
-
-    found = detect(job.headers)
-    if found is None:
-        return
-    job.headers.config["quantization_config"] = found
-    if stage == "target" and not job.selections:
-        from quantmill.stages.select import select
-
-        select(job)
+    if stage in ("select", "target") and not job.headers.config.get("quantization_config"):
+        resolve("quantmill_hqq.detect:adopt")(job, stage)

@@ -1,0 +1,119 @@
+"""Stored blocks as forms: one uint8 tensor ``weight.TYPE`` ``[out, row bytes]`` per module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import Codec
+from quantmill.checkpoint.headers import TensorHeader
+from quantmill.findings import QuantmillError
+from quantmill.forms import Form
+from quantmill.targeting.types import Target
+from quantmill_gguf import codes
+from quantmill_gguf.config import GgufConfig
+from quantmill_gguf.types import TYPES, RawForm
+from quantmill_gguf.types.sizes import BY_NAME, PLAIN
+
+__all__ = ["GgufCodec", "type_of"]
+
+T = TypeVar("T")
+_PREFIX = "weight."
+
+
+def type_of(form: Form) -> str:
+    """Ggml's name of the type that a form was made of, or can be written as.
+
+    Raises:
+        QuantmillError: no type has such a form.
+    """
+    if isinstance(form, RawForm):
+        return form.type_name
+    if len(form.shape) == 2:
+        known = _signature(form)
+        for name, kind in TYPES.items():
+            if name in PLAIN or form.shape[1] % kind.info.block:
+                continue
+            raw = torch.empty(1, kind.info.size, dtype=torch.uint8, device="meta")
+            if _signature(kind.form(raw)) == known:
+                return name
+    raise QuantmillError(
+        codes.NO_BLOCKS("weight", f"no type of ggml has a form like {known!r:.200}", "convert it")
+    )
+
+
+def _signature(form: Form) -> tuple[object, ...]:
+    """What tells the forms of two types apart: traits, and the kinds of scales and offsets."""
+    facts: list[object] = [
+        form.kind,
+        *sorted((key, str(value)) for key, value in form.traits().items()),
+    ]
+    for name, tensor in sorted(form.tensors().items()):
+        # A table's shape and a scale's dtype are the type's own; counts are the weight's.
+        facts.append((name, str(tensor.dtype)))
+    for name in ("scale", "offset"):
+        inner = getattr(form, name, None)
+        if isinstance(inner, Form):
+            facts.append((name, *sorted((k, str(v)) for k, v in inner.traits().items())))
+    return tuple(facts)
+
+
+class GgufCodec(Codec[GgufConfig]):
+    """Every block type of ggml that can be decoded."""
+
+    suffixes: ClassVar[tuple[str, ...]] = tuple(
+        f"{_PREFIX}{name}" for name in BY_NAME if name not in PLAIN
+    )
+
+    def encode(self, form: Form) -> dict[str, Tensor]:
+        name = type_of(form)
+        return {f"{_PREFIX}{name}": TYPES[name].raw(form)}
+
+    def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
+        name, raw = _only(tensors, target)
+        if raw.dtype != torch.uint8:
+            raise _refuse(target, f"it is {raw.dtype}, not uint8")
+        return self._form(name, raw, tuple(raw.shape), target, dtype)
+
+    def describe(
+        self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
+    ) -> Form | None:
+        if not any(name in self.suffixes for name in headers):
+            return None
+        name, header = _only(headers, target)
+        shape = tuple(header.shape)
+        meta = torch.empty(shape, dtype=torch.uint8, device="meta")
+        return self._form(name, meta, shape, target, dtype)
+
+    def _form(
+        self, name: str, raw: Tensor, shape: tuple[int, ...], target: Target, dtype: torch.dtype
+    ) -> Form:
+        if name not in TYPES:
+            raise QuantmillError(
+                codes.UNSUPPORTED(
+                    target.name,
+                    f"it is {name}, whose decoder is not written yet",
+                    "quantize the model to another type",
+                )
+            )
+        info = BY_NAME[name]
+        rows, columns = target.out_features, target.in_features
+        if columns % info.block or shape != (rows, info.row_bytes(columns)):
+            raise _refuse(
+                target, f"{name} bytes {list(shape)} don't make the model's [{rows}, {columns}]"
+            )
+        return TYPES[name].form(raw, dtype)
+
+
+def _only(members: Mapping[str, T], target: Target) -> tuple[str, T]:
+    if len(members) != 1:
+        raise _refuse(target, f"it is stored {len(members)} times: {', '.join(members)}")
+    ((name, value),) = members.items()
+    return name.removeprefix(_PREFIX), value
+
+
+def _refuse(target: Target, cause: str) -> QuantmillError:
+    return QuantmillError(codes.BAD_TENSOR(target.name, cause, "the file is damaged: get it again"))

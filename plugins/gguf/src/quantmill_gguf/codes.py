@@ -1,0 +1,51 @@
+"""Findings of the GGUF plugin."""
+
+from __future__ import annotations
+
+from quantmill.findings import Severity, declare
+
+__all__ = [
+    "ALIGNMENT",
+    "BAD_TENSOR",
+    "BAD_VALUE",
+    "COUNT",
+    "DIMENSIONS",
+    "DUPLICATE",
+    "METADATA",
+    "MISSING_KEY",
+    "NOT_GGUF",
+    "NO_BLOCKS",
+    "OFFSET",
+    "OVERLAP",
+    "SPLIT",
+    "STRING",
+    "TRUNCATED",
+    "TYPE",
+    "UNKNOWN_ARCHITECTURE",
+    "UNREADABLE",
+    "UNSUPPORTED",
+    "VERSION",
+]
+
+NOT_GGUF = declare("QM-GGUF-001", "A file is not a GGUF file")
+TRUNCATED = declare("QM-GGUF-002", "A GGUF file ends early")
+VERSION = declare("QM-GGUF-003", "A GGUF file has a version that is not read")
+COUNT = declare("QM-GGUF-004", "A GGUF file claims more entries than it has room for")
+STRING = declare("QM-GGUF-005", "A text in a GGUF file can't be read")
+METADATA = declare("QM-GGUF-006", "A metadata value of a GGUF file is malformed")
+DUPLICATE = declare("QM-GGUF-007", "A GGUF file has a name twice")
+DIMENSIONS = declare("QM-GGUF-008", "A tensor of a GGUF file has impossible dimensions")
+TYPE = declare("QM-GGUF-009", "A tensor of a GGUF file has an unknown type")
+OFFSET = declare("QM-GGUF-010", "A tensor of a GGUF file lies where none can")
+OVERLAP = declare("QM-GGUF-011", "Two tensors of a GGUF file overlap")
+ALIGNMENT = declare("QM-GGUF-012", "A GGUF file has an impossible alignment")
+SPLIT = declare("QM-GGUF-013", "The files of a split GGUF don't belong together")
+UNREADABLE = declare("QM-GGUF-014", "A GGUF file can't be opened or written")
+UNKNOWN_ARCHITECTURE = declare(
+    "QM-GGUF-020", "The architecture of a GGUF file is not known here", Severity.WARNING
+)
+MISSING_KEY = declare("QM-GGUF-021", "A GGUF file lacks metadata that its architecture needs")
+BAD_VALUE = declare("QM-GGUF-022", "A metadata value of a GGUF file can't be right")
+UNSUPPORTED = declare("QM-GGUF-023", "A GGUF file uses something that can't be loaded yet")
+BAD_TENSOR = declare("QM-GGUF-024", "A quantized weight of a GGUF file contradicts the model")
+NO_BLOCKS = declare("QM-GGUF-030", "The rows of a weight don't fill a type's blocks")

@@ -1,0 +1,58 @@
+"""Quantizes weights to ggml's plain types, with the bytes of its reference quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.findings import Finding
+from quantmill.forms import Form
+from quantmill.targeting.types import Target
+from quantmill_gguf import codes
+from quantmill_gguf.config import GgufConfig
+from quantmill_gguf.types import TYPES
+from quantmill_gguf.types.sizes import BY_NAME
+
+__all__ = ["GgufQuantizer"]
+
+
+class GgufQuantizer(Quantizer[GgufConfig]):
+    """Rounds to nearest, block by block."""
+
+    def abstract(self, target: Target, dtype: torch.dtype) -> Form:
+        info = BY_NAME[self.config.type]
+        # Blocks are whole: where they are not, check() has refused the target.
+        columns = -(-target.in_features // info.block) * info.block
+        raw = torch.empty(
+            target.out_features, info.row_bytes(columns), dtype=torch.uint8, device="meta"
+        )
+        return TYPES[info.name].form(raw, dtype)
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        info = BY_NAME[self.config.type]
+        if target.in_features % info.block:
+            yield codes.NO_BLOCKS(
+                target.name,
+                f"its width {target.in_features} is no multiple of {info.block}, a block of"
+                f" {info.name}",
+                f"keep it float: --skip {target.name}",
+            )
+
+    def quantize(self, target: Target, weight: WeightSource) -> Form:
+        info, kind = BY_NAME[self.config.type], TYPES[self.config.type]
+        columns = target.in_features
+        raw = torch.empty(
+            target.out_features, info.row_bytes(columns), dtype=torch.uint8, device=self.device
+        )
+        for start, block in weight.row_blocks():
+            work = block.to(torch.float32)
+            finite = torch.isfinite(work)
+            if not bool(finite.all()):
+                index = int(torch.argmin(finite.reshape(-1).byte()).item())
+                raise NonFiniteWeight(weight.name, start * columns + index)
+            made = kind.quantize(work)
+            assert made is not None
+            raw[start : start + block.shape[0]] = made
+        return kind.form(raw, weight.dtype)

@@ -1,0 +1,274 @@
+"""Types on an evenly spaced grid: the plain ones of ggml, and what K-quants share.
+
+A block is taken apart into :class:`Parts`, and everything follows from them: the float values,
+the core's affine form (with nested scales), and, put together again, the same bytes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantmill.forms import Affine, Codes, Form, Group
+from quantmill.forms.base import FormValue
+from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
+
+__all__ = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "AffineType", "Parts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A block's numbers, before any arithmetic."""
+
+    codes: Tensor
+    """uint8, or int8 for signed codes, ``[blocks, block]``."""
+    scale: Tensor
+    """float16 ``[blocks, 1]``."""
+    steps: Tensor | None = None
+    """What the scale is multiplied by for each group: uint8 or int8 ``[blocks, groups]``."""
+    minimum: Tensor | None = None
+    """float16 ``[blocks, 1]``: added, or with ``minimum_steps`` subtracted."""
+    minimum_steps: Tensor | None = None
+    """uint8 ``[blocks, groups]``."""
+
+
+class AffineType(BlockType):
+    """``value = (code - zero) * scale``, or ``code * scale + minimum``."""
+
+    bits: ClassVar[int]
+    zero: ClassVar[int] = 0
+    """Subtracted from every code."""
+    groups: ClassVar[int] = 1
+    """Groups of a block, each with a scale of its own."""
+
+    @abstractmethod
+    def take(self, blocks: Tensor) -> Parts:
+        """The numbers in uint8 ``[blocks, block bytes]``."""
+
+    @abstractmethod
+    def put(self, parts: Parts) -> Tensor:
+        """The exact inverse of :meth:`take`."""
+
+    def _decode(self, blocks: Tensor) -> Tensor:
+        parts = self.take(blocks)
+        scale = parts.scale.to(torch.float32)
+        if parts.steps is not None:
+            scale = scale * parts.steps.to(torch.float32)
+        codes = parts.codes.to(torch.float32)
+        if self.zero:
+            codes = codes - float(self.zero)
+        values = codes.reshape(blocks.shape[0], self.groups, -1) * scale.unsqueeze(-1)
+        if parts.minimum is not None:
+            minimum = parts.minimum.to(torch.float32)
+            if parts.minimum_steps is not None:
+                minimum = -(minimum * parts.minimum_steps.to(torch.float32))
+            values = values + minimum.unsqueeze(-1)
+        return values.reshape(blocks.shape[0], -1)
+
+    def form(self, raw: Tensor, dtype: torch.dtype = torch.float32) -> Form:
+        rows = raw.shape[0]
+        parts = self.take(self.blocks(raw))
+        columns = raw.shape[1] // self.info.size * self.info.block
+        codes = _codes(parts.codes.reshape(rows, columns), self.bits)
+        scale = _nested(parts.scale, parts.steps, rows)
+        grouping = Group(self.info.block // self.groups)
+        if parts.minimum is not None:
+            low = parts.minimum if parts.minimum_steps is None else -parts.minimum
+            offset = _nested(low, parts.minimum_steps, rows)
+            return Affine(codes, scale, grouping, offset, "minimum", dtype=dtype)
+        if not self.zero:
+            return Affine(codes, scale, grouping, dtype=dtype)
+        # The core's form has a zero point per group, where ggml has one number for all.
+        shape = (rows, columns // grouping.size)
+        zero = torch.full(shape, self.zero, dtype=torch.uint8, device=raw.device)
+        return Affine(codes, scale, grouping, zero, "zero", dtype=dtype)
+
+    def raw(self, form: Form) -> Tensor:
+        if not isinstance(form, Affine):
+            return super().raw(form)
+        rows = form.shape[0]
+        scale, steps = _flat(form.scale, self.groups)
+        minimum, minimum_steps = None, None
+        if form.offset_kind == "minimum" and form.offset is not None:
+            minimum, minimum_steps = _flat(form.offset, self.groups)
+            if minimum_steps is not None:
+                minimum = -minimum
+        codes = form.codes.unpack().reshape(-1, self.info.block)
+        return self.put(Parts(codes, scale, steps, minimum, minimum_steps)).reshape(rows, -1)
+
+
+def _codes(codes: Tensor, bits: int) -> Codes:
+    if codes.dtype == torch.int8:
+        return Codes(codes, 8, tuple(codes.shape), "i8")
+    if bits == 4:
+        return Codes.pack(codes, bits, "lo4")
+    return Codes(dense(codes.reshape(-1), bits), bits, tuple(codes.shape), "dense")
+
+
+def dense(codes: Tensor, bits: int) -> Tensor:
+    """The core's ``dense`` stream of uint8 ``[n]``, ``n`` a multiple of 8.
+
+    The same bytes as :meth:`quantmill.forms.Codes.pack` gives, without its wide temporaries.
+    """
+    runs = codes.reshape(-1, 8)
+    out = torch.empty(runs.shape[0], bits, dtype=torch.uint8, device=codes.device)
+    for byte in range(bits):
+        first, last = byte * 8 // bits, (byte * 8 + 7) // bits
+        total = runs[:, first] >> (byte * 8 - first * bits)
+        for index in range(first + 1, last + 1):
+            total |= runs[:, index] << (index * bits - byte * 8)
+        out[:, byte] = total
+    return out.reshape(-1)
+
+
+def _nested(scale: Tensor, steps: Tensor | None, rows: int) -> FormValue:
+    level = scale.reshape(rows, -1)
+    if steps is None:
+        return level.contiguous()
+    shape = (rows, steps.numel() // rows)
+    packing = "i8" if steps.dtype == torch.int8 else "u8"
+    return Affine(
+        Codes(steps.reshape(shape), 8, shape, packing), level.contiguous(), Group(steps.shape[1])
+    )
+
+
+def _flat(value: FormValue, groups: int) -> tuple[Tensor, Tensor | None]:
+    if isinstance(value, Tensor):
+        return value.reshape(-1, 1), None
+    assert isinstance(value, Affine) and isinstance(value.scale, Tensor)
+    return value.scale.reshape(-1, 1), value.codes.unpack().reshape(-1, groups)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
+
+
+def _farthest(values: Tensor) -> Tensor:
+    """The first value of the largest magnitude in each row, ``[rows, 1]``."""
+    size = values.abs()
+    order = torch.arange(values.shape[1], device=values.device)
+    # argmax may answer with any of several equals, and they may differ in sign.
+    first = torch.where(size == size.amax(dim=1, keepdim=True), order, values.shape[1] - 1)
+    return values.gather(1, first.amin(dim=1, keepdim=True))
+
+
+def _codes_of(values: Tensor, top: int) -> Tensor:
+    """Truncated and clipped, uint8; what a scale too small to invert makes NaN is 0."""
+    return values.nan_to_num(0.0, top, 0.0).trunc().clamp(0, top).to(torch.uint8)
+
+
+class _Centred(AffineType):
+    """The value of the largest magnitude gets the lowest code."""
+
+    def _quantize(self, values: Tensor) -> Tensor:
+        scale = _farthest(values) / -self.zero
+        codes = _codes_of(values * _inverse(scale) + (self.zero + 0.5), 2 * self.zero - 1)
+        return self.put(Parts(codes, scale.to(torch.float16)))
+
+
+class _Ranged(AffineType):
+    """The range of a block is divided evenly."""
+
+    def _quantize(self, values: Tensor) -> Tensor:
+        top = 2**self.bits - 1
+        low = values.amin(dim=1, keepdim=True)
+        scale = (values.amax(dim=1, keepdim=True) - low) / top
+        codes = _codes_of((values - low) * _inverse(scale) + 0.5, top)
+        minimum = low.to(torch.float16)
+        return self.put(Parts(codes, scale.to(torch.float16), None, minimum))
+
+
+class Q4_0(_Centred):  # noqa: N801 ggml's name
+    """float16 scale, 16 bytes of code pairs: the first 16 codes in the low halves."""
+
+    name = "Q4_0"
+    bits, zero = 4, 8
+
+    def take(self, blocks: Tensor) -> Parts:
+        return Parts(planes(blocks[:, 2:], 4, 16), half(blocks, 0))
+
+    def put(self, parts: Parts) -> Tensor:
+        return torch.cat([halves(parts.scale), join_planes(parts.codes, 4, 16)], dim=1)
+
+
+class Q4_1(_Ranged):  # noqa: N801
+    """float16 scale and minimum, then codes like Q4_0."""
+
+    name = "Q4_1"
+    bits = 4
+
+    def take(self, blocks: Tensor) -> Parts:
+        return Parts(planes(blocks[:, 4:], 4, 16), half(blocks, 0), None, half(blocks, 2))
+
+    def put(self, parts: Parts) -> Tensor:
+        assert parts.minimum is not None
+        head = [halves(parts.scale), halves(parts.minimum)]
+        return torch.cat([*head, join_planes(parts.codes, 4, 16)], dim=1)
+
+
+def _five(low: Tensor, high: Tensor) -> Tensor:
+    """5-bit codes of 16 bytes like Q4_0's and 32 fifth bits in order."""
+    return planes(low, 4, 16) | (planes(high, 1, 1) << 4)
+
+
+def _join_five(codes: Tensor) -> list[Tensor]:
+    return [join_planes(codes >> 4, 1, 1), join_planes(codes, 4, 16)]
+
+
+class Q5_0(_Centred):  # noqa: N801
+    """float16 scale, 32 fifth bits, 16 bytes of low halves."""
+
+    name = "Q5_0"
+    bits, zero = 5, 16
+
+    def take(self, blocks: Tensor) -> Parts:
+        return Parts(_five(blocks[:, 6:], blocks[:, 2:6]), half(blocks, 0))
+
+    def put(self, parts: Parts) -> Tensor:
+        return torch.cat([halves(parts.scale), *_join_five(parts.codes)], dim=1)
+
+
+class Q5_1(_Ranged):  # noqa: N801
+    """float16 scale and minimum, then codes like Q5_0."""
+
+    name = "Q5_1"
+    bits = 5
+
+    def take(self, blocks: Tensor) -> Parts:
+        codes = _five(blocks[:, 8:], blocks[:, 4:8])
+        return Parts(codes, half(blocks, 0), None, half(blocks, 2))
+
+    def put(self, parts: Parts) -> Tensor:
+        assert parts.minimum is not None
+        head = [halves(parts.scale), halves(parts.minimum)]
+        return torch.cat([*head, *_join_five(parts.codes)], dim=1)
+
+
+class Q8_0(AffineType):  # noqa: N801
+    """float16 scale, 32 signed bytes."""
+
+    name = "Q8_0"
+    bits = 8
+
+    def take(self, blocks: Tensor) -> Parts:
+        return Parts(blocks[:, 2:].contiguous().view(torch.int8), half(blocks, 0))
+
+    def put(self, parts: Parts) -> Tensor:
+        codes = parts.codes.contiguous().view(torch.uint8)
+        return torch.cat([halves(parts.scale), codes], dim=1)
+
+    def _quantize(self, values: Tensor) -> Tensor:
+        scale = values.abs().amax(dim=1, keepdim=True) / 127
+        codes = round_away(values * _inverse(scale)).nan_to_num(0.0).clamp(-128, 127)
+        return self.put(Parts(codes.to(torch.int8), scale.to(torch.float16)))
+
+
+def round_away(values: Tensor) -> Tensor:
+    """To the nearest integer, halves away from zero, like C's ``roundf``."""
+    size = values.abs()
+    whole = size.floor()
+    return torch.copysign(whole + (2 * (size - whole)).floor(), values)

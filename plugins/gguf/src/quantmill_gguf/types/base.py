@@ -1,0 +1,104 @@
+"""What a block type is to PyTorch: bytes to float32, bytes to a form of the core, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantmill.forms import Form
+from quantmill_gguf.types.raw import RawForm
+from quantmill_gguf.types.sizes import BY_NAME, TypeSize
+
+__all__ = ["BlockType", "half", "halves", "join_planes", "planes"]
+
+
+def planes(data: Tensor, bits: int, width: int) -> Tensor:
+    """Codes out of bytes that hold them as bit planes.
+
+    Every run of ``width`` bytes holds ``8 / bits`` runs of ``width`` codes: first the lowest bits
+    of all its bytes, then the next ones.
+
+    Args:
+        data: uint8 ``[blocks, bytes]``.
+
+    Returns:
+        uint8 ``[blocks, bytes * 8 / bits]``.
+    """
+    runs = data.reshape(data.shape[0], -1, 1, width)
+    parts = [runs >> shift for shift in range(0, 8, bits)]
+    spread = torch.cat(parts, dim=2) & ((1 << bits) - 1)
+    return spread.reshape(data.shape[0], -1)
+
+
+def join_planes(codes: Tensor, bits: int, width: int) -> Tensor:
+    """The inverse of :func:`planes`; bits above ``bits`` are dropped."""
+    count = 8 // bits
+    runs = (codes & ((1 << bits) - 1)).reshape(codes.shape[0], -1, count, width)
+    out = runs[:, :, 0].clone()
+    for index in range(1, count):
+        out |= runs[:, :, index] << (bits * index)
+    return out.reshape(codes.shape[0], -1)
+
+
+def half(blocks: Tensor, start: int) -> Tensor:
+    """The float16 at byte ``start`` of each block, ``[blocks, 1]``."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16)
+
+
+def halves(values: Tensor) -> Tensor:
+    """The bytes of float16 ``[blocks, n]`` as uint8 ``[blocks, 2 n]``."""
+    return values.to(torch.float16).contiguous().view(torch.uint8)
+
+
+class BlockType(ABC):
+    """A type of blocks. Instances hold no state."""
+
+    name: ClassVar[str]
+
+    @property
+    def info(self) -> TypeSize:
+        """Number and sizes."""
+        return BY_NAME[self.name]
+
+    def blocks(self, raw: Tensor) -> Tensor:
+        """uint8 ``[..., row bytes]`` as ``[blocks, block bytes]``."""
+        return raw.reshape(-1, self.info.size)
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """float32 ``[rows, columns]`` of little-endian bytes uint8 ``[rows, row bytes]``.
+
+        Bit-equal to ggml's reference decoder but for the payload of NaN.
+        """
+        values = self._decode(self.blocks(raw))
+        columns = raw.shape[-1] // self.info.size * self.info.block
+        return values.reshape(*raw.shape[:-1], columns)
+
+    @abstractmethod
+    def _decode(self, blocks: Tensor) -> Tensor:
+        """float32 ``[blocks, block]`` of uint8 ``[blocks, block bytes]``."""
+
+    def form(self, raw: Tensor, dtype: torch.dtype = torch.float32) -> Form:
+        """What the bytes uint8 ``[rows, row bytes]`` stand for, as the core's form where there is
+        one. Works on the meta device."""
+        return RawForm(raw, self.name, dtype)
+
+    def raw(self, form: Form) -> Tensor:
+        """The exact inverse of :meth:`form`."""
+        if not isinstance(form, RawForm):
+            raise TypeError(f"{self.name} is not made of a form of kind {form.kind}")
+        return form.data
+
+    def quantize(self, values: Tensor) -> Tensor | None:
+        """Bytes uint8 ``[rows, row bytes]`` of float32 ``[rows, columns]``, equal to those of
+        ggml's reference quantizer; None for a type that can't be made here."""
+        encoded = self._quantize(values.reshape(-1, self.info.block))
+        if encoded is None:
+            return None
+        return encoded.reshape(*values.shape[:-1], self.info.row_bytes(values.shape[-1]))
+
+    def _quantize(self, values: Tensor) -> Tensor | None:
+        """uint8 ``[blocks, block bytes]`` of float32 ``[blocks, block]``."""
+        return None

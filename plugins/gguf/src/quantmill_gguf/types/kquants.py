@@ -1,0 +1,139 @@
+"""K-quants: super-blocks of 256 values, groups of 16 or 32 with small integers as scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantmill_gguf.types.affine import AffineType, Parts
+from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
+
+__all__ = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"]
+
+
+class Q2_K(AffineType):  # noqa: N801 ggml's name
+    """16 bytes of 4-bit scales and minima, 64 bytes of codes, float16 scale and minimum."""
+
+    name = "Q2_K"
+    bits, groups = 2, 16
+
+    def take(self, blocks: Tensor) -> Parts:
+        pairs = blocks[:, :16]
+        codes = planes(blocks[:, 16:80], 2, 32)
+        return Parts(codes, half(blocks, 80), pairs & 15, half(blocks, 82), pairs >> 4)
+
+    def put(self, parts: Parts) -> Tensor:
+        assert parts.steps is not None and parts.minimum is not None
+        assert parts.minimum_steps is not None
+        pairs = parts.steps | (parts.minimum_steps << 4)
+        tail = [halves(parts.scale), halves(parts.minimum)]
+        return torch.cat([pairs, join_planes(parts.codes, 2, 32), *tail], dim=1)
+
+
+class Q3_K(AffineType):  # noqa: N801
+    """32 bytes of third bits, 64 of low bits, 12 of 6-bit scales, float16 scale.
+
+    Scales are stored plus 32: the low halves of all sixteen in eight bytes (the first eight in
+    the low nibbles), then two more bits of each in four bytes.
+    """
+
+    name = "Q3_K"
+    bits, zero, groups = 3, 4, 16
+
+    def take(self, blocks: Tensor) -> Parts:
+        codes = planes(blocks[:, 32:96], 2, 32) | (planes(blocks[:, :32], 1, 32) << 2)
+        steps = planes(blocks[:, 96:104], 4, 8) | (planes(blocks[:, 104:108], 2, 4) << 4)
+        signed = steps.to(torch.int8) - 32
+        return Parts(codes, half(blocks, 108), signed)
+
+    def put(self, parts: Parts) -> Tensor:
+        assert parts.steps is not None
+        steps = (parts.steps + 32).to(torch.uint8)
+        low, high = join_planes(steps, 4, 8), join_planes(steps >> 4, 2, 4)
+        third, codes = join_planes(parts.codes >> 2, 1, 32), join_planes(parts.codes, 2, 32)
+        return torch.cat([third, codes, low, high, halves(parts.scale)], dim=1)
+
+
+def _six(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Eight scales and eight minima of 6 bits out of 12 bytes, uint8 ``[blocks, 8]`` each.
+
+    The first four of each fill the low bits of bytes 0 to 3 and 4 to 7; the last four have their
+    low nibbles in bytes 8 to 11 and their high bits above the first four.
+    """
+    first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], dim=1)
+    minima = torch.cat([second & 63, (rest >> 4) | ((second >> 2) & 48)], dim=1)
+    return scales, minima
+
+
+def _join_six(scales: Tensor, minima: Tensor) -> Tensor:
+    first = scales[:, :4] | ((scales[:, 4:] & 48) << 2)
+    second = minima[:, :4] | ((minima[:, 4:] & 48) << 2)
+    rest = (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)
+    return torch.cat([first, second, rest], dim=1)
+
+
+class Q4_K(AffineType):  # noqa: N801
+    """float16 scale and minimum, 12 bytes of 6-bit scales and minima, 128 bytes of codes."""
+
+    name = "Q4_K"
+    bits, groups = 4, 8
+
+    def take(self, blocks: Tensor) -> Parts:
+        steps, minima = _six(blocks[:, 4:16])
+        codes = planes(blocks[:, 16:], 4, 32)
+        return Parts(codes, half(blocks, 0), steps, half(blocks, 2), minima)
+
+    def put(self, parts: Parts) -> Tensor:
+        return torch.cat([*_head(parts), join_planes(parts.codes, 4, 32)], dim=1)
+
+
+def _head(parts: Parts) -> list[Tensor]:
+    assert parts.steps is not None and parts.minimum is not None
+    assert parts.minimum_steps is not None
+    packed = _join_six(parts.steps, parts.minimum_steps)
+    return [halves(parts.scale), halves(parts.minimum), packed]
+
+
+class Q5_K(AffineType):  # noqa: N801
+    """Like Q4_K with 32 bytes of fifth bits before the codes."""
+
+    name = "Q5_K"
+    bits, groups = 5, 8
+
+    def take(self, blocks: Tensor) -> Parts:
+        steps, minima = _six(blocks[:, 4:16])
+        codes = planes(blocks[:, 48:], 4, 32) | (planes(blocks[:, 16:48], 1, 32) << 4)
+        return Parts(codes, half(blocks, 0), steps, half(blocks, 2), minima)
+
+    def put(self, parts: Parts) -> Tensor:
+        high = join_planes(parts.codes >> 4, 1, 32)
+        return torch.cat([*_head(parts), high, join_planes(parts.codes, 4, 32)], dim=1)
+
+
+class Q6_K(AffineType):  # noqa: N801
+    """128 bytes of low nibbles, 64 of high bits, 16 signed scales, float16 scale."""
+
+    name = "Q6_K"
+    bits, zero, groups = 6, 32, 16
+
+    def take(self, blocks: Tensor) -> Parts:
+        codes = planes(blocks[:, :128], 4, 64) | (planes(blocks[:, 128:192], 2, 32) << 4)
+        steps = blocks[:, 192:208].contiguous().view(torch.int8)
+        return Parts(codes, half(blocks, 208), steps)
+
+    def put(self, parts: Parts) -> Tensor:
+        assert parts.steps is not None
+        low, high = join_planes(parts.codes, 4, 64), join_planes(parts.codes >> 4, 2, 32)
+        steps = parts.steps.contiguous().view(torch.uint8)
+        return torch.cat([low, high, steps, halves(parts.scale)], dim=1)
+
+
+class Q8_K(BlockType):  # noqa: N801
+    """float32 scale, 256 signed bytes, sums of 16 codes each that decoding does not need."""
+
+    name = "Q8_K"
+
+    def _decode(self, blocks: Tensor) -> Tensor:
+        scale = blocks[:, :4].contiguous().view(torch.float32)
+        return blocks[:, 4:260].contiguous().view(torch.int8).to(torch.float32) * scale

@@ -1,0 +1,44 @@
+"""The form of types that the core has no form for: ggml's bytes as they lie in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantmill.forms import Form
+from quantmill_gguf.types.sizes import BY_NAME
+
+__all__ = ["RawForm"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawForm(Form):
+    """Blocks of one type, decoded by :meth:`quantmill_gguf.types.base.BlockType.decode`."""
+
+    kind: ClassVar[str] = "ggml"
+
+    data: Tensor
+    """uint8 ``[rows, row bytes]``, little-endian."""
+    type_name: str
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        info = BY_NAME[self.type_name]
+        return (*self.data.shape[:-1], self.data.shape[-1] // info.size * info.block)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        from quantmill_gguf.types import TYPES  # the types make this form
+
+        return TYPES[self.type_name].decode(self.data).to(dtype or self.dtype)
+
+    def traits(self) -> Mapping[str, Any]:
+        return {
+            "table": self.type_name,
+            "grouping": "group",
+            "group_size": BY_NAME[self.type_name].block,
+        }

@@ -1,0 +1,98 @@
+"""The configuration of the Quanto backend, with the field names of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from quantmill.config import MethodConfig
+from quantmill.targeting.dialects import from_transformers_skip
+from quantmill.targeting.types import Rule
+
+__all__ = ["QMAP", "QuantoConfig", "plain", "rules"]
+
+QMAP = "quanto_qmap.json"
+"""Optimum-quanto's map: module to the types of its weights and activations."""
+
+
+class QuantoConfig(MethodConfig):
+    """What Quanto can be told; names and defaults are those of transformers' ``QuantoConfig``."""
+
+    weights: Literal["int8", "int4", "int2", "float8"] = "int8"
+    """``int8`` and ``float8`` have a scale per row; ``int4`` and ``int2`` one per group of 128
+    columns (or fewer, to divide the row), with a shift."""
+    activations: Literal["int8", "float8"] | None = None
+    """Not supported; a config that sets it is refused before anything is loaded."""
+    modules_to_not_convert: list[str] | None = None
+    """Modules to keep float, in addition to the defaults."""
+    mixed: list[Literal["int8", "int4", "int2", "float8"]] | None = None
+    """Other types of weights that a map of optimum-quanto gives some modules."""
+    quantized: tuple[str, ...] = Field((), exclude=True, repr=False)
+    """Set while a checkpoint is written: the modules that its map will name."""
+
+    @field_validator("weights", "activations", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return plain(value)
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight."""
+        return _bits(self.weights)
+
+    @property
+    def packed_bits(self) -> list[int]:
+        """Fewer than 8 bits that modules may have."""
+        found = [_bits(name) for name in (self.weights, *(self.mixed or []))]
+        return [bits for bits in found if bits < 8]
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return [name for name in super().field_names() if name != "quantized"]
+
+    @classmethod
+    def normalise(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        data = super().normalise(raw)
+        if data.get("modules_to_not_convert") == []:
+            data["modules_to_not_convert"] = None
+        return data
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        data = {**super().to_checkpoint(), "quant_method": "quanto"}
+        if self.mixed is None:
+            del data["mixed"]
+        return data
+
+    def extra_files(self, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        entry = {"weights": f"q{self.weights}", "activations": "none"}
+        if self.weights == "float8":
+            entry["weights"] = "qfloat8_e4m3fn"
+        return {QMAP: dict.fromkeys(self.quantized, entry)} if self.quantized else {}
+
+    def keeping(self, modules: Sequence[str]) -> QuantoConfig:
+        names = sorted({*(self.modules_to_not_convert or []), *modules})
+        return self.model_copy(update={"modules_to_not_convert": names or None})
+
+    def summary(self) -> str:
+        return f"{self.weights} weights"
+
+
+def _bits(weights: str) -> int:
+    return int(weights.removeprefix("float").removeprefix("int"))
+
+
+def plain(name: Any) -> Any:
+    """Transformers' name of a type that optimum-quanto calls ``name``."""
+    if not isinstance(name, str):
+        return name
+    if name == "none":
+        return None
+    short = name.removeprefix("q")
+    return "float8" if short in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz") else short
+
+
+def rules(config: QuantoConfig, origin: str) -> list[Rule]:
+    """The skip list as targeting rules; the defaults stay in force beside it."""
+    return from_transformers_skip(config.modules_to_not_convert or [], origin)

@@ -1,0 +1,125 @@
+"""Optimum-quanto's map of modules, ``quanto_qmap.json``: read, checked and made.
+
+The package's own checkpoints have it in place of a ``quantization_config``. Tensors outrank it;
+it may name neither absent modules nor quantized activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from quantmill.findings import Finding, QuantmillError, declare
+from quantmill.stages.select import select
+from quantmill_quanto.config import QMAP, QuantoConfig, plain
+
+if TYPE_CHECKING:
+    from quantmill.checkpoint.headers import CheckpointHeaders
+    from quantmill.job import Job
+
+__all__ = ["adopt", "check", "detect", "note_targets"]
+
+BAD_MAP = declare("QM-QUANTO-003", "A quanto map can't be read")
+ABSENT = declare("QM-QUANTO-004", "A quanto map names modules that the checkpoint does not hold")
+ACTIVATIONS = declare("QM-QUANTO-010", "Quantized activations are asked for")
+_MOST = 64 << 20
+_SHOWN = 5
+
+
+def _read(headers: CheckpointHeaders) -> dict[str, dict[str, Any]] | None:
+    """The map, or None where there is none.
+
+    Raises:
+        QuantmillError: it is no object of objects.
+    """
+    source = headers.source
+    if not source.exists(QMAP):
+        return None
+    size = source.size(QMAP)
+    problem = f"it has {size:,} bytes" if size > _MOST else ""
+    found: Any = None
+    if not problem:
+        try:
+            found = json.loads(source.read(QMAP, 0, size))
+        except (ValueError, RecursionError) as error:
+            problem = f"it is not valid JSON: {str(error)[:160]}"
+        else:
+            if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+                problem = "it is no object of modules, each with its types"
+    if problem:
+        raise QuantmillError(BAD_MAP(QMAP, problem, "get it again from its source"))
+    table: dict[str, dict[str, Any]] = found
+    return table
+
+
+def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
+    """The ``quantization_config`` that the map stands for, or None where there is no map."""
+    table = _read(headers)
+    if not table:
+        return None
+    activations = {str(plain(v)) for item in table.values() if (v := item.get("activations"))}
+    weights = list(dict.fromkeys(str(plain(item.get("weights"))) for item in table.values()))
+    return {
+        "quant_method": "quanto",
+        "weights": weights[0],
+        "mixed": weights[1:] or None,
+        "activations": next(iter(activations - {"None"}), None),
+        "modules_to_not_convert": None,
+    }
+
+
+def adopt(job: Job, stage: str) -> None:
+    """Put what :func:`detect` finds where a ``quantization_config`` would be, and select by it
+    where the core has passed that stage: loading without METHOD."""
+    found = detect(job.headers)
+    if found is None:
+        return
+    job.headers.config["quantization_config"] = found
+    if stage == "target" and not job.selections:
+        select(job)
+
+
+def check(job: Job) -> Iterator[Finding]:
+    """What a config or a map asks for and can't have."""
+    for selection in job.selections.values():
+        config = selection.config
+        if isinstance(config, QuantoConfig) and config.activations is not None:
+            yield ACTIVATIONS(
+                "activations",
+                f"activations={config.activations!r}; only weights are quantized here",
+                "leave activations out, or quantize the float model anew without them",
+            )
+    if not job.prequantized:
+        return
+    try:
+        table = _read(job.headers) or {}
+    except QuantmillError as error:
+        yield from error.findings
+        return
+    there = {
+        name.partition(".weight._data")[0] for name in job.headers.tensors if ".weight._" in name
+    }
+    lost = sorted(set(table) - there)
+    if lost:
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        yield ABSENT(
+            lost[0],
+            f"{QMAP} names {', '.join(lost[:_SHOWN])}{more}, and no tensor is quantized there",
+            "the checkpoint is damaged: get it again, or correct the map",
+        )
+
+
+def note_targets(job: Job) -> None:
+    """Tell every Quanto config which modules the plan quantizes, for the map that it writes."""
+    if job.plan is None or job.prequantized:
+        return
+    names: dict[str, list[str]] = {}
+    for entry in job.plan.modules:
+        if entry.action == "quantize" and entry.target is not None and entry.method is not None:
+            names.setdefault(entry.method, []).append(entry.target.name)
+    for label, selection in job.selections.items():
+        if isinstance(selection.config, QuantoConfig):
+            noted = selection.config.model_copy(update={"quantized": tuple(names.get(label, ()))})
+            job.selections[label] = dataclasses.replace(selection, config=noted)

@@ -1,0 +1,114 @@
+"""Quantizes to Quanto's formats, streaming by row blocks."""
+
+from __future__ import annotations
+
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.forms import Affine, Codes, Form, ScaledFloat
+from quantmill.targeting.types import Target
+from quantmill_quanto.codec import abstract_form, group_size, grouping_of
+from quantmill_quanto.config import QuantoConfig
+
+__all__ = ["QuantoQuantizer"]
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT8 = torch.float8_e4m3fn
+
+
+def _taken(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scales and shifts: that of the weight."""
+    return dtype if dtype in _STORED else torch.float32
+
+
+class QuantoQuantizer(Quantizer[QuantoConfig]):
+    """Absmax per row for 8 bits, the range of each group for fewer.
+
+    Codes are computed in float32 for scales and shifts as they are stored; the peer computes in
+    the weight's dtype, which costs accuracy in 16 bits.
+    """
+
+    def abstract(self, target: Target, dtype: torch.dtype) -> Form:
+        bits = self.config.bits
+        return abstract_form(
+            (target.out_features, target.in_features),
+            bits,
+            None if bits == 8 else group_size(target.in_features),
+            _taken(dtype),
+            dtype,
+            _FLOAT8 if self.config.weights == "float8" else torch.int8,
+        )
+
+    def quantize(self, target: Target, weight: WeightSource) -> Form:
+        return self._bytes(weight) if self.config.bits == 8 else self._packed(weight)
+
+    def _bytes(self, weight: WeightSource) -> Form:
+        rows, columns = weight.shape
+        real = self.config.weights == "float8"
+        kind = _FLOAT8 if real else torch.int8
+        data = torch.empty((rows, columns), dtype=kind, device=self.device)
+        scale = torch.empty(rows, dtype=_taken(weight.dtype), device=self.device)
+        low, high = (-448.0, 448.0) if real else (-128.0, 127.0)
+        for start, block in weight.row_blocks():
+            values = _finite(block, weight.name, start)
+            stop = start + values.shape[0]
+            scale[start:stop] = _positive((values.abs().amax(dim=1) / high).to(scale.dtype))
+            scaled = values / scale[start:stop].to(torch.float32).unsqueeze(1)
+            if not real:
+                scaled = torch.round(scaled)
+            data[start:stop] = scaled.clamp_(low, high).to(kind)
+        grouping = grouping_of(columns, None)
+        if real:
+            return ScaledFloat(data, scale, grouping, dtype=weight.dtype)
+        return Affine(Codes(data, 8, (rows, columns), "i8"), scale, grouping, dtype=weight.dtype)
+
+    def _packed(self, weight: WeightSource) -> Form:
+        rows, columns = weight.shape
+        bits, dtype = self.config.bits, _taken(weight.dtype)
+        size = group_size(columns) or columns
+        codes = Codes.empty((rows, columns), bits, "dense", self.device)
+        per_row = columns // size
+        scale = torch.empty(rows * per_row, dtype=dtype, device=self.device)
+        offset = torch.empty_like(scale)
+        top = float(2**bits - 1)
+        # A block ends where a byte of codes does.
+        for start, block in weight.row_blocks(8 // gcd(8, columns * bits)):
+            values = _finite(block, weight.name, start).reshape(-1, size)
+            first, last = start * per_row, start * per_row + values.shape[0]
+            least, most = values.amin(dim=1), values.amax(dim=1)
+            # Divided first: the range of float32 numbers can exceed float32.
+            step = _positive((most / top - least / top).to(dtype))
+            scale[first:last], offset[first:last] = step, least.to(dtype)
+            wide = step.to(torch.float32).unsqueeze(1)
+            moved = values / wide - offset[first:last].to(torch.float32).unsqueeze(1) / wide
+            found = torch.round(moved).clamp_(0, top).to(torch.uint8)
+            packed = Codes.pack(found, bits, "dense").data.reshape(-1)
+            begin = start * columns * bits // 8
+            codes.data.reshape(-1)[begin : begin + packed.numel()] = packed
+        grouping = grouping_of(columns, size)
+        groups = grouping.scale_shape((rows, columns))
+        return Affine(
+            codes,
+            scale.reshape(groups),
+            grouping,
+            offset.reshape(groups),
+            "minimum",
+            dtype=weight.dtype,
+        )
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """Scales; 1 where there is nothing to scale."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _finite(block: Tensor, name: str, start: int) -> Tensor:
+    """The rows in float32. ``start`` is the first one's number."""
+    finite = torch.isfinite(block.reshape(-1))
+    if not bool(finite.all()):
+        index = int(torch.argmin(finite.to(torch.uint8)).item())
+        raise NonFiniteWeight(name, start * block.shape[1] + index)
+    return block.to(torch.float32)
