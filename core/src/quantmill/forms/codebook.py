@@ -143,7 +143,9 @@ class Codebook(Form):
         inverse = torch.where(absmax > 0, 1.0 / absmax, torch.zeros_like(absmax))
         scaled = padded * inverse.unsqueeze(1)
         steps = ((scaled + 1.0) * 32767.5 + 0.5).floor().clamp(0, 65535).to(torch.int64)
-        codes = nearest_on_grid(table).to(values.device)[steps].reshape(-1)[:count]
+        codes = nearest_on_grid(table).to(values.device)[steps].reshape(-1)
+        if codes.numel() != count:
+            codes = codes[:count].clone()  # a view would keep the padding in memory
         return cls(
             Codes(codes, 8, (count,), "u8"), table, absmax, Flat(block), table_name=table_name
         )
