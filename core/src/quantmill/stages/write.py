@@ -108,8 +108,9 @@ def write_checkpoint(
         "method": ", ".join(job.selections),
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    # A quantized weight becomes a handful of tensors; an entry takes some 160 bytes.
-    room = len(job.headers.tensors) * 7 * 160
+    # A quantized weight becomes a handful of tensors; an entry takes up to some 200 bytes.
+    widest = max((len(codec_of(job, s).suffixes) for s in job.selections.values()), default=7)
+    room = len(job.headers.tensors) * max(7, widest) * 200
     with CheckpointWriter(
         folder, max_shard_bytes=max_shard_bytes, manifest=manifest, header_bytes=room
     ) as writer:

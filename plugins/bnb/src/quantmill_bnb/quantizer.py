@@ -209,4 +209,5 @@ def _nested_reference(centred: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     form = Codebook.quantize_dynamic(blocks.masked_fill(tiny, 0.0).reshape(-1), table, NESTED_BLOCK)
     extreme = torch.where(blocks > 0, table.numel() - 1, 0).to(torch.uint8)
     codes = torch.where(tiny, extreme, form.codes.data.reshape(blocks.shape))
-    return codes.reshape(-1)[:count], absmax
+    # A view would keep the padding in memory.
+    return codes.reshape(-1)[:count].clone(), absmax
