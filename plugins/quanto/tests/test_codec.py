@@ -69,7 +69,8 @@ def test_logits_of_peers_checkpoints_match(name: str) -> None:
         return float((logits - expected["logits"]).norm() / expected["logits"].norm())
 
     if name == "quanto-int8":
-        assert off(quantmill.load(DATA / name)) < 0.005
+        # Both compute in bfloat16, in different orders.
+        assert off(quantmill.load(DATA / name)) < 0.03
         return
     # The peer rounds every step of a 4-bit weight to bfloat16; we round once.
     assert off(quantmill.load(DATA / name)) < 0.06

@@ -43,7 +43,6 @@ def _call(
             f" not {x.dtype} {list(x.shape)} on {x.device}"
         )
     x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
     address = None
     if bias is not None:
         if bias.dtype != x.dtype or bias.numel() != rows:
@@ -53,6 +52,7 @@ def _call(
     pointers = _Slots()
     for slot, tensor in zip(slots, weight, strict=True):
         pointers[slot] = tensor.data_ptr()
+    y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
     failed = _library().qm_matmul(
         pointers,
         x.data_ptr(),

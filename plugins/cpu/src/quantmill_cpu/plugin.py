@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from quantmill.hookspecs import hookimpl
 from quantmill.registrations import Kernel
@@ -11,6 +12,26 @@ QUANTMILL_API = 1
 
 _AVAILABLE = "quantmill_cpu.native:unavailable"
 _EVEN_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+_BITS = (1, 2, 3, 4, 5, 6, 8)
+_PACKINGS = ("u8", "i8", "hi4", "lo4", "dense")
+_COLUMNS = (*range(16, 257, 16), 320, 384, 512, 768, 1024, 2048, 4096, 8192)
+"""Group sizes that the matmul is tested with: any multiple of 16 would do."""
+
+
+def _matmul(name: str, form: str, **constraints: tuple[Any, ...]) -> Kernel:
+    return Kernel(
+        name=name,
+        operation="matmul",
+        form=form,
+        implementation="quantmill_cpu.matmul:matmul",
+        constraints=constraints,
+        cost=0.02,
+        available=_AVAILABLE,
+        layout="cpu-panels",
+        prepare="quantmill_cpu.matmul:prepare",
+        restore="quantmill_cpu.matmul:restore",
+    )
 
 
 @hookimpl
@@ -48,5 +69,28 @@ def quantmill_kernels() -> Sequence[Kernel]:
             },
             cost=0.02,
             available=_AVAILABLE,
+        ),
+        _matmul(
+            "cpu-matmul-affine",
+            "affine",
+            bits=_BITS,
+            packing=_PACKINGS,
+            grouping=("group", "channel", "pertensor"),
+            group_size=(None, *_COLUMNS),
+            offset=("none", "zero", "minimum"),
+        ),
+        _matmul(
+            "cpu-matmul-codebook",
+            "codebook",
+            bits=_BITS,
+            packing=_PACKINGS,
+            grouping=("flat", "group", "channel", "pertensor", "blocks"),
+            group_size=(None, *_COLUMNS),
+        ),
+        _matmul(
+            "cpu-matmul-float8",
+            "scaled_float",
+            values=("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+            grouping=("group", "channel", "pertensor", "blocks"),
         ),
     ]

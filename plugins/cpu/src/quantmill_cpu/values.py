@@ -87,7 +87,8 @@ def _laid(values: Tensor, grouping: Grouping, shape: tuple[int, ...]) -> tuple[T
         if grouping.rows % _PANEL == 0:
             count = -(-shape[0] // _PANEL)
             wide = values.repeat_interleave(grouping.rows // _PANEL, dim=0)
-            return wide[:count].contiguous(), 1
+            # A view would keep the rows that are cut off in memory.
+            return wide[:count].clone(), 1
         return _panels(values.repeat_interleave(grouping.rows, dim=0)[: shape[0]]), _PANEL
     return _panels(values.reshape(shape[0], -1)), _PANEL
 

@@ -20,6 +20,8 @@ QM_INLINE uint32_t qm_as_bits(float value) {
     return bits;
 }
 
+QM_INLINE float qm_bfloat(uint16_t value) { return qm_as_float((uint32_t)value << 16); }
+
 QM_INLINE float qm_half(uint16_t half) {
     uint32_t rest = (uint32_t)(half & 0x7fffu) << 13;
     /* Scaling by 2^112 moves the exponent's bias and makes subnormals normal. */
@@ -28,22 +30,25 @@ QM_INLINE float qm_half(uint16_t half) {
     return qm_as_float((uint32_t)(half & 0x8000u) << 16 | value);
 }
 
-/* Rounded to nearest, ties to even, as are the two below. */
-QM_INLINE uint16_t qm_to_half(float value) {
-    uint32_t bits = qm_as_bits(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+/* Rounded to nearest, ties to even; of bits, so that loops over them vectorise. */
+QM_INLINE uint32_t qm_half_bits(uint32_t bits) {
+    uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
     uint32_t normal = ((size + 0xfffu + (size >> 13 & 1u)) >> 13) - (112u << 10);
     normal = normal >= 0x7c00u ? 0x7c00u : normal;
     /* Below 2^-14 halves have steps of 2^-24: adding 0.5 lets the addition round there. */
     uint32_t small = qm_as_bits(qm_as_float(size) + 0.5f) - 0x3f000000u;
     uint32_t result = size < 0x38800000u ? small : normal;
     result = size > 0x7f800000u ? 0x7e00u : result;
-    return (uint16_t)(sign | result);
+    return sign | result;
+}
+
+QM_INLINE uint32_t qm_bfloat_bits(uint32_t bits) {
+    uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded;
 }
 
 QM_INLINE uint16_t qm_to_bfloat(float value) {
-    uint32_t bits = qm_as_bits(value);
-    uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+    return (uint16_t)qm_bfloat_bits(qm_as_bits(value));
 }
 
 #endif

@@ -98,12 +98,15 @@ static const QmWay *choose_way(const QmJob *job, int64_t batch) {
 #ifdef QM_AMX
     case AMX:
         /* Codes of 8 bits are used as they are, or cost most to decode to bf16. */
-        if (batch > (whole && job->bits == 8 ? QM_FEW : 2)) return &qm_bf16_amx;
-        return whole ? &qm_int8_avx512 : &qm_bf16_avx512;
+        if (batch > (whole && job->bits == 8 ? QM_FEW : 2) && job->bf16_fits) return &qm_bf16_amx;
+        if (!whole && job->bf16_fits) return &qm_bf16_avx512;
+        return whole ? &qm_int8_avx512 : &qm_fp32_avx512;
 #endif
 #ifdef QM_AVX512BF16
     case BF16:
-        return whole && (few || job->numbers != QM_TWO_BYTES) ? &qm_int8_avx512 : &qm_bf16_avx512;
+        if (whole && (few || job->numbers != QM_TWO_BYTES || !job->bf16_fits))
+            return &qm_int8_avx512;
+        return job->bf16_fits ? &qm_bf16_avx512 : &qm_fp32_avx512;
 #endif
 #ifdef QM_AVX512VNNI
     case VNNI: return whole ? &qm_int8_avx512 : &qm_fp32_avx512;
@@ -215,19 +218,26 @@ static void tables_of(QmJob *job) {
     const float *t = job->lookup;
     float low = t[0], high = t[0];
     int steps = 1, whole = job->bits < 8, mirror = job->bits == 8;
+    double squares = 0.0, errors = 0.0;
     for (int i = 0; i < count; i++) {
         low = t[i] < low ? t[i] : low;
         high = t[i] > high ? t[i] : high;
         steps &= t[i] == t[0] + (float)i;
         whole &= t[i] > -1e6f && t[i] < 1e6f && t[i] == (float)(int)t[i];
+        const float error = qm_bfloat(qm_to_bfloat(t[i])) - t[i];
+        if (!(error - error == 0.0f)) continue; /* not finite */
+        squares += (double)t[i] * t[i];
+        errors += (double)error * error;
     }
+    job->bf16_fits = errors <= squares * (0.0011 * 0.0011);
+    job->bf16_twice = errors <= squares * (0.0010 * 0.0010);
     for (int i = 0; i < each; i++) {
-        uint16_t value = qm_to_bfloat(t[i % count]);
+        uint16_t value = qm_to_bfloat(t[i & (count - 1)]);
         job->table[i] = (uint8_t)value;
         job->table[each + i] = (uint8_t)(value >> 8);
         /* NaN has no sign to turn. */
-        const float twin = t[(i ^ 128) % count];
-        mirror &= t[i % count] != t[i % count] ? twin != twin : value == (qm_to_bfloat(twin) ^ 0x8000);
+        const float twin = t[(i ^ 128) & (count - 1)];
+        mirror &= t[i & (count - 1)] != t[i & (count - 1)] ? twin != twin : value == (qm_to_bfloat(twin) ^ 0x8000);
     }
     job->numbers = mirror ? QM_MIRROR : QM_LOOKUP;
     job->unit = 1.0f;
@@ -238,12 +248,12 @@ static void tables_of(QmJob *job) {
     } else if (whole && high - low <= 255.0f) {
         job->numbers = QM_BYTE;
         job->base = low;
-        for (int i = 0; i < 64; i++) job->bytes[i] = (uint8_t)(t[i % count] - low);
+        for (int i = 0; i < 64; i++) job->bytes[i] = (uint8_t)(t[i & (count - 1)] - low);
     } else if (job->bits < 8) {
         float most = high > -low ? high : -low, unit = most / 32512.0f;
         if (!(most > 1e-30f && most < 1e30f)) return;
         for (int i = 0; i < 64; i++) {
-            float number = t[i % count] / unit;
+            float number = t[i & (count - 1)] / unit;
             int rounded = (int)(number + (number < 0.0f ? -0.5f : 0.5f));
             float error = (float)rounded - number, size = number < 0.0f ? -number : number;
             /* A table with entries so far apart needs floating point. */
@@ -329,9 +339,10 @@ QM_API int qm_matmul(const void *const *slots, const void *x, const void *bias, 
     job->dtype = dtype;
     job->bias = bias;
     work.way = choose_way(job, batch);
+    job->batch = batch;
     work.way->settle(job);
-    job->sums_needed = job->shift / job->unit + job->base != 0.0f || job->plus != 0.0f ||
-                       job->offset_kind != QM_OFFSET_NONE;
+    job->sums_needed = !job->scaled && (job->shift / job->unit + job->base != 0.0f ||
+                                        job->plus != 0.0f || job->offset_kind != QM_OFFSET_NONE);
     for (int64_t done = 0; done < batch; done += QM_BATCH) {
         job->batch = batch - done < QM_BATCH ? batch - done : QM_BATCH;
         job->x = (const uint8_t *)x + done * job->columns * size;

@@ -164,6 +164,16 @@ static void stream_pair(const QmJob *job, int64_t pair, const QmWorkspace *w) {
 
 /* ---- More rows: a run of columns is decoded for all ---------------------------------------------- */
 
+/* Four sums' tiles as rows of two panels. */
+QM_INLINE void untile(float *part, int64_t rows, int both) {
+    float tiles[1024];
+    memcpy(tiles, part, both ? 4096 : 2048);
+    for (int64_t r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++)
+            memcpy(part + r * QM_PAIR + half * QM_PANEL,
+                   tiles + r / 16 * 512 + half * 256 + r % 16 * 16, 64);
+}
+
 /* Up to 32 rows. Within a group the sums wait in `part` between runs of columns. */
 QM_INLINE void block(const QmJob *job, const QmStep *step, int64_t m, int64_t rows, int both) {
     const QmWorkspace *w = step->w;
@@ -182,7 +192,8 @@ QM_INLINE void block(const QmJob *job, const QmStep *step, int64_t m, int64_t ro
         multiply((const uint8_t *)w->decoded + c * 2048, x + c * next,
                  x + TILE_ROWS * job->stride + c * next, row * 2, both);
     store_tiles(part, both);
-    if (step->last)
+    if (step->last && job->scaled) untile(part, rows, both);
+    else if (step->last)
         finish_all(job, w, step->group, m, rows, both, part);
 }
 
@@ -200,7 +211,7 @@ static void qm_block(const QmJob *job, const QmStep *step) {
 
 static void settle(QmJob *job) {
     qm_bf16_settle(job);
-    job->tiled = job->group_units % 2 == 0 || job->groups == 1;
+    job->tiled = job->scaled || job->group_units % 2 == 0 || job->groups == 1;
 }
 
 static void run(const QmJob *job, int64_t pair, char *workspace) {
@@ -208,7 +219,8 @@ static void run(const QmJob *job, int64_t pair, char *workspace) {
     qm_workspace(job, workspace, &w);
     configure(qm_least(job->act_rows > 2 * TILE_ROWS ? job->act_rows : real_rows(job),
                        2 * TILE_ROWS));
-    if (job->act_rows <= 2 * TILE_ROWS && job->tiled) stream_pair(job, pair, &w);
+    if (job->scaled) qm_run_scaled(job, pair, &w);
+    else if (job->act_rows <= 2 * TILE_ROWS && job->tiled) stream_pair(job, pair, &w);
     else qm_run_pair(job, pair, &w, 0);
     _tile_release();
 }

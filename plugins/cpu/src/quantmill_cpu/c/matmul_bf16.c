@@ -34,8 +34,9 @@ QM_INLINE void product(const QmJob *job, const QmStep *step, int64_t m, int rows
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
         for (int p = 0; p < 2; p++) {
-            float *to = (step->last ? total : part) + r * QM_PAIR + 16 * p;
-            if (step->last)
+            const int done = step->last && !job->scaled;
+            float *to = (done ? total : part) + r * QM_PAIR + 16 * p;
+            if (done)
                 sums[r][p] = _mm512_fmadd_ps(sums[r][p], _mm512_loadu_ps(scale + 16 * p),
                                              _mm512_loadu_ps(to));
             _mm512_storeu_ps(to, sums[r][p]);
@@ -82,7 +83,8 @@ void qm_bf16_few(const QmJob *job, int64_t pair, const QmWorkspace *w) {
 static void run(const QmJob *job, int64_t pair, char *workspace) {
     QmWorkspace w;
     qm_workspace(job, workspace, &w);
-    if (job->act_rows <= QM_FEW && job->numbers != QM_CODE) qm_bf16_few(job, pair, &w);
+    if (job->scaled) qm_run_scaled(job, pair, &w);
+    else if (job->act_rows <= QM_FEW && job->numbers != QM_CODE) qm_bf16_few(job, pair, &w);
     else qm_run_pair(job, pair, &w, 1);
 }
 

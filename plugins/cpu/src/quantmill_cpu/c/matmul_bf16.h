@@ -78,6 +78,7 @@ QM_INLINE __m512 qm_dot(__m512 sum, __m512i a, __m512i b) {
 /* ---- Activations -------------------------------------------------------------------------------- */
 
 static void qm_bf16_settle(QmJob *job) {
+    job->scaled = job->batch > QM_MANY && job->bf16_twice;
     if (job->numbers != QM_MIRROR && (job->numbers != QM_CODE || job->bits == 8))
         job->numbers = QM_LOOKUP;
     job->unit = 1.0f;
@@ -246,6 +247,81 @@ static void qm_decode_units(const QmJob *job, const uint8_t *codes, int64_t unit
         break;
     QM_EACH_WIDTH(CASE)
 #undef CASE
+}
+
+/* ---- Very many rows: scaled first ----------------------------------------------------------------
+ * Sums over all columns then need no scaling of each group's. The weight is rounded to bf16 once
+ * more, as it is wherever it is dequantized for bf16 activations. */
+
+/* Two bf16 of each row times its scale plus `added`. */
+QM_INLINE __m512i qm_scale(__m512i pair, __m512 scale, __m512 added) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u), half = _mm512_set1_epi32(0x8000);
+    __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+    __m512 second = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));
+    __m512i low = _mm512_castps_si512(_mm512_fmadd_ps(first, scale, added));
+    __m512i high = _mm512_castps_si512(_mm512_fmadd_ps(second, scale, added));
+    low = _mm512_srli_epi32(_mm512_add_epi32(low, half), 16);
+    return _mm512_ternarylogic_epi64(upper, _mm512_add_epi32(high, half), low, 0xca);
+}
+
+QM_INLINE void qm_decode_scaled(const QmJob *job, const uint8_t *codes, const QmWorkspace *w,
+                                int64_t unit, int64_t count, int half, int bits, int numbers) {
+    const QmTable t = qm_table(job);
+    uint8_t *out = (uint8_t *)w->decoded + half * 64;
+    for (int64_t u = unit; u < unit + count; u++, out += 8 * 128) {
+        const int64_t group = qm_least(u / job->group_units, job->groups - 1);
+        const __m512 scale = _mm512_loadu_ps(w->scale + group * QM_PAIR + half * QM_PANEL);
+        const __m512 added = _mm512_loadu_ps(w->zero + group * QM_PAIR + half * QM_PANEL);
+        const uint8_t *chunk = codes + (u / 2) * 64 * bits;
+        if (u % 2 == 0) qm_prefetch(chunk, bits);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            QmPair pair = u % 2 == 0 ? qm_decode(chunk, j, bits, numbers, &t)
+                                     : qm_decode(chunk, j + 4, bits, numbers, &t);
+            _mm512_storeu_si512(out + 256 * j, qm_scale(pair.even, scale, added));
+            _mm512_storeu_si512(out + 256 * j + 128, qm_scale(pair.odd, scale, added));
+        }
+    }
+}
+
+/* What a scaled weight is beside its code's part: a pair's zero points and minimums. */
+QM_INLINE void qm_added(const QmJob *job, int64_t panel, const QmWorkspace *w, int lane) {
+    const float zero = job->shift / job->unit + job->base;
+    qm_panel_values(job, panel, w, lane);
+    for (int64_t g = 0; g < job->groups; g++)
+        for (int64_t i = g * QM_PAIR + lane; i < g * QM_PAIR + lane + QM_PANEL; i++) {
+            const float by = job->offset_kind == QM_OFFSET_ZERO ? w->zero[i] : zero;
+            const float low = job->offset_kind == QM_OFFSET_MINIMUM ? w->minimum[i] : 0.0f;
+            w->zero[i] = w->scale[i] * by + (low + job->plus);
+        }
+}
+
+QM_INLINE void qm_run_scaled(const QmJob *job, int64_t pair, const QmWorkspace *w) {
+    const uint8_t *codes[2];
+    for (int half = 0; half < 2; half++) {
+        int64_t panel = qm_least(pair * 2 + half, job->panels - 1);
+        codes[half] = job->codes + panel * job->panel_bytes;
+        qm_added(job, panel, w, half * QM_PANEL);
+    }
+    for (int64_t unit = 0; unit < job->units; unit += QM_SEGMENT) {
+        const int64_t count = qm_least(QM_SEGMENT, job->units - unit);
+        for (int half = 0; half < 2; half++) {
+#define CASE(b) \
+    case b: \
+        if (job->numbers == QM_CODE && b < 8) \
+            qm_decode_scaled(job, codes[half], w, unit, count, half, b, QM_CODE); \
+        else if (job->numbers == QM_MIRROR && b == 8) \
+            qm_decode_scaled(job, codes[half], w, unit, count, half, b, QM_MIRROR); \
+        else qm_decode_scaled(job, codes[half], w, unit, count, half, b, QM_LOOKUP); \
+        break;
+            QM_EACH_WIDTH(CASE)
+#undef CASE
+        }
+        const QmStep step = {unit, count, 0, 0, unit == 0, unit + count == job->units, w};
+        qm_block(job, &step);
+    }
+    for (int half = 0; half < 2; half++)
+        qm_store(job, (pair * 2 + half) * QM_PANEL, w->part + half * QM_PANEL);
 }
 
 #endif

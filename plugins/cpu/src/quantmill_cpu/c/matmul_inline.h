@@ -33,7 +33,7 @@ QM_INLINE void qm_load16(const uint8_t *from, int dtype, float *out) {
     } else if (dtype == QM_BF16) {
         uint16_t raw[16];
         memcpy(raw, from, 32);
-        for (int i = 0; i < 16; i++) out[i] = qm_as_float((uint32_t)raw[i] << 16);
+        for (int i = 0; i < 16; i++) out[i] = qm_bfloat(raw[i]);
     } else {
         qm_halves(from, out);
     }
@@ -216,7 +216,7 @@ static void qm_row(const QmJob *job, int64_t m, float *row) {
                 continue;
             }
             memcpy(&raw, from, 2);
-            row[k] = job->dtype == QM_BF16 ? qm_as_float((uint32_t)raw << 16) : qm_half(raw);
+            row[k] = job->dtype == QM_BF16 ? qm_bfloat(raw) : qm_half(raw);
         }
     } else {
         for (; k + 16 <= columns; k += 16) qm_load16(x + k * size, job->dtype, row + k);
@@ -244,6 +244,24 @@ static inline void qm_sums(const QmJob *job, const float *row, float *sums) {
 
 /* ---- Results ---------------------------------------------------------------------------------- */
 
+/* The first `count` of 16 values as elements of a dtype. */
+QM_INLINE void qm_narrow(const float *values, int dtype, int64_t count, uint8_t *to) {
+    uint32_t bits[16];
+    uint16_t narrow[16];
+    if (dtype == QM_F32) {
+        memcpy(to, values, (size_t)count * 4);
+        return;
+    }
+    memcpy(bits, values, 64);
+    if (dtype == QM_BF16)
+        for (int i = 0; i < 16; i++) bits[i] = qm_bfloat_bits(bits[i]);
+    else
+        for (int i = 0; i < 16; i++) bits[i] = qm_half_bits(bits[i]);
+    for (int i = 0; i < 16; i++) narrow[i] = (uint16_t)bits[i];
+    if (count == 16) memcpy(to, narrow, 32);
+    else memcpy(to, narrow, (size_t)count * 2);
+}
+
 /* Rows [row, row + 16) of W against all of x: totals[act_row * 32 + lane] to y. */
 static void qm_store(const QmJob *job, int64_t row, const float *totals) {
     const int64_t count = qm_least(QM_PANEL, job->rows - row);
@@ -257,7 +275,7 @@ static void qm_store(const QmJob *job, int64_t row, const float *totals) {
     }
     for (int64_t m = 0; m < job->batch; m++) {
         float out[16], extra = 0.0f;
-        if (job->plus != 0.0f) {
+        if (job->plus != 0.0f && !job->scaled) {
             const float *sums = job->sums + m * job->split * job->groups;
             for (int64_t g = 0; g < job->groups; g++) extra += sums[g];
             extra *= job->plus;
@@ -268,16 +286,7 @@ static void qm_store(const QmJob *job, int64_t row, const float *totals) {
             for (int i = 0; i < 16; i++) out[i] += from[QM_PAIR + i];
         for (int i = 0; i < 16; i++) out[i] += bias[i];
         uint8_t *to = job->y + (m * job->rows + row) * size;
-        if (job->dtype == QM_F32) {
-            memcpy(to, out, (size_t)count * 4);
-            continue;
-        }
-        uint16_t narrow[16];
-        if (job->dtype == QM_BF16)
-            for (int i = 0; i < 16; i++) narrow[i] = qm_to_bfloat(out[i]);
-        else
-            for (int i = 0; i < 16; i++) narrow[i] = qm_to_half(out[i]);
-        memcpy(to, narrow, (size_t)count * 2);
+        qm_narrow(out, job->dtype, count, to);
     }
 }
 

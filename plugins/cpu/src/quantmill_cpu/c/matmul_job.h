@@ -12,6 +12,7 @@
 #define QM_SEGMENT 16 /* most units in a run: what is decoded at a time stays in the first cache */
 #define QM_BATCH 128 /* rows of x worked on together */
 #define QM_FEW 4 /* rows for which decoding into memory doesn't pay */
+#define QM_MANY 64 /* rows beyond which weights are scaled before they are multiplied */
 
 typedef struct {
     int kind, lanes, level;
@@ -36,6 +37,9 @@ typedef struct QmJob {
     int64_t runs; /* in a group: pieces of at most QM_SEGMENT units */
     int bits, offset_kind;
     int numbers;
+    int bf16_fits; /* rounding the lookup to bf16 loses less than a kernel may, */
+    int bf16_twice; /* and also when the scaled weight is rounded once more */
+    int scaled; /* weights are scaled before they are multiplied */
     int sums_needed; /* something is multiplied by a group's sum of x */
     const uint8_t *codes;
     const float *lookup;

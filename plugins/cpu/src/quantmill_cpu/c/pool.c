@@ -3,11 +3,13 @@
  * in the low half, taken with a compare-and-swap. A worker that wakes up too late finds another
  * number or nothing left, and touches nothing.
  */
+#define _POSIX_C_SOURCE 200809L /* clock_gettime */
 #include "pool.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <time.h>
 
 #define SPINS 4000 /* pauses before sleeping: some 50 to 150 microseconds */
 
@@ -75,22 +77,44 @@ static void *live(void *number) {
 
 /* ---- Borrowed threads ---------------------------------------------------------------------------
  * OpenMP's threads of another library in the process: they spin between its parallel regions, and
- * would fight with ours for the processors. */
+ * would fight with ours for the processors. But where other processes want these too, OpenMP waits
+ * for the last of its threads to get one, if only to see that nothing is left to do. After such a
+ * wait the pool's own threads are used for a while: nobody waits for those that come late. */
+
+#define LONG_WAIT 500000 /* nanoseconds */
+#define OWN_JOBS 50
 
 static _Atomic(QmRunner) borrowed;
+static atomic_int own_jobs; /* still to run with the pool's own threads */
 
 typedef struct {
     QmWork work;
     void *argument;
     int64_t count;
-    atomic_int_fast64_t next;
+    atomic_int_fast64_t next, ended; /* `ended`: when the last piece was done */
     atomic_int workers;
 } Shared;
 
+static int64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
 static void share(void *data) {
     Shared *s = data;
-    int worker = atomic_fetch_add(&s->workers, 1);
-    for (int64_t i; (i = atomic_fetch_add(&s->next, 1)) < s->count;) s->work(s->argument, i, worker);
+    int worker = atomic_fetch_add(&s->workers, 1), some = 0;
+    for (int64_t i; (i = atomic_fetch_add(&s->next, 1)) < s->count; some = 1)
+        s->work(s->argument, i, worker);
+    if (!some) return;
+    int64_t at = now(), last = atomic_load(&s->ended);
+    while (last < at && !atomic_compare_exchange_weak(&s->ended, &last, at)) {}
+}
+
+static void run_borrowed(QmRunner runner, QmWork work, void *argument, int64_t count, int threads) {
+    Shared shared = {.work = work, .argument = argument, .count = count};
+    runner(share, &shared, (unsigned)threads, 0);
+    if (now() - atomic_load(&shared.ended) > LONG_WAIT) atomic_store(&own_jobs, OWN_JOBS);
 }
 
 __attribute__((visibility("default"))) void qm_borrow_threads(QmRunner runner) {
@@ -127,9 +151,11 @@ void qm_parallel(QmWork work, void *argument, int64_t count, int threads) {
     pthread_once(&once, at_fork);
     QmRunner runner = atomic_load_explicit(&borrowed, memory_order_relaxed);
     if (runner && threads > 1) {
-        Shared shared = {.work = work, .argument = argument, .count = count};
-        runner(share, &shared, (unsigned)threads, 0);
-        return;
+        if (atomic_load_explicit(&own_jobs, memory_order_relaxed) <= 0) {
+            run_borrowed(runner, work, argument, count, threads);
+            return;
+        }
+        atomic_fetch_sub_explicit(&own_jobs, 1, memory_order_relaxed);
     }
     /* Another Python thread's job may be running: then this one needs no helpers. */
     if (threads == 1 || pthread_mutex_trylock(&pool.owner) != 0) {
