@@ -25,6 +25,8 @@ def _matmul(name: str, form: str, **constraints: tuple[Any, ...]) -> Kernel:
         operation="matmul",
         form=form,
         implementation="quantmill_cpu.matmul:matmul",
+        # In float32 the reference is asked for exactness, which 16-bit products do not have.
+        dtypes=("bfloat16", "float16"),
         constraints=constraints,
         cost=0.02,
         available=_AVAILABLE,
