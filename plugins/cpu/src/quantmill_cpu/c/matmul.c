@@ -90,7 +90,9 @@ QM_API int qm_matmul_use_level(const char *name) {
 /* Whole numbers are the fastest for few rows, where the machine has dot products of bytes; tiles
  * for many. Without tiles, two bytes a weight are more work than one bf16. */
 static const QmWay *choose_way(const QmJob *job, int64_t batch) {
-    const int level = level_used(), few = batch <= QM_FEW;
+    const int best = level_used(), few = batch <= QM_FEW;
+    /* Who computes in float32 wants its precision, which products of 16 bits don't have. */
+    const int level = job->dtype == QM_F32 && best > AVX512 ? AVX512 : best;
     const int whole = job->numbers != QM_LOOKUP && job->numbers != QM_MIRROR;
     (void)whole;
     (void)few;

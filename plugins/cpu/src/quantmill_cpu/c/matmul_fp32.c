@@ -33,82 +33,75 @@ QM_INLINE Floats all(float value) { return value - (Floats){0}; }
 
 /* ---- Codes to floats --------------------------------------------------------------------------- */
 
-/* 16 entries of a table of 2**bits; bits of the index above those are not zero. */
-QM_INLINE void look_up(const float *table, const uint32_t *index, int bits, float *out) {
-    const uint32_t mask = (1u << bits) - 1;
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef int32_t Numbers __attribute__((vector_size(LANES * 4)));
+
+/* Entries of a table of 2**bits (up to 4 bits: of 16, repeating); higher bits of the index are not
+ * zero. */
+QM_INLINE Floats look_up(const float *table, Words index, int bits) {
+    const Words masked = index & ((1u << bits) - 1);
 #if defined(__AVX512F__)
-    __m512i at = _mm512_loadu_si512(index);
-    if (bits == 4) {
-        _mm512_storeu_ps(out, _mm512_permutexvar_ps(at, _mm512_loadu_ps(table)));
-    } else if (bits == 5) {
-        __m512 low = _mm512_loadu_ps(table), high = _mm512_loadu_ps(table + 16);
-        _mm512_storeu_ps(out, _mm512_permutex2var_ps(low, at, high));
-    } else {
-        at = _mm512_and_si512(at, _mm512_set1_epi32((int)mask));
-        _mm512_storeu_ps(out, _mm512_i32gather_ps(at, table, 4));
-    }
+    if (bits <= 4) return _mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+    if (bits == 5)
+        return _mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index,
+                                      _mm512_loadu_ps(table + 16));
+    return _mm512_i32gather_ps((__m512i)masked, table, 4);
 #elif defined(__AVX2__)
-    for (int i = 0; i < 16; i += 8) {
-        __m256i at = _mm256_loadu_si256((const __m256i_u *)(index + i));
-        if (bits == 4) {
-            __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), at);
-            __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), at);
-            __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));
-            _mm256_storeu_ps(out + i, _mm256_blendv_ps(low, high, top));
-        } else {
-            at = _mm256_and_si256(at, _mm256_set1_epi32((int)mask));
-            _mm256_storeu_ps(out + i, _mm256_i32gather_ps(table, at, 4));
-        }
-    }
+    if (bits > 4) return _mm256_i32gather_ps(table, (__m256i)masked, 4);
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+    if (bits < 4) return low;
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+    return _mm256_blendv_ps(low, high, (__m256)(index << 28));
 #else
-    for (int i = 0; i < 16; i++) out[i] = table[index[i] & mask];
+    Floats found;
+    for (int i = 0; i < LANES; i++) found[i] = table[masked[i]];
+    return found;
 #endif
 }
 
 /* Columns 4 * j + p (j of 8 in a chunk) of a plane of `width` bits, the codes beginning at bit
- * `to`; one word per row, other bits are not cleared. */
-QM_INLINE void plane(const uint8_t *at, int width, int j, int p, int to, uint32_t *out) {
+ * `to`, of the rows from `row` on; other bits are not cleared. */
+QM_INLINE Words plane(const uint8_t *at, int row, int width, int j, int p, int to) {
     const int each = 8 / width, shift = width * (j % each) + 8 * p - to;
-    uint32_t words[16];
-    memcpy(words, at + 64 * (j / each), 64);
-    if (shift >= 0)
-        for (int i = 0; i < 16; i++) out[i] = words[i] >> shift;
-    else
-        for (int i = 0; i < 16; i++) out[i] = words[i] << -shift;
+    Words words;
+    memcpy(&words, at + 64 * (j / each) + 4 * row, sizeof words);
+    return shift >= 0 ? words >> shift : words << -shift;
 }
 
 /* One column of a chunk: the codes of 16 rows as floats. */
-QM_INLINE void column(const QmJob *job, const uint8_t *chunk, int j, int p, int bits, int steps,
+QM_INLINE void column(const float *table, const uint8_t *chunk, int j, int p, int bits, int steps,
                       float *out) {
-    uint32_t index[16], more[16];
     const int low = bits == 3 ? 2 : bits > 4 && bits < 8 ? 4 : bits; /* the first plane's width */
-    plane(chunk, low, j, p, 0, index);
-    if (low < bits) {
-        plane(chunk + 64 * low, bits - low, j, p, low, more);
-        const uint32_t mask = (1u << low) - 1;
-        for (int i = 0; i < 16; i++) index[i] = (index[i] & mask) | (more[i] & ~mask);
-    }
-    if (steps) {
-        const uint32_t mask = (1u << bits) - 1;
-        for (int i = 0; i < 16; i++) out[i] = (float)(int32_t)(index[i] & mask);
-    } else {
-        look_up(job->lookup, index, bits, out);
+#pragma GCC unroll 4
+    for (int row = 0; row < QM_PANEL; row += LANES) {
+        Words index = plane(chunk, row, low, j, p, 0);
+        if (low < bits) {
+            const uint32_t mask = (1u << low) - 1;
+            const Words more = plane(chunk + 64 * low, row, bits - low, j, p, low);
+            index = (index & mask) | (more & ~mask);
+        }
+        if (steps) index &= (1u << bits) - 1;
+        store(out + row, steps ? __builtin_convertvector((Numbers)index, Floats)
+                               : look_up(table, index, bits));
     }
 }
 
 QM_INLINE void decode(const QmJob *job, const uint8_t *codes, int64_t unit, int64_t count, int bits,
                       int steps, float *out) {
+    float repeating[16];
+    for (int i = 0; i < 16; i++) repeating[i] = job->lookup[i & ((1 << bits) - 1)];
+    const float *table = bits <= 4 ? repeating : job->lookup;
     for (int64_t u = unit; u < unit + count; u++) {
         const uint8_t *chunk = codes + (u / 2) * 64 * bits;
         /* Both halves of a chunk spelt out: shifts by constants are what makes this fast. */
         if (u % 2 == 0) {
 #pragma GCC unroll 16
             for (int k = 0; k < 16; k++)
-                column(job, chunk, k / 4, k % 4, bits, steps, out + k * QM_PAIR);
+                column(table, chunk, k / 4, k % 4, bits, steps, out + k * QM_PAIR);
         } else {
 #pragma GCC unroll 16
             for (int k = 0; k < 16; k++)
-                column(job, chunk, 4 + k / 4, k % 4, bits, steps, out + k * QM_PAIR);
+                column(table, chunk, 4 + k / 4, k % 4, bits, steps, out + k * QM_PAIR);
         }
         out += QM_UNIT * QM_PAIR;
     }
