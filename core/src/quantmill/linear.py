@@ -7,6 +7,8 @@ the codec encodes, under the layout's own names, whatever a kernel did to the li
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +16,55 @@ from torch import Tensor, nn
 
 from quantmill.backend import Codec, LinearFactory
 from quantmill.forms import Form
-from quantmill.kernels import Choice, KernelRegistry, Prepared
+from quantmill.kernels import KernelRegistry, Prepared
 from quantmill.targeting.types import Target
 
 __all__ = ["FormLinear", "FormLinearFactory"]
 
 
-def _matmul(
-    kernels: KernelRegistry, form: Form, device: str, dtype: str, **limits: Any
-) -> Choice | None:
-    return kernels.choose("matmul", form.kind, form.traits(), device=device, dtype=dtype, **limits)
+Way = tuple[int, Callable[..., Tensor] | None]
+"""A matmul for at most so many rows of activations; None is the form's reference."""
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _live(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> Form | Prepared:
     """The form as the best kernel for one row wants it: decoding is what a layout is made for."""
-    choice = _matmul(kernels, form, device, dtype, rows=1)
+    choice = kernels.choose("matmul", form.kind, form.traits(), device=device, dtype=dtype, rows=1)
     if choice is None or choice.kernel.prepare is None:
         return form
     return Prepared.of(choice.kernel, form)
+
+
+def _ways(
+    kernels: KernelRegistry, live: Form | Prepared, device: str, dtype: torch.dtype
+) -> tuple[Way, ...]:
+    """The kernels for activations of ``dtype``, by rising number of rows.
+
+    Chosen and imported once per weight: a forward pass only looks one up, and a compiler has
+    nothing to trace but the kernel.
+    """
+    skeleton = live.skeleton if isinstance(live, Prepared) else live
+    layout = live.kernel.layout if isinstance(live, Prepared) else ""
+    traits = skeleton.traits()
+    limits = {
+        kernel.max_rows
+        for kernel in kernels.kernels
+        if kernel.operation == "matmul" and kernel.form == skeleton.kind and kernel.max_rows
+    }
+    ways: list[Way] = []
+    for rows in (*sorted(limits), sys.maxsize):
+        choice = kernels.choose(
+            "matmul",
+            skeleton.kind,
+            traits,
+            device=device,
+            dtype=str(dtype).removeprefix("torch."),
+            rows=rows,
+            layout=layout,
+        )
+        ways.append((rows, None if choice is None else choice.load()))
+    return tuple(ways)
 
 
 class FormLinear(nn.Module):
@@ -57,6 +90,7 @@ class FormLinear(nn.Module):
     def _hold(self, form: Form) -> None:
         device = next(iter(form.tensors().values())).device.type
         self._live = _live(self._kernels, form, device, self._dtype)
+        self._ways = {dtype: _ways(self._kernels, self._live, device, dtype) for dtype in _DTYPES}
 
     @property
     def form(self) -> Form:
@@ -69,25 +103,16 @@ class FormLinear(nn.Module):
         return self._live.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        live = self._live
-        skeleton = live.skeleton if isinstance(live, Prepared) else live
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         if x.requires_grad and torch.is_grad_enabled():
             # Kernels compute no gradients: the reference does, and keeps no float weight.
             result: Tensor = _Differentiable.apply(x, self)  # type: ignore[no-untyped-call]
             return result if bias is None else result + bias
-        choice = _matmul(
-            self._kernels,
-            skeleton,
-            x.device.type,
-            str(x.dtype).removeprefix("torch."),
-            rows=x.numel() // max(1, x.shape[-1]),
-            layout=live.kernel.layout if isinstance(live, Prepared) else "",
-        )
-        if choice is None:
-            return self.form.matmul(x, bias)
-        result = choice.load()(x, live, bias)
-        return result  # noqa: RET504 the name carries the type
+        rows = x.numel() // max(1, x.shape[-1])
+        for most, kernel in self._ways.get(x.dtype, ()):
+            if rows <= most:
+                return self.form.matmul(x, bias) if kernel is None else kernel(x, self._live, bias)
+        return self.form.matmul(x, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -132,7 +132,8 @@ def test_after_removal_the_module_is_as_if_it_had_never_been_quantized(x: Tensor
     module, up, down = attached()
     before = module(x)
     assert detach_forms(nn.ModuleList([module])) == 2
-    assert type(module) is Experts and torch.equal(module(x), before)
+    # Not to the bit: the order of a product's sums depends on how its operands lie in memory.
+    assert type(module) is Experts and torch.allclose(module(x), before, rtol=1e-5)
     state = module.state_dict()
     assert set(state) == {"up", "down", "bias"} == {name for name, _ in module.named_parameters()}
     assert torch.equal(state["up"], up.dequantize())
