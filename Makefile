@@ -5,6 +5,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests; 0 for none (to debug).
+JOBS ?= 2
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
@@ -43,7 +45,7 @@ demo: venv ## plan, quantize, evaluate, save and reload a real small Llama
 
 .PHONY: test
 test: venv ## all tests of all packages, and those across them
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: venv ## ruff and the import contracts

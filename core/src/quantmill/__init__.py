@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantmill.api import (
         dequantize,
-        fits,
-        inspect,
         load,
         load_tokenizer,
         method_schema,
@@ -22,14 +20,16 @@ if TYPE_CHECKING:
         quantize_module,
     )
     from quantmill.findings import Finding, FindingsError, QuantmillError, Severity
+    from quantmill.fitting import fits
     from quantmill.host import Host, default_host
+    from quantmill.inspection import inspect
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "dequantize": "quantmill.api",
-    "fits": "quantmill.api",
-    "inspect": "quantmill.api",
+    "fits": "quantmill.fitting",
+    "inspect": "quantmill.inspection",
     "load": "quantmill.api",
     "load_tokenizer": "quantmill.api",
     "method_schema": "quantmill.api",

@@ -1,10 +1,9 @@
-"""What a user calls: plan, load, quantize, inspect. Each makes a job and runs the stages on it."""
+"""What a user calls: plan, load, quantize. Each makes a job and runs the stages on it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,13 @@ if TYPE_CHECKING:
     from quantmill.stages.write import WriteReport
 
 __all__ = [
-    "Candidate",
-    "Inspection",
     "dequantize",
-    "fits",
-    "inspect",
     "load",
     "load_tokenizer",
     "make_job",
     "method_schema",
     "plan",
+    "prepare",
     "quantize",
     "quantize_module",
 ]
@@ -97,7 +93,8 @@ def _check_device(device: str) -> None:
         ) from None
 
 
-def _prepare(job: Job, *, allow_float: bool = False) -> Plan:
+def prepare(job: Job, *, allow_float: bool = False) -> Plan:
+    """Stages 1 to 3 and 6 on a job: what precedes the work. Reads headers, never weights."""
     from quantmill.stages.select import select
     from quantmill.stages.target import make_plan
     from quantmill.stages.validate import validate
@@ -143,7 +140,7 @@ def plan(
         max_memory=max_memory,
         planning=True,
     )
-    return _prepare(job)
+    return prepare(job)
 
 
 def load(
@@ -203,7 +200,7 @@ def load(
     from quantmill.calibration.carry_out import carry_out
     from quantmill.stages.replace import ModelSink
 
-    made = _prepare(job, allow_float=True)
+    made = prepare(job, allow_float=True)
     made.raise_errors()
     architecture = job.architecture
     assert architecture is not None
@@ -265,7 +262,7 @@ def quantize_module(
     )
     architecture = ModuleArchitecture(module)
     job.architecture = architecture
-    _prepare(job).raise_errors()
+    prepare(job).raise_errors()
     training = module.training
     carry_out(job, ModelSink(job, module, architecture))
     architecture.finish(module, device)
@@ -324,7 +321,7 @@ def quantize(
         length=length,
         seed=seed,
     )
-    _prepare(job).raise_errors()
+    prepare(job).raise_errors()
     keep = resume_folder(Path(output))
     return write_checkpoint(
         job, Path(output), max_shard_bytes, lambda job, sink: carry_out(job, sink, keep)
@@ -364,158 +361,6 @@ def load_tokenizer(source: str | Path, *, host: Host | None = None) -> Any:
             "it has no tokenizer files, or no framework that reads them is installed",
             'add tokenizer.json, or pip install "quantmill[transformers]"',
         )
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A method and whether a model fits with it."""
-
-    name: str
-    fits: bool
-    bytes: int
-    peak: int
-    bits_per_weight: float
-    loss_bits: float
-    """Bits of each code that are given up against 16."""
-    reason: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return dataclasses.asdict(self)
-
-
-def fits(
-    source: str | Path,
-    memory: int,
-    *,
-    device: str = "cpu",
-    dtype: str | None = None,
-    host: Host | None = None,
-    context: int = 2048,
-) -> list[Candidate]:
-    """Every installed method for ``memory`` bytes: those that fit first, least loss first.
-
-    ``memory`` must hold the weights, the loader's working set and a key-value cache for
-    ``context`` tokens.
-    """
-    host = host or default_host()
-    first = make_job(source, None, device=device, dtype=dtype, host=host)
-    found: list[Candidate] = []
-    architecture = None
-    for name, (method, preset) in host.presets.items():
-        job = make_job(
-            first.headers.source, name, device=device, dtype=dtype, host=host, planning=True
-        )
-        job.architecture = architecture
-        loss = 16.0 - preset.bits
-        try:
-            made = _prepare(job)
-        except QuantmillError as error:
-            cause = "; ".join(item.cause for item in error.findings)
-            found.append(Candidate(name, False, 0, 0, 0.0, loss, cause))
-            continue
-        architecture = job.architecture
-        totals = made.totals
-        peak = totals["peak_bytes"] + cache_bytes(job.headers.config, context)
-        others = [item.cause for item in made.findings.errors if item.code != "QM-MEMORY-001"]
-        reason = "; ".join(others)
-        if not reason and peak > memory:
-            reason = f"needs {peak:,} bytes at its peak, {memory:,} are allowed"
-        found.append(
-            Candidate(
-                name,
-                not reason,
-                totals["bytes_memory"],
-                peak,
-                totals["bits_per_weight"],
-                loss,
-                reason or method.summary,
-            )
-        )
-    return sorted(found, key=lambda item: (not item.fits, item.loss_bits, item.name))
-
-
-def cache_bytes(config: Mapping[str, Any], context: int) -> int:
-    """Key-value cache of one sequence of ``context`` tokens in 16 bits, as the config tells."""
-    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
-    hidden = config.get("hidden_size") or config.get("n_embd") or 0
-    attention = config.get("num_attention_heads") or config.get("n_head") or 1
-    width = config.get("head_dim") or hidden // max(1, attention)
-    return int(2 * layers * heads * width * context * 2)
-
-
-@dataclass(slots=True)
-class Inspection:
-    """What a checkpoint holds, from its headers alone."""
-
-    source: str
-    kind: str
-    quantization: dict[str, Any] | None
-    tensors: list[dict[str, Any]]
-    modules: list[dict[str, Any]]
-    totals: dict[str, Any]
-    findings: Findings
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return {
-            "source": self.source,
-            "kind": self.kind,
-            "quantization": self.quantization,
-            "tensors": self.tensors,
-            "modules": self.modules,
-            "totals": self.totals,
-            "findings": self.findings.to_list(),
-        }
-
-
-def inspect(source: str | Path, *, host: Host | None = None) -> Inspection:
-    """A checkpoint's formats and tensors. Works for any readable checkpoint, known model or not."""
-    job = make_job(source, None, host=host)
-    modules: list[dict[str, Any]] = []
-    stored = job.headers.config.get("quantization_config")
-    if stored:
-        try:
-            modules = [
-                {
-                    "name": item.name,
-                    "method": item.method,
-                    "form": item.form,
-                    "shape": list(item.shape),
-                    "bytes": item.bytes_before,
-                }
-                for item in _prepare(job).modules
-            ]
-        except QuantmillError as error:
-            job.findings.extend(error.findings)
-    tensors = [
-        {
-            "name": item.name,
-            "dtype": item.dtype,
-            "shape": list(item.shape),
-            "bytes": item.nbytes,
-            "file": item.file,
-        }
-        for item in job.headers.tensors.values()
-    ]
-    by_dtype: dict[str, int] = {}
-    for item in job.headers.tensors.values():
-        by_dtype[item.dtype] = by_dtype.get(item.dtype, 0) + item.nbytes
-    return Inspection(
-        source=job.headers.source.describe(),
-        kind="safetensors",
-        quantization=dict(stored) if stored else None,
-        tensors=tensors,
-        modules=modules,
-        totals={
-            "tensors": len(tensors),
-            "bytes": sum(by_dtype.values()),
-            "bytes_by_dtype": by_dtype,
-            "files": len(job.headers.files),
-        },
-        findings=job.findings,
     )
 
 

@@ -17,23 +17,21 @@ nor a vendor library.
 
 from __future__ import annotations
 
-import enum
 import functools
 import importlib
 import importlib.metadata as metadata
 import os
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 
 from quantmill import hookspecs
 from quantmill.findings import Finding, FindingsError, QuantmillError, Severity, declare
+from quantmill.plugin_info import PluginInfo, Status
+from quantmill.requirements import missing_requirements, unmet_metadata
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from quantmill.registrations import (
         CodecRegistration,
         ConfigReader,
@@ -43,12 +41,11 @@ if TYPE_CHECKING:
         Method,
         ModelSource,
         Preset,
-        Requirement,
         TargetingRule,
         Validator,
     )
 
-__all__ = ["Host", "PluginInfo", "Status", "default_host", "missing_requirements"]
+__all__ = ["REGISTRIES", "Host", "PluginInfo", "Status", "default_host"]
 
 BUILTIN: Final = "quantmill"
 
@@ -56,45 +53,6 @@ PLUGIN_BROKEN = declare("QM-PLUGIN-001", "A plugin can't be used", Severity.WARN
 NAME_CONFLICT = declare("QM-PLUGIN-002", "Two plugins claim one name")
 PLUGIN_RAISED = declare("QM-PLUGIN-004", "A plugin raised an exception in a hook")
 STRICT_STATUS = declare("QM-PLUGIN-003", "Strict mode: a plugin is not ok")
-
-
-class Status(enum.StrEnum):
-    """What became of a plugin."""
-
-    OK = "ok"
-    DISABLED = "disabled"
-    MISSING = "missing requirement"
-    WRONG_API = "wrong API version"
-    CONFLICT = "conflict"
-    BROKEN = "broken"
-
-
-@dataclass(slots=True)
-class PluginInfo:
-    """One plugin that discovery found, and its fate."""
-
-    name: str
-    distribution: str
-    version: str
-    entry: str
-    status: Status = Status.OK
-    reason: str = ""
-    fix: str = ""
-    module: ModuleType | None = field(default=None, repr=False)
-    provides: dict[str, list[str]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plugin as JSON-able data."""
-        return {
-            "name": self.name,
-            "distribution": self.distribution,
-            "version": self.version,
-            "entry": self.entry,
-            "status": self.status.value,
-            "reason": self.reason,
-            "fix": self.fix,
-            "provides": self.provides,
-        }
 
 
 REGISTRIES: Final = {
@@ -108,56 +66,6 @@ REGISTRIES: Final = {
     "targeting_rules": "quantmill_targeting_rules",
     "finalizers": "quantmill_finalizers",
 }
-
-
-def missing_requirements(requirements: Iterable[Requirement]) -> list[tuple[Requirement, str]]:
-    """The requirements this environment does not meet, each with what is there instead.
-
-    Metadata only: nothing is imported.
-    """
-    unmet: list[tuple[Requirement, str]] = []
-    for requirement in requirements:
-        if not requirement.distribution:
-            continue
-        found = _version(requirement.distribution)
-        if found is None:
-            unmet.append((requirement, "it is not installed"))
-        elif requirement.versions and not _satisfies(found, requirement.versions):
-            unmet.append((requirement, f"version {found} is installed"))
-    return unmet
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _satisfies(version: str, versions: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(versions).contains(version, prereleases=True)
-
-
-def _unmet_metadata(distribution: metadata.Distribution) -> list[str]:
-    """Requirements in a distribution's metadata that are not installed; extras are left out."""
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    unmet = []
-    for text in distribution.requires or ():
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            continue
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        found = _version(requirement.name)
-        if found is None:
-            unmet.append(f"{requirement} (it is not installed)")
-        elif not requirement.specifier.contains(found, prereleases=True):
-            unmet.append(f"{requirement} (version {found} is installed)")
-    return unmet
 
 
 def _names_from_environment(variable: str) -> list[str]:
@@ -240,7 +148,7 @@ class Host:
             elif usable:
                 info, entry, distribution = usable[0]
                 self.plugins[name] = info
-                unmet = _unmet_metadata(distribution)
+                unmet = unmet_metadata(distribution)
                 if unmet:
                     self._fail(
                         info,

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantmill.findings import QuantmillError, declare
-from quantmill.host import missing_requirements
 from quantmill.registrations import Kernel, resolve
+from quantmill.requirements import missing_requirements
 
 if TYPE_CHECKING:
     from torch import Tensor

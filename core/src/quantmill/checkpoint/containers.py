@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmill.checkpoint.source import open_source, read_headers
-from quantmill.host import missing_requirements
 from quantmill.registrations import resolve
+from quantmill.requirements import missing_requirements
 
 if TYPE_CHECKING:
     from quantmill.checkpoint.headers import CheckpointHeaders

@@ -12,7 +12,8 @@ from quantmill.cli.exits import ENVIRONMENT, OK
 from quantmill.cli.kernels import describe_kernels, devices_here
 from quantmill.cli.options import JSON
 from quantmill.cli.output import print_json, show_findings, size, table
-from quantmill.host import Status, default_host, missing_requirements
+from quantmill.host import Status, default_host
+from quantmill.requirements import missing_requirements
 
 if TYPE_CHECKING:
     from quantmill.registrations import Method

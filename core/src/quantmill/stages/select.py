@@ -22,9 +22,10 @@ from typing import Any
 
 from quantmill.config import MethodConfig, suggestion
 from quantmill.findings import QuantmillError, declare
-from quantmill.host import Host, missing_requirements
+from quantmill.host import Host
 from quantmill.job import Job, Request, Selection
 from quantmill.registrations import Method
+from quantmill.requirements import missing_requirements
 from quantmill.stages.configure import configure, merge
 from quantmill.stages.table import is_table, read_table
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from quantmill.findings import Finding, Severity, declare
-from quantmill.host import missing_requirements
 from quantmill.job import Job
 from quantmill.registrations import resolve
+from quantmill.requirements import missing_requirements
 
 __all__ = ["available_memory", "core_findings", "validate"]
 
