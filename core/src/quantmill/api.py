@@ -56,7 +56,7 @@ def make_job(
     """
     from quantmill.checkpoint.containers import open_checkpoint
     from quantmill.checkpoint.headers import CheckpointHeaders
-    from quantmill.stages.select import parse_method
+    from quantmill.stages.select import detect, parse_method
 
     host = host or default_host()
     name = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -70,6 +70,7 @@ def make_job(
     )
     _check_device(str(device))
     headers = source if isinstance(source, CheckpointHeaders) else open_checkpoint(source, host)
+    detect(headers, host)
     return Job(
         host=host,
         headers=headers,

@@ -9,7 +9,7 @@ with it. None of them knows the model, the checkpoint or the other stages.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class Codec(ABC, Generic[ConfigT]):
     """Names of all tensors of a module in this layout, relative to it (``weight.absmax``)."""
     stacked: ClassVar[str] = "stacked"
     """How stacked experts lie on disk: ``stacked`` (one tensor) or ``per-expert`` names."""
+    note_bytes: ClassVar[int] = 0
+    """Bytes of ``__metadata__`` for a weight, about: room is kept for them in headers of files."""
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
@@ -143,6 +145,16 @@ class Codec(ABC, Generic[ConfigT]):
         Raises:
             QuantmillError: shapes, dtypes or metadata contradict each other.
         """
+
+    def annotate(self, form: Form, name: str) -> Mapping[str, str]:
+        """Entries for the ``__metadata__`` of the file that ``form`` goes to; ``name`` is its
+        weight's there. What is under ``name`` comes back as :attr:`Target.note`."""
+        return {}
+
+    def metadata(self, tensors: Sequence[str], notes: Mapping[str, str]) -> Mapping[str, str]:
+        """The whole ``__metadata__`` of a file that holds ``tensors``; ``notes`` is what
+        :meth:`annotate` said of the weights in it."""
+        return notes
 
     @abstractmethod
     def describe(

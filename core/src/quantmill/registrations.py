@@ -156,6 +156,17 @@ class ConfigReader:
     targeting rules; :mod:`quantmill.targeting.dialects` has the usual translations."""
     accepts: ImportString | None = None
     """``accepts(raw) -> bool``, for a ``quant_method`` that several dialects share."""
+    detect: ImportString | None = None
+    """``detect(headers) -> Mapping | None``: the config that a checkpoint without a
+    ``quantization_config`` stands for, from its tensors or the files beside them."""
+    signs: tuple[str, ...] = ()
+    """Ends of tensors' names, or names of files, one of which a checkpoint that ``detect`` may
+    recognise has: others are not asked about."""
+    objects: tuple[str, ...] = ()
+    """Top-level packages whose config objects users may give as METHOD."""
+    from_object: ImportString | None = None
+    """``from_object(value) -> Mapping | None``: the config that such an object stands for; not
+    needed for objects with ``to_dict``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from quantmill.host import Host, Status
 from quantmill.job import Job, Request, Selection
 from quantmill.registrations import Capabilities, ConfigReader, Method, Preset, Requirement
 from quantmill.stages.configure import configure
-from quantmill.stages.select import parse_method, select
+from quantmill.stages.select import detect, parse_method, select
 
 
 class PaintConfig(MethodConfig):
@@ -52,6 +52,20 @@ OTHER = method("other", OtherConfig, quant_methods=("other",))
 NEEDY = method("needy", OtherConfig, requirements=(Requirement("surely-not-installed", ">=3"),))
 
 
+class Tin:
+    """A config object of the fake method's library."""
+
+    bits = 2
+
+
+def from_tin(value: Any) -> dict[str, Any] | None:
+    return {"quant_method": "paint", "bits": value.bits} if isinstance(value, Tin) else None
+
+
+def detect_paint(headers: Any) -> dict[str, Any] | None:
+    return {"quant_method": "paint", "bits": len(headers.tensors)}
+
+
 def module(name: str, **hooks: Any) -> types.ModuleType:
     made = types.ModuleType(name)
     made.QUANTMILL_API = HOOK_API_VERSION  # type: ignore[attr-defined]
@@ -69,7 +83,16 @@ def host() -> Host:
     @hookimpl
     def quantmill_dialects() -> list[ConfigReader]:
         return [
-            ConfigReader("paint", ("paint",), "paint", marker_keys=("gloss",)),
+            ConfigReader(
+                "paint",
+                ("paint",),
+                "paint",
+                marker_keys=("gloss",),
+                detect=f"{__name__}:detect_paint",
+                signs=(".pigment",),
+                objects=(__name__.partition(".")[0],),
+                from_object=f"{__name__}:from_tin",
+            ),
             ConfigReader("other", ("other",), "other"),
         ]
 
@@ -416,3 +439,28 @@ def test_stages_are_announced(host: Host) -> None:
         "finished configure",
         "finished select",
     ]
+
+
+def test_a_librarys_config_object_is_a_method(host: Host) -> None:
+    request = parse_method(Tin(), host)
+    assert request.raw == {"quant_method": "paint", "bits": 2} and request.text == "Tin"
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "found"),
+    [
+        (("a.pigment", "b.weight"), {}, {"quant_method": "paint", "bits": 2}),
+        (("a.weight",), {}, None),
+        (("a.pigment",), {"quantization_config": {"quant_method": "other"}}, "other"),
+    ],
+)
+def test_a_config_that_is_not_there_is_detected(
+    host: Host, names: tuple[str, ...], config: dict[str, Any], found: Any
+) -> None:
+    source = types.SimpleNamespace(exists=lambda name: False)
+    headers: Any = types.SimpleNamespace(
+        tensors=dict.fromkeys(names), config=dict(config), source=source
+    )
+    detect(headers, host)
+    stored = headers.config.get("quantization_config")
+    assert (stored == found) if found != "other" else stored["quant_method"] == "other"

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,7 +33,8 @@ _RESERVED: Final = 1 << 20
 """Bytes kept free for a shard's header: room for some 8,000 tensors; more open a new shard."""
 _LONGEST_NAME: Final = 1 << 16
 """Bytes of a tensor's name in a header; with its shape it fits into an empty header."""
-_OPENING: Final = '{"__metadata__":{"format":"pt"}'
+_FORMAT: Final = {"format": "pt"}
+Metadata = Callable[[Sequence[str], Mapping[str, str]], Mapping[str, str]]
 _INDEX: Final = "model.safetensors.index.json"
 
 
@@ -52,6 +53,7 @@ class CheckpointWriter:
         max_shard_bytes: int = 5 * 10**9,
         manifest: Mapping[str, Any] | None = None,
         header_bytes: int = _RESERVED,
+        metadata: Metadata | None = None,
     ) -> None:
         """Nothing is created yet.
 
@@ -61,6 +63,8 @@ class CheckpointWriter:
                 shard of its own.
             manifest: what the manifest says besides versions and files.
             header_bytes: room kept for a shard's header; when it is full, a shard is begun.
+            metadata: makes a shard's ``__metadata__`` of the names of its tensors and of what
+                :meth:`note` was told; without it there is only the framework's mark.
 
         Raises:
             QuantmillError: ``QM-CKPT-050``, ``folder`` exists and is not empty.
@@ -79,6 +83,7 @@ class CheckpointWriter:
         self._limit = max_shard_bytes
         self._reserved = min(_RESERVED, -(-max(header_bytes, 1) // 4096) * 4096)
         self._about = dict(manifest or {})
+        self._metadata = metadata or (lambda names, notes: notes)
         # Resolved: a link to an empty folder is not what a folder can be renamed to.
         self._target = self.folder.resolve()
         self._token = f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -149,11 +154,16 @@ class CheckpointWriter:
             self._shards[-1].add(name, dtype, shape, data, size)
         self._names[name] = len(self._shards) - 1
 
+    def note(self, notes: Mapping[str, str]) -> None:
+        """Add to the ``__metadata__`` of the shard that the last tensor went to."""
+        if notes:
+            self._shards[-1].note(notes)
+
     def _open_shard(self, first: str) -> None:
         # The first entry must fit, whatever its name: an escaped character takes up to 12 bytes.
-        reserve = -(-(len(_OPENING) + 12 * len(first) + 2048) // 4096) * 4096
+        reserve = -(-(24 * len(first) + 8192) // 4096) * 4096
         path = self._work / f"shard-{self._token}-{len(self._shards)}"
-        self._shards.append(_Shard(path, max(self._reserved, reserve)))
+        self._shards.append(_Shard(path, max(self._reserved, reserve), self._metadata))
 
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file."""
@@ -247,13 +257,22 @@ _SMALL: Final = 1 << 16
 """Shorter tensors of no multiple of ``_ALIGNED`` bytes wait for the end of their shard."""
 _GROWTH: Final = 32
 """Bytes by which an entry grows when its offsets do."""
+_NOTE: Final = 2048
+"""Bytes kept for what is noted of a tensor after it is written."""
+
+
+def _opening(metadata: Mapping[str, str]) -> str:
+    return '{"__metadata__":' + json.dumps(metadata, separators=(",", ":"))
 
 
 class _Shard:
     """One safetensors file while it grows."""
 
-    def __init__(self, path: Path, reserved: int) -> None:
+    def __init__(self, path: Path, reserved: int, metadata: Metadata) -> None:
         self.path = path
+        self._metadata = metadata
+        self._names: list[str] = []
+        self._notes: dict[str, str] = {}
         self._file = path.open("wb")
         self._reserved = reserved
         self._file.truncate(reserved)
@@ -261,7 +280,7 @@ class _Shard:
         self._entries: list[str] = []
         self._odd: list[tuple[int, str, str, tuple[int, ...], bytes]] = []
         self._odd_bytes = 0
-        self._header_bytes = len(_OPENING) + 1
+        self._header_bytes = len(_opening(_FORMAT)) + 1
         self.data_bytes = 0
 
     def _entry(self, name: str, dtype: str, shape: tuple[int, ...], size: int) -> str:
@@ -278,10 +297,20 @@ class _Shard:
         if not self._entries and not self._odd:
             return False
         header = self._header_bytes + len(self._entry(name, dtype, shape, size))
-        held = self.data_bytes + self._odd_bytes
-        return held + size > limit or header + _GROWTH > self._reserved - 8
+        header += self._said([name], {}) + _GROWTH + _NOTE
+        return self.data_bytes + self._odd_bytes + size > limit or header > self._reserved - 8
+
+    def note(self, notes: Mapping[str, str]) -> None:
+        self._header_bytes += self._said([], notes)
+        self._notes.update(notes)
+
+    def _said(self, names: list[str], notes: Mapping[str, str]) -> int:
+        """Bytes that ``__metadata__`` grows by, at most."""
+        return len(json.dumps(dict(self._metadata(names, notes))))
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Tensor, size: int) -> None:
+        self._names.append(name)
+        self._header_bytes += self._said([name], {})
         if size % _ALIGNED and size < _SMALL:
             # Written last, so that they don't misalign what can be mapped.
             memory = (ctypes.c_char * size).from_address(data.data_ptr()) if size else b""
@@ -303,7 +332,8 @@ class _Shard:
             self._file.write(data)
             self.data_bytes += len(data)
         self._odd.clear()
-        header = (_OPENING + "".join(self._entries) + "}").encode("ascii")
+        about = {**_FORMAT, **self._metadata(self._names, self._notes)}
+        header = (_opening(about) + "".join(self._entries) + "}").encode("ascii")
         room = self._reserved - 8
         self._file.seek(0)
         self._file.write(room.to_bytes(8, "little") + header.ljust(room, b" "))

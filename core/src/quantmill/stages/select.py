@@ -18,18 +18,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantmill.config import MethodConfig, suggestion
 from quantmill.findings import QuantmillError, declare
 from quantmill.host import Host
 from quantmill.job import Job, Request, Selection
-from quantmill.registrations import Method
+from quantmill.registrations import Method, resolve
 from quantmill.requirements import missing_requirements
 from quantmill.stages.configure import configure, merge
 from quantmill.stages.table import is_table, read_table
 
-__all__ = ["add_selection", "parse_method", "select"]
+if TYPE_CHECKING:
+    from quantmill.checkpoint.headers import CheckpointHeaders
+
+__all__ = ["add_selection", "detect", "parse_method", "select"]
 
 UNKNOWN_METHOD = declare("QM-SELECT-001", "No installed plugin has this method")
 UNREADABLE_METHOD = declare("QM-SELECT-002", "METHOD can't be read")
@@ -64,6 +67,12 @@ def parse_method(value: Any, host: Host) -> Request:
     to_dict = getattr(value, "to_dict", None)
     if callable(to_dict):  # a peer's config object
         return _from_mapping(dict(to_dict()), type(value).__name__, host)
+    package = type(value).__module__.partition(".")[0]
+    for dialect in host.dialects:
+        if package in dialect.objects and dialect.from_object is not None:
+            found = resolve(dialect.from_object)(value)
+            if found is not None:
+                return _from_mapping(dict(found), type(value).__name__, host)
     text = str(value).strip()
     if text.startswith("{"):
         return _from_text(text, "the given JSON", host)
@@ -169,6 +178,28 @@ def _patterns(value: Any, where: str) -> tuple[str, ...]:
     raise QuantmillError(
         UNREADABLE_METHOD(where, "skip and include are lists of patterns", "write a list")
     )
+
+
+def detect(headers: CheckpointHeaders, host: Host) -> None:
+    """Put the config that a dialect recognises where a ``quantization_config`` would be, for
+    checkpoints whose writers keep none there.
+
+    Raises:
+        QuantmillError: a dialect recognises the checkpoint, and it can't be read.
+    """
+    if headers.config.get("quantization_config"):
+        return
+    for dialect in host.dialects:
+        if dialect.detect is None or not any(_has(headers, sign) for sign in dialect.signs):
+            continue
+        found = resolve(dialect.detect)(headers)
+        if found is not None:
+            headers.config["quantization_config"] = dict(found)
+            return
+
+
+def _has(headers: CheckpointHeaders, sign: str) -> bool:
+    return any(name.endswith(sign) for name in headers.tensors) or headers.source.exists(sign)
 
 
 def select(job: Job) -> dict[str, Selection]:

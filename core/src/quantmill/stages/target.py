@@ -249,6 +249,8 @@ class _Planner:
         if not members:
             return None
         target = _stored_target(module)
+        note = self.job.headers.metadata.get(f"{prefix}.{target.parameter}", "")
+        target = replace(target, note=note)
         form = codec.describe(members, target, self.dtype)
         if form is None:
             self._alone(module, members, selection)

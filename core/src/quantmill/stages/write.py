@@ -64,11 +64,13 @@ class CheckpointSink:
         architecture = self.job.architecture
         assert architecture is not None
         prefix = architecture.module_prefix(target.module)
-        encoded = codec_of(self.job, selection).encode(form)
+        codec = codec_of(self.job, selection)
+        encoded = codec.encode(form)
         if bias is not None:
             encoded["bias"] = bias
         for name, tensor in encoded.items():
             self.writer.add(f"{prefix}.{name}", tensor.detach().to("cpu").contiguous())
+        self.writer.note(codec.annotate(form, f"{prefix}.{target.parameter}"))
 
     def put_tensor(
         self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader
@@ -110,9 +112,15 @@ def write_checkpoint(
     }
     # A quantized weight becomes a handful of tensors; an entry takes up to some 200 bytes.
     widest = max((len(codec_of(job, s).suffixes) for s in job.selections.values()), default=7)
-    room = len(job.headers.tensors) * max(7, widest) * 200
+    codec = codec_of(job, next(iter(job.selections.values()))) if job.selections else None
+    notes = 0 if codec is None else codec.note_bytes
+    room = len(job.headers.tensors) * (max(7, widest) * 200 + notes)
     with CheckpointWriter(
-        folder, max_shard_bytes=max_shard_bytes, manifest=manifest, header_bytes=room
+        folder,
+        max_shard_bytes=max_shard_bytes,
+        manifest=manifest,
+        header_bytes=room,
+        metadata=None if codec is None else codec.metadata,
     ) as writer:
         engine(job, CheckpointSink(job, writer))
         writer.write_json("config.json", config)

@@ -95,6 +95,8 @@ class Target:
     """Number of slices of a stacked parameter; None for a plain matrix."""
     transposed: bool = False
     """Stored ``[in, out]`` (Conv1D) or ``[experts, in, out]``."""
+    note: str = ""
+    """What a quantized checkpoint's ``__metadata__`` says under the weight's name, if anything."""
 
     @property
     def name(self) -> str:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quantmill.findings import QuantmillError, declare
-from quantmill.stages.select import select
 
 if TYPE_CHECKING:
     from quantmill.checkpoint.headers import CheckpointHeaders
-    from quantmill.job import Job
 
-__all__ = ["adopt", "detect"]
+__all__ = ["detect"]
 
 PICKLED = declare("QM-HQQ-003", "An HQQ checkpoint is a pickle")
 _PICKLE = "qmodel.pt"
@@ -52,17 +50,6 @@ def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
             )
         )
     return None
-
-
-def adopt(job: Job, stage: str) -> None:
-    """Put what :func:`detect` finds where a ``quantization_config`` would be, and select by it
-    where the core has passed that stage: loading without METHOD."""
-    found = detect(job.headers)
-    if found is None:
-        return
-    job.headers.config["quantization_config"] = found
-    if stage == "target" and not job.selections:
-        select(job)
 
 
 def _number(headers: CheckpointHeaders, name: str) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from quantmill.hookspecs import hookimpl
 from quantmill.registrations import (
@@ -12,11 +11,7 @@ from quantmill.registrations import (
     ConfigReader,
     Method,
     Preset,
-    resolve,
 )
-
-if TYPE_CHECKING:
-    from quantmill.job import Job
 
 QUANTMILL_API = 1
 
@@ -62,6 +57,9 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             method="hqq",
             marker_keys=("quant_config", "nbits"),
             rules="quantmill_hqq.config:rules",
+            # hqq's own files have no quantization_config: their tensors tell.
+            detect="quantmill_hqq.detect:detect",
+            signs=(".W_q", "qmodel.pt"),
         )
     ]
 
@@ -69,11 +67,3 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
 @hookimpl
 def quantmill_codecs() -> Sequence[CodecRegistration]:
     return [CodecRegistration("hqq", "affine", "quantmill_hqq.codec:HqqCodec", "hqq")]
-
-
-@hookimpl
-def quantmill_stage_started(job: Job, stage: str) -> None:
-    # hqq's own files have no quantization_config: what their tensors say takes its place, before
-    # the core looks for one, or before it plans where it has not looked (loading without METHOD).
-    if stage in ("select", "target") and not job.headers.config.get("quantization_config"):
-        resolve("quantmill_hqq.detect:adopt")(job, stage)

@@ -65,6 +65,9 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             quant_methods=("quanto",),
             method="quanto",
             rules="quantmill_quanto.config:rules",
+            # The package's own files have a map in place of a quantization_config.
+            detect="quantmill_quanto.qmap:detect",
+            signs=("quanto_qmap.json",),
         )
     ]
 
@@ -77,16 +80,6 @@ def quantmill_codecs() -> Sequence[CodecRegistration]:
 @hookimpl
 def quantmill_validators() -> Sequence[Validator]:
     return [Validator("quanto", "quantmill_quanto.qmap:check", methods=("quanto",))]
-
-
-@hookimpl
-def quantmill_stage_started(job: Job, stage: str) -> None:
-    # The package's own files have a map in place of a quantization_config: what it says is put
-    # there before the core looks, or before it plans where it has not looked.
-    if stage not in ("select", "target") or job.headers.config.get("quantization_config"):
-        return
-    if any(name.endswith(".weight._scale") for name in job.headers.tensors):
-        resolve("quantmill_quanto.qmap:adopt")(job, stage)
 
 
 @hookimpl

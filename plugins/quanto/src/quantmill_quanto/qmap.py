@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from quantmill.findings import Finding, QuantmillError, declare
-from quantmill.stages.select import select
 from quantmill_quanto.config import QMAP, QuantoConfig, plain
 
 if TYPE_CHECKING:
     from quantmill.checkpoint.headers import CheckpointHeaders
     from quantmill.job import Job
 
-__all__ = ["adopt", "check", "detect", "note_targets"]
+__all__ = ["check", "detect", "note_targets"]
 
 BAD_MAP = declare("QM-QUANTO-003", "A quanto map can't be read")
 ABSENT = declare("QM-QUANTO-004", "A quanto map names modules that the checkpoint does not hold")
@@ -68,17 +67,6 @@ def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
         "activations": next(iter(activations - {"None"}), None),
         "modules_to_not_convert": None,
     }
-
-
-def adopt(job: Job, stage: str) -> None:
-    """Put what :func:`detect` finds where a ``quantization_config`` would be, and select by it
-    where the core has passed that stage: loading without METHOD."""
-    found = detect(job.headers)
-    if found is None:
-        return
-    job.headers.config["quantization_config"] = found
-    if stage == "target" and not job.selections:
-        select(job)
 
 
 def check(job: Job) -> Iterator[Finding]:
