@@ -207,7 +207,9 @@ def load(
     assert architecture is not None
     with job.stage("replace"):
         model = architecture.build()
-        carry_out(job, ModelSink(job, model, architecture))
+        sink = ModelSink(job, model, architecture)
+        carry_out(job, sink)
+        sink.tie()
         architecture.finish(model, job.device)
     with job.stage("finalize"):
         for answer in job.host.hook.quantmill_finalize(job=job, model=model):
@@ -265,7 +267,9 @@ def quantize_module(
     job.architecture = architecture
     prepare(job).raise_errors()
     training = module.training
-    carry_out(job, ModelSink(job, module, architecture))
+    sink = ModelSink(job, module, architecture)
+    carry_out(job, sink)
+    sink.tie()
     architecture.finish(module, device)
     for answer in job.host.hook.quantmill_finalize(job=job, model=module):
         job.findings.extend(answer or ())

@@ -63,9 +63,12 @@ def quantmill_replace(
     form: Form,
     bias: Tensor | None,
 ) -> nn.Module | None:
-    from quantmill.stages.replace import linear_for
+    from quantmill.stages.replace import embedding_for, linear_for
 
-    return linear_for(job, selection, target, form, bias)
+    new = linear_for(job, selection, target, form, bias)
+    if new is None and target.kind == "embedding":
+        return embedding_for(job, selection, module, form)
+    return new
 
 
 @hookimpl(trylast=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.backend import Codec, LinearFactory
+from quantmill.embedding import FormEmbedding
 from quantmill.forms import Form
 from quantmill.kernels import KernelRegistry, Prepared
 from quantmill.targeting.types import Target
@@ -77,9 +78,13 @@ class FormLinear(nn.Module):
         codec: Codec[Any],
         kernels: KernelRegistry,
         dtype: str = "bfloat16",
+        *,
+        stored: bool = True,
     ) -> None:
-        """``dtype`` is the activations', by which a kernel is chosen."""
+        """``dtype`` is the activations', by which a kernel is chosen. What is not ``stored`` is
+        left out of the ``state_dict``: a tied weight is its owner's."""
         super().__init__()
+        self.stored = stored
         self.out_features, self.in_features = form.shape[-2:]
         self._codec = codec
         self._kernels = kernels
@@ -126,8 +131,9 @@ class FormLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, tensor in self._codec.encode(self.form).items():
-            destination[prefix + name] = tensor
+        if self.stored:
+            for name, tensor in self._codec.encode(self.form).items():
+                destination[prefix + name] = tensor
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -161,7 +167,7 @@ class FormLinearFactory(LinearFactory[Any]):
         return FormLinear(form, bias, self.codec, self.kernels, self.dtype)
 
     def form_of(self, module: nn.Module) -> Form | None:
-        return module.form if isinstance(module, FormLinear) else None
+        return module.form if isinstance(module, FormLinear | FormEmbedding) else None
 
     def resident_bytes(self, form: Form) -> int:
         return _live(self.kernels, form, self.device, self.dtype).nbytes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import quantmill
+from quantmill.embedding import FormEmbedding
 from quantmill.findings import QuantmillError
 from quantmill.linear import FormLinear
 from quantmill_gguf.models import describe
@@ -43,7 +44,7 @@ def test_logits_of_a_file_of_llama_cpp_match_tightly() -> None:
     assert far(logits(model), torch.from_numpy(expected["logits_dequant"])) < 2e-5
     layer = model.model.layers[0]
     assert isinstance(layer.self_attn.q_proj, FormLinear) and isinstance(model.lm_head, FormLinear)
-    assert isinstance(model.model.embed_tokens, torch.nn.Embedding)
+    assert isinstance(model.model.embed_tokens, FormEmbedding)
     state = model.state_dict()
     headers = read(FILE)
     with headers.source.reader(headers) as reader:  # type: ignore[attr-defined]
@@ -225,9 +226,10 @@ def test_the_scaling_of_llama_3_is_recognised(tmp_path: Path) -> None:
         ("llama.embedding_length", -1, "022"),
         ("llama.attention.head_count", "four", "022"),
         ("llama.rope.freq_base", float("nan"), "022"),
-        ("llama.attention.head_count", 3, "022"),
-        ("llama.rope.scaling.type", "yarn", "023"),
-        ("llama.expert_count", 8, "023"),
+        ("llama.attention.head_count", 3, "024"),
+        ("llama.rope.scaling.type", "yarn", "021"),
+        ("llama.rope.scaling.type", "spun", "023"),
+        ("llama.expert_count", 8, "021"),
     ],
 )
 def test_metadata_that_can_not_be_right_is_named(key: str, value: Any, number: str) -> None:

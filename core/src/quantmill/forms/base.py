@@ -43,6 +43,16 @@ class Form(ABC):
         """``x @ W.T + bias`` for ``x [..., in]``: the reference, in the dtype of ``x``."""
         return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
 
+    def rows(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows ``index`` (integers of any shape) of a matrix as floats ``[*index.shape, in]``:
+        what an embedding looks up. Forms whose rows lie apart override it to read only those."""
+        return self.dequantize(dtype)[index]
+
+    def regular(self) -> Form:
+        """The same values as one of the core's kinds, which kernels know; itself where there is
+        none. For forms that hold a foreign layout until it is computed with."""
+        return self
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same form with every tensor (nested ones too) replaced by ``function(tensor)``."""
         changes: dict[str, Any] = {}

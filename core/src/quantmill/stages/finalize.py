@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantmill.embedding import FormEmbedding
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.job import Job
+from quantmill.linear import FormLinear
 from quantmill.stages.attach import detach_forms
 from quantmill.stages.quantize import factory_of
 from quantmill.stages.table import stored_config
@@ -108,6 +110,29 @@ def _cast_output(
     return _cast(output, dtype)
 
 
+def _share(job: Job, model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the float weight of a module back to those that share it."""
+    tied = job.architecture.tied if job.architecture is not None else {}
+    for name, owner in tied.items():
+        path, _, local = name.rpartition(".")
+        old = model.get_submodule(path)
+        if not isinstance(old, FormLinear | FormEmbedding):
+            continue
+        weight = model.get_parameter(owner)
+        bias = getattr(old, "bias", None)
+        new: nn.Module
+        rows, columns = weight.shape
+        if isinstance(old, FormLinear):
+            new = nn.Linear(columns, rows, bias is not None, device="meta", dtype=dtype)
+            if bias is not None:
+                new.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        else:
+            new = nn.Embedding(rows, columns, device="meta", dtype=dtype)
+        new.register_parameter(local, weight)
+        new.train(old.training)
+        model.set_submodule(path, new)
+
+
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn every quantized linear of a model that quantmill loaded into the float one, in place.
 
@@ -144,6 +169,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             new.register_parameter("bias", value)
         new.train(old.training)
         model.set_submodule(entry.target.name, new)
+    _share(job, model, wanted)
     detach_forms(model)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "quantization_config"):

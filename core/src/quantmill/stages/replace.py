@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.checkpoint.reader import TensorReader, torch_dtype
+from quantmill.embedding import embedding_of
+from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
+from quantmill.linear import FormLinear
 from quantmill.stages.attach import attach_form
 from quantmill.stages.quantize import codec_of, factory_of
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
@@ -17,7 +20,9 @@ from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 if TYPE_CHECKING:
     from quantmill.architecture import Architecture
 
-__all__ = ["ModelSink", "linear_for"]
+__all__ = ["ModelSink", "embedding_for", "linear_for"]
+
+CANT_SHARE = declare("QM-REPLACE-001", "A module can't share a quantized weight")
 
 
 def linear_for(
@@ -29,6 +34,17 @@ def linear_for(
     if not factory.covers(target):
         return None
     return factory.build(target, form, bias, getattr(torch, job.plan.dtype))
+
+
+def embedding_for(
+    job: Job, selection: Selection, module: nn.Module, form: Form, *, stored: bool = True
+) -> nn.Module | None:
+    """The core's embedding with a form in the place of ``module``; None when it is none."""
+    assert job.plan is not None
+    if not isinstance(module, nn.Embedding):
+        return None
+    dtype = getattr(torch, job.plan.dtype)
+    return embedding_of(module, form, codec_of(job, selection), dtype, stored=stored)
 
 
 _MAPPED = 1 << 20
@@ -45,6 +61,7 @@ class ModelSink:
         self.architecture = architecture
         self.dtype: torch.dtype = getattr(torch, job.plan.dtype)
         self.device = torch.device(job.device)
+        self._shared: dict[str, tuple[Selection, Form]] = {}
 
     def put_form(
         self, selection: Selection, target: Target, form: Form, bias: Tensor | None
@@ -78,6 +95,40 @@ class ModelSink:
             return
         new.train(module.training)
         self.model.set_submodule(target.name, new)
+        if target.weight_name in self.architecture.tied.values():
+            self._shared[target.weight_name] = selection, form
+
+    def tie(self) -> None:
+        """Let modules that share the weight of a quantized one compute with its form."""
+        for name, owner in self.architecture.tied.items():
+            if owner not in self._shared:
+                continue
+            selection, form = self._shared[owner]
+            path = name.rpartition(".")[0]
+            module = self.model.get_submodule(path)
+            new: Any = None
+            if isinstance(module, nn.Embedding):
+                new = embedding_for(self.job, selection, module, form, stored=False)
+            elif type(module) is nn.Linear:
+                new = FormLinear(
+                    form.regular(),
+                    module.bias,
+                    codec_of(self.job, selection),
+                    self.job.kernels,
+                    self.job.compute_dtype,
+                    stored=False,
+                )
+            else:
+                raise QuantmillError(
+                    CANT_SHARE(
+                        path,
+                        f"it is a {type(module).__name__} and shares its weight with {owner},"
+                        " which is quantized",
+                        "load the model with dequantize=True",
+                    )
+                )
+            new.train(module.training)
+            self.model.set_submodule(path, new)
 
     def put_tensor(
         self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader

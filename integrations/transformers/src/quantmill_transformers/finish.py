@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.core_model_loading import WeightConverter
 
+from quantmill.embedding import FormEmbedding
+
 if TYPE_CHECKING:
     from quantmill_transformers.architecture import TransformersArchitecture
 
@@ -25,6 +27,13 @@ def finish_model(architecture: TransformersArchitecture, model: nn.Module, devic
     base: Any = model
     _cast(architecture, model)
     _initialise(architecture, base, device)
+    # A quantized weight is no parameter: who shares it was given its form.
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    base.all_tied_weights_keys = {
+        target: source
+        for target, source in base.all_tied_weights_keys.items()
+        if target in parameters or source in parameters
+    }
     base.tie_weights(missing_keys=set(architecture.tied), recompute_mapping=False)
     _remember_names(architecture, base)
     _generation(architecture, base)
@@ -68,6 +77,8 @@ def _initialise(architecture: TransformersArchitecture, base: Any, device: str) 
                 else:
                     tensor._is_hf_initialized = True
         module._is_hf_initialized = complete
+        if isinstance(module, FormEmbedding):
+            module.weight._is_hf_initialized = True  # type: ignore[attr-defined]
     with LIBRARY:
         base.initialize_weights()
 

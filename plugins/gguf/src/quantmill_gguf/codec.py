@@ -105,6 +105,9 @@ class GgufCodec(Codec[GgufConfig]):
             raise _refuse(
                 target, f"{name} bytes {list(shape)} don't make the model's [{rows}, {columns}]"
             )
+        if target.kind == "embedding":
+            # Looked up row by row: it stays as it lies in the file.
+            return RawForm(raw, name, dtype)
         return TYPES[name].form(raw, dtype)
 
 

@@ -37,7 +37,7 @@ def quantmill_methods() -> Sequence[Method]:
                 trainable=True,
                 dequantizable=True,
                 devices=("cpu", "cuda"),
-                target_kinds=("linear", "conv1d"),
+                target_kinds=("linear", "conv1d", "embedding"),
                 bits=(2, 4, 5, 8),
             ),
             presets=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
 from quantmill.findings import Finding
@@ -12,7 +13,7 @@ from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
-from quantmill_gguf.types import TYPES
+from quantmill_gguf.types import TYPES, RawForm
 from quantmill_gguf.types.sizes import BY_NAME
 
 __all__ = ["GgufQuantizer"]
@@ -28,7 +29,7 @@ class GgufQuantizer(Quantizer[GgufConfig]):
         raw = torch.empty(
             target.out_features, info.row_bytes(columns), dtype=torch.uint8, device="meta"
         )
-        return TYPES[info.name].form(raw, dtype)
+        return _form(raw, info.name, target, dtype)
 
     def check(self, target: Target) -> Iterator[Finding]:
         info = BY_NAME[self.config.type]
@@ -55,4 +56,11 @@ class GgufQuantizer(Quantizer[GgufConfig]):
             made = kind.quantize(work)
             assert made is not None
             raw[start : start + block.shape[0]] = made
-        return kind.form(raw, weight.dtype)
+        return _form(raw, info.name, target, weight.dtype)
+
+
+def _form(raw: Tensor, name: str, target: Target, dtype: torch.dtype) -> Form:
+    # An embedding is looked up row by row: its bytes stay together.
+    if target.kind == "embedding":
+        return RawForm(raw, name, dtype)
+    return TYPES[name].form(raw, dtype)

@@ -7,6 +7,8 @@ packed module (embeddings, norms) appears as float32 and is decoded when it is r
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,7 @@ from quantmill.checkpoint.headers import CheckpointHeaders, TensorHeader
 from quantmill.findings import Findings, QuantmillError
 from quantmill_gguf import codes
 from quantmill_gguf.container import GgufFile, GgufTensor, open_split
-from quantmill_gguf.models import describe, shown
-from quantmill_gguf.types.sizes import PLAIN
+from quantmill_gguf.models import TABLES, Parameter, describe, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,18 +28,25 @@ __all__ = ["GgufReader", "GgufSource", "headers_of", "read"]
 
 _ROWS_BYTES: Final = 4 << 20
 """Bytes that are decoded at a time."""
+_PAGES_BYTES: Final = 32 << 20
+"""Bytes of the file that are looked at before their pages are given back."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """One tensor: where it lies, and what is done to it."""
+class _Item:
+    """One tensor of the headers: what it is made of, and where that lies."""
 
-    file: GgufFile
-    tensor: GgufTensor
-    heads: int
-    """Heads whose rows are interleaved in the file; 0 for none."""
-    packed: bool
+    files: tuple[GgufFile, ...]
+    tensors: tuple[GgufTensor, ...]
+    parameter: Parameter | None = None
+    """None for a tensor that is none of the model's: it is given as it is."""
+    packed: bool = False
     """Given as bytes, not decoded."""
+
+    @property
+    def plain(self) -> bool:
+        """Its elements lie in the file in their order."""
+        return self.parameter is None or self.parameter.entry.plain
 
 
 class GgufSource:
@@ -47,12 +55,12 @@ class GgufSource:
     def __init__(self, path: Path, files: list[GgufFile]) -> None:
         self.path = path
         self.files = files
-        self.entries: dict[str, _Entry] = {}
+        self.items: dict[str, _Item] = {}
         """By the name that the headers have."""
 
     def reader(self, headers: CheckpointHeaders) -> GgufReader:
         """What reads its tensors."""
-        return GgufReader(headers, self.entries)
+        return GgufReader(headers, self.items)
 
     def names(self) -> list[str]:
         """Names of the files."""
@@ -93,11 +101,17 @@ class GgufSource:
 
 
 class GgufReader:
-    """Reads like :class:`quantmill.checkpoint.reader.TensorReader`, out of the mapped files."""
+    """Reads like :class:`quantmill.checkpoint.reader.TensorReader`, out of maps of its own.
 
-    def __init__(self, headers: CheckpointHeaders, entries: dict[str, _Entry]) -> None:
+    Pages that were looked at are given back to the system as reading goes on: what a mapped
+    tensor needs later comes from the file again.
+    """
+
+    def __init__(self, headers: CheckpointHeaders, items: dict[str, _Item]) -> None:
         self.headers = headers
-        self._entries = entries
+        self._items = items
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._touched = 0
 
     def __enter__(self) -> GgufReader:
         return self
@@ -107,124 +121,162 @@ class GgufReader:
 
     def close(self) -> None:
         """The files stay mapped as long as a tensor lies in them."""
+        self._release()
+        self._maps = {}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor that the headers describe, in memory of its own."""
         import torch
 
-        header = self.headers.tensors[name]
-        out = torch.empty(header.shape, dtype=torch_dtype(header.dtype, name))
-        self.read_into(header, out)
-        return out
+        header, item = self.headers.tensors[name], self._items[name]
+        if item.plain:
+            out = torch.empty(header.shape, dtype=torch_dtype(header.dtype, name))
+            self.read_into(header, out)
+            return out
+        return self._made(item, torch_dtype(header.dtype, name))
 
     def mapped(self, name: str) -> Tensor:
         """The same; pages of the file where it needs neither decoding nor reordering: writes
         do not reach the file."""
-        entry = self._entries[name]
-        if entry.packed and not entry.heads and not entry.file.big_endian:
-            return _bytes(entry, 0, entry.tensor.shape[0])
+        header, item = self.headers.tensors[name], self._items[name]
+        whole = item.packed or bool(item.tensors[0].type.plain)
+        dtype = torch_dtype(header.dtype, name)
+        aligned = item.tensors[0].start % dtype.itemsize == 0
+        if item.plain and whole and aligned and not item.files[0].big_endian:
+            self._touch(item.tensors[0].nbytes)
+            raw = self._bytes(item, 0, 0, _rows(item.tensors[0]))
+            return raw.reshape(-1).view(dtype).reshape(header.shape)
         return self.tensor(name)
 
     def read_into(self, header: TensorHeader, out: Tensor, start_elem: int = 0) -> None:
         """Fill a contiguous CPU tensor from element ``start_elem`` on."""
-        entry = self._entries[header.name]
-        shape = tuple(header.shape)
-        width = shape[-1] if shape else 1
+        item = self._items[header.name]
         total = out.numel()
         if start_elem < 0 or start_elem + total > header.numel:
             raise ValueError(f"{header.name}: the tensor does not have that many elements")
         flat, done = out.view(-1), 0
+        dtype = torch_dtype(header.dtype)
+        if not item.plain:
+            values = self._made(item, dtype).reshape(-1)
+            flat.copy_(values[start_elem : start_elem + total])
+            return
+        width = header.shape[-1] if header.shape else 1
         while done < total:
             row, skip = divmod(start_elem + done, width)
             rows = max(1, _ROWS_BYTES // (4 * max(1, width)))
             last = min(row + rows, -(-(start_elem + total) // width))
-            values = _values(entry, row, last, torch_dtype(header.dtype)).reshape(-1)
+            values = self._values(item, 0, row, last, dtype).reshape(-1)
             count = min(values.numel() - skip, total - done)
             flat[done : done + count] = values[skip : skip + count]
             done += count
 
     def row_blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
         """``(first row, rows)``."""
-        header = self.headers.tensors[name]
+        header, item = self.headers.tensors[name], self._items[name]
         if not header.shape:
             raise ValueError(f"{name} is a scalar and has no rows")
-        if len(header.shape) != 2:
+        rows = max(1, rows)
+        if len(header.shape) != 2 or not item.plain:
             whole = self.tensor(name)
-            for start in range(0, header.shape[0], max(1, rows)):
+            for start in range(0, header.shape[0], rows):
                 yield start, whole[start : start + rows]
             return
-        for start in range(0, header.shape[0], max(1, rows)):
-            stop = min(header.shape[0], start + max(1, rows))
-            yield start, _values(self._entries[name], start, stop, torch_dtype(header.dtype))
+        dtype = torch_dtype(header.dtype)
+        for start in range(0, header.shape[0], rows):
+            stop = min(header.shape[0], start + rows)
+            yield start, self._values(item, 0, start, stop, dtype)
 
+    # -- from the files ------------------------------------------------------------------------
 
-def _bytes(entry: _Entry, first: int, last: int) -> Tensor:
-    """Rows of a tensor as they lie in the file: uint8 ``[rows, row bytes]``, no copy."""
-    import torch
+    def _map(self, file: GgufFile) -> Any:
+        if not isinstance(file.data, mmap.mmap):
+            return file.data
+        if file.path not in self._maps:
+            with file.path.open("rb") as stream:
+                # Private pages: who writes to a tensor in them changes no file.
+                made = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            if len(made) < file.size:
+                cause = f"it has {len(made)} bytes, and had {file.size} when it was opened"
+                fix = "leave the file alone while it is read"
+                raise QuantmillError(codes.TRUNCATED(file.path.name, cause, fix))
+            self._maps[file.path] = made
+        return self._maps[file.path]
 
-    tensor = entry.tensor
-    columns = tensor.shape[-1] if tensor.shape else 1
-    width = tensor.type.row_bytes(columns)
-    if (last - first) * width == 0:
-        return torch.empty(last - first, width, dtype=torch.uint8)
-    flat = torch.frombuffer(
-        entry.file.data,
-        dtype=torch.uint8,
-        count=(last - first) * width,
-        offset=tensor.start + first * width,
-    )
-    return flat.view(last - first, width)
+    def _touch(self, nbytes: int) -> None:
+        """Give pages back when many were looked at."""
+        self._touched += nbytes
+        if self._touched > _PAGES_BYTES:
+            self._release()
+            self._touched = nbytes
 
+    def _release(self) -> None:
+        for made in self._maps.values():
+            made.madvise(mmap.MADV_DONTNEED)
 
-def _values(entry: _Entry, first: int, last: int, dtype: Any) -> Tensor:
-    """Rows ``[rows, ...]`` as the headers describe them."""
-    import torch
+    def _bytes(self, item: _Item, index: int, first: int, last: int) -> Tensor:
+        """Rows of a tensor as they lie in the file: uint8 ``[rows, row bytes]``, no copy."""
+        import torch
 
-    from quantmill_gguf.byteorder import swapped
-    from quantmill_gguf.types import TYPES
-    from quantmill_gguf.types.plain import PlainType
-
-    tensor = entry.tensor
-    if entry.heads:
-        raw = _reordered(entry, first, last)
-    else:
-        raw = _bytes(entry, first, last)
-    if entry.file.big_endian:
-        raw = swapped(raw, tensor.type)
-    if entry.packed:
-        return raw
-    kind = TYPES.get(tensor.type.name)
-    if kind is None:
-        cause = f"{tensor.name} is {tensor.type.name}, whose decoder is not written yet"
-        raise QuantmillError(
-            codes.UNSUPPORTED(entry.file.path.name, cause, "quantize the model to another type")
+        tensor = item.tensors[index]
+        columns = tensor.shape[-1] if tensor.shape else 1
+        width = tensor.type.row_bytes(columns)
+        if (last - first) * width == 0:
+            return torch.empty(last - first, width, dtype=torch.uint8)
+        flat = torch.frombuffer(
+            self._map(item.files[index]),
+            dtype=torch.uint8,
+            count=(last - first) * width,
+            offset=tensor.start + first * width,
         )
-    if isinstance(kind, PlainType):
-        return kind.values(raw).to(dtype)
-    return torch.empty(0, dtype=dtype) if raw.numel() == 0 else kind.decode(raw).to(dtype)
+        return flat.view(last - first, width)
+
+    def _rows(self, item: _Item, index: int, first: int, last: int) -> Tensor:
+        """The same in little-endian order."""
+        from quantmill_gguf.byteorder import swapped
+
+        raw = self._bytes(item, index, first, last)
+        self._touch(raw.numel())
+        return swapped(raw, item.tensors[index].type) if item.files[index].big_endian else raw
+
+    def _values(self, item: _Item, index: int, first: int, last: int, dtype: Any) -> Tensor:
+        """Rows ``[rows, columns]`` of a tensor, decoded unless they are given as bytes."""
+        import torch
+
+        from quantmill_gguf.types import TYPES
+        from quantmill_gguf.types.plain import PlainType
+
+        raw = self._rows(item, index, first, last)
+        if item.packed:
+            return raw
+        tensor = item.tensors[index]
+        kind = TYPES.get(tensor.type.name)
+        if kind is None:
+            cause = f"{tensor.name} is {tensor.type.name}, whose decoder is not written yet"
+            fix = "quantize the model to another type"
+            raise QuantmillError(codes.UNSUPPORTED(item.files[index].path.name, cause, fix))
+        if isinstance(kind, PlainType):
+            return kind.values(raw).to(dtype)
+        return torch.empty(0, dtype=dtype) if raw.numel() == 0 else kind.decode(raw).to(dtype)
+
+    def _made(self, item: _Item, dtype: Any) -> Tensor:
+        """A parameter out of its tensors."""
+        assert item.parameter is not None
+        entry = item.parameter.entry
+        parts = []
+        for index, tensor in enumerate(item.tensors):
+            values = self._values(item, index, 0, _rows(tensor), dtype)
+            last = values.shape[-1] if tensor.shape else 1
+            parts.append(values.reshape(*tensor.shape[:-1], last))
+        whole = parts[0] if len(parts) == 1 else entry.join.join(parts)
+        if entry.part is not None:
+            whole = whole[entry.part]
+        moved = entry.move.read_rows(whole) if item.packed else entry.move.read(whole)
+        return moved.contiguous()
 
 
-def _reordered(entry: _Entry, first: int, last: int) -> Tensor:
-    """Rows ``first`` to ``last`` in the order of transformers.
-
-    Of each head, llama.cpp has rows ``0, n/2, 1, n/2 + 1, ...`` for its rotary embedding. A
-    vector (a bias) is one row here, and its elements are reordered.
-    """
-    import torch
-
-    from quantmill_gguf.types.plain import DTYPES
-
-    shape = entry.tensor.shape
-    count = shape[0]
-    index = torch.arange(count).view(entry.heads, count // entry.heads // 2, 2)
-    order = index.transpose(1, 2).reshape(-1)
-    if len(shape) == 1:
-        width = DTYPES[entry.tensor.type.name].itemsize
-        whole = _bytes(entry, 0, 1).view(count, width)
-        return whole[order].view(1, -1)
-    rows = order[first:last]
-    low, high = int(rows.min()), int(rows.max()) + 1
-    return _bytes(entry, low, high)[rows - low]
+def _rows(tensor: GgufTensor) -> int:
+    """Rows of a tensor of any shape; a vector is one."""
+    return math.prod(tensor.shape[:-1])
 
 
 def read(path: Path) -> CheckpointHeaders:
@@ -245,23 +297,28 @@ def headers_of(files: list[GgufFile], path: Path) -> CheckpointHeaders:
     owners = {name: item for item in files for name in item.tensors}
     tensors = {name: item.tensors[name] for name, item in owners.items()}
     metadata = files[0].metadata
-    model = describe(metadata, tensors, path.name, _rope_factors(owners))
+    tables: dict[str, bytes] = {
+        name: _table(owners[name], name) for name in TABLES if name in owners
+    }
+    model = describe(metadata, tensors, path.name, tables)
     source = GgufSource(path, files)
     headers: dict[str, TensorHeader] = {}
-    for name, renamed in model.names.items():
-        tensor, file = tensors[name], owners[name]
-        packed = _is_packed(renamed, tensor)
-        shown_name = f"{renamed}.{tensor.type.name}" if packed else renamed
-        shape = tensor.shape
-        dtype = tensor.type.plain or "F32"
-        if packed:
-            dtype, shape = "U8", (shape[0], tensor.type.row_bytes(shape[1]))
+    for name, found in model.parameters.items():
+        parts = tuple(tensors[item] for item in found.entry.tensors)
+        item = _Item(tuple(owners[part.name] for part in parts), parts, found, found.packed)
+        dtype, shape, shown_name = found.type_name, found.shape, name
+        if found.packed:
+            shown_name = f"{name}.{found.type_name}"
+            dtype, shape = "U8", (*shape[:-1], parts[0].type.row_bytes(shape[-1]))
+        # Of several tensors, the first says where; together they say how much.
+        stop = parts[0].start + sum(part.nbytes for part in parts)
         headers[shown_name] = TensorHeader(
-            shown_name, dtype, shape, file.path.name, tensor.start, tensor.stop
+            shown_name, dtype, shape, item.files[0].path.name, parts[0].start, stop
         )
-        heads = model.heads.get(name, 0)
-        source.entries[shown_name] = _Entry(file, tensor, heads, packed)
-    quantized = any(entry.packed for entry in source.entries.values())
+        source.items[shown_name] = item
+    for name in model.rest:
+        _add_as_it_is(name, tensors[name], owners[name], headers, source)
+    quantized = any(item.packed for item in source.items.values())
     if quantized or not model.config:
         model.config["quantization_config"] = _summary(files, tensors)
     return CheckpointHeaders(
@@ -275,28 +332,35 @@ def headers_of(files: list[GgufFile], path: Path) -> CheckpointHeaders:
     )
 
 
-def _rope_factors(owners: dict[str, GgufFile]) -> bytes | None:
-    file = owners.get("rope_freqs.weight")
-    if file is None:
-        return None
-    tensor = file.tensors["rope_freqs.weight"]
+def _add_as_it_is(
+    name: str,
+    tensor: GgufTensor,
+    file: GgufFile,
+    headers: dict[str, TensorHeader],
+    source: GgufSource,
+) -> None:
+    """A tensor that no parameter is made of, under its own name."""
+    packed = not tensor.type.plain and len(tensor.shape) > 1
+    shape, dtype = tensor.shape, tensor.type.plain or "F32"
+    if packed:
+        shape, dtype = (*shape[:-1], tensor.type.row_bytes(shape[-1])), "U8"
+        name = f"{name}.{tensor.type.name}"
+    headers[name] = TensorHeader(
+        name, dtype, shape, file.path.name, tensor.start, tensor.start + tensor.nbytes
+    )
+    source.items[name] = _Item((file,), (tensor,), None, packed)
+
+
+def _table(file: GgufFile, name: str) -> bytes:
+    """The little-endian float32 of a small tensor."""
+    tensor = file.tensors[name]
     raw = bytes(file.data[tensor.start : tensor.stop])
-    if tensor.type.name != "F32" or not raw:
-        raise QuantmillError(
-            codes.UNSUPPORTED(
-                file.path.name, f"rope_freqs.weight is {tensor.type.name}, not F32", "get it again"
-            )
-        )
+    if tensor.type.name != "F32" or not raw or tensor.nbytes > 1 << 20:
+        cause = f"{name} is {tensor.type.name} of {tensor.nbytes} bytes, not a small F32"
+        raise QuantmillError(codes.UNSUPPORTED(file.path.name, cause, "get it again"))
     if file.big_endian:
         raw = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
     return raw
-
-
-def _is_packed(name: str, tensor: GgufTensor) -> bool:
-    embedding = name in ("model.embed_tokens.weight", "token_embd.weight")
-    if tensor.type.name in PLAIN or len(tensor.shape) != 2 or embedding:
-        return False
-    return name.endswith(".weight")
 
 
 def _summary(files: list[GgufFile], tensors: dict[str, GgufTensor]) -> dict[str, Any]:

@@ -36,6 +36,18 @@ class RawForm(Form):
 
         return TYPES[self.type_name].decode(self.data).to(dtype or self.dtype)
 
+    def rows(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        from quantmill_gguf.types import TYPES
+
+        picked = self.data[index.reshape(-1)]
+        values = TYPES[self.type_name].decode(picked).to(dtype or self.dtype)
+        return values.reshape(*index.shape, self.shape[-1])
+
+    def regular(self) -> Form:
+        from quantmill_gguf.types import TYPES
+
+        return TYPES[self.type_name].form(self.data, self.dtype)
+
     def traits(self) -> Mapping[str, Any]:
         return {
             "table": self.type_name,

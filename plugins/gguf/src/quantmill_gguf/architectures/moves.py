@@ -1,0 +1,209 @@
+"""What llama.cpp's converter does to a tensor beside renaming it, and the way back.
+
+A move of whole rows holds for quantized rows too: a row is whole blocks. Source: the converters
+of llama.cpp (``conversion/*.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "GroupedQkv",
+    "Heads",
+    "MinusExp",
+    "Move",
+    "PerHeadQkv",
+    "PlusOne",
+    "RowOrder",
+    "Squeezed",
+    "Transposed",
+]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """No change."""
+
+    packed: ClassVar[bool] = True
+    """Holds for quantized rows."""
+    plain: ClassVar[bool] = True
+    """The parameter's elements lie in the file as they do in the model."""
+
+    def shape(self, shape: Shape) -> Shape:
+        """The parameter's shape, from the tensor's."""
+        return shape
+
+    def problem(self, shape: Shape) -> str:
+        """Why a tensor of ``shape`` can't be moved so; empty if it can."""
+        return ""
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """The parameter, from the tensor's values."""
+        return tensor
+
+    def write(self, tensor: Tensor) -> Tensor:
+        """The tensor's values, from the parameter."""
+        return tensor
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """Quantized rows ``[out, row bytes]`` in the order of the model."""
+        return rows
+
+    def write_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`read_rows`."""
+        return rows
+
+
+class RowOrder(Move):
+    """Rows (elements, of a vector) lie in another order."""
+
+    __slots__ = ()
+    plain: ClassVar[bool] = False
+
+    def order(self, rows: int) -> Tensor:
+        """For each row of the parameter, the row of the tensor it is."""
+        raise NotImplementedError
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor[self.order(tensor.shape[0])]
+
+    def write(self, tensor: Tensor) -> Tensor:
+        import torch
+
+        return tensor[torch.argsort(self.order(tensor.shape[0]))]
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        return self.read(rows)
+
+    def write_rows(self, rows: Tensor) -> Tensor:
+        return self.write(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads(RowOrder):
+    """Of each head, llama.cpp has rows ``0, n/2, 1, n/2 + 1, ...`` for its rotary embedding."""
+
+    heads: int
+
+    def problem(self, shape: Shape) -> str:
+        bad = not shape or shape[0] == 0 or shape[0] % (2 * self.heads)
+        return f"{self.heads} heads don't divide its rows evenly" if bad else ""
+
+    def order(self, rows: int) -> Tensor:
+        import torch
+
+        index = torch.arange(rows).view(self.heads, rows // self.heads // 2, 2)
+        return index.transpose(1, 2).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQkv(RowOrder):
+    """Falcon: the parameter has groups of queries, each with its key and value; the file has all
+    queries, then all keys, then all values."""
+
+    heads: int
+    groups: int
+
+    def problem(self, shape: Shape) -> str:
+        count = self.heads + 2 * self.groups
+        bad = not shape or self.heads % self.groups or shape[0] % count
+        return f"{self.heads} heads in {self.groups} groups don't divide its rows" if bad else ""
+
+    def order(self, rows: int) -> Tensor:
+        import torch
+
+        width = rows // (self.heads + 2 * self.groups)
+        index = torch.arange(rows)
+        query, key, value = index.split(
+            [self.heads * width, self.groups * width, self.groups * width]
+        )
+        parts = [
+            query.view(self.groups, -1, width),
+            key.view(self.groups, 1, width),
+            value.view(self.groups, 1, width),
+        ]
+        return torch.cat(parts, dim=1).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class PerHeadQkv(RowOrder):
+    """Bloom: query, key and value of each head; the file has all queries first."""
+
+    heads: int
+
+    def problem(self, shape: Shape) -> str:
+        bad = not shape or shape[0] % (3 * self.heads)
+        return f"{self.heads} heads of three parts don't divide its rows" if bad else ""
+
+    def order(self, rows: int) -> Tensor:
+        import torch
+
+        return torch.arange(rows).view(3, self.heads, -1).transpose(0, 1).reshape(-1)
+
+
+class PlusOne(Move):
+    """The weight of a norm that the model adds one to; llama.cpp adds none."""
+
+    __slots__ = ()
+    packed: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor - 1
+
+    def write(self, tensor: Tensor) -> Tensor:
+        return tensor + 1
+
+
+class MinusExp(Move):
+    """Mamba: the logarithm of what the file has with a minus sign."""
+
+    __slots__ = ()
+    packed: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return (-tensor).log()
+
+    def write(self, tensor: Tensor) -> Tensor:
+        return -tensor.exp()
+
+
+class Transposed(Move):
+    """The model has ``[in, out]``, or experts of that; quantized rows are of ``[out, in]``."""
+
+    __slots__ = ()
+    plain: ClassVar[bool] = False
+
+    def shape(self, shape: Shape) -> Shape:
+        return (*shape[:-2], shape[-1], shape[-2])
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(-1, -2).contiguous()
+
+    def write(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(-1, -2).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Squeezed(Move):
+    """An axis of length 1 that the file leaves out."""
+
+    packed: ClassVar[bool] = False
+    axis: int
+
+    def shape(self, shape: Shape) -> Shape:
+        return (*shape[: self.axis], 1, *shape[self.axis :])
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(self.axis)
+
+    def write(self, tensor: Tensor) -> Tensor:
+        return tensor.squeeze(self.axis)
