@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockCalibrator",
     "Codec",
+    "Fit",
     "LinearFactory",
     "NonFiniteWeight",
     "Quantizer",
@@ -121,6 +123,20 @@ class BlockCalibrator(ABC, Generic[ConfigT]):
         it that all their weights are finite."""
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A form in another layout, with exactly the same values."""
+
+    form: Form
+    """As the layout's :meth:`Codec.encode` takes it. Without data where the given one has none."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the layout's config, by the names that users give, under which it lies so."""
+    unless: tuple[str, ...] = ()
+    """For a form without data: what only data can tell, and what would rule the answer out."""
+    notes: tuple[str, ...] = ()
+    """What is different although the values are the same (wider codes, repeated scales)."""
+
+
 class Codec(ABC, Generic[ConfigT]):
     """Maps a form to and from the tensors of one disk layout, bit for bit."""
 
@@ -155,6 +171,25 @@ class Codec(ABC, Generic[ConfigT]):
         """The whole ``__metadata__`` of a file that holds ``tensors``; ``notes`` is what
         :meth:`annotate` said of the weights in it."""
         return notes
+
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        """A form of any layout in this one, with exactly the same values: what lossless
+        conversion is made of. :mod:`quantmill.forms.fit` has the means.
+
+        Args:
+            form: of any plugin. On the meta device it tells what a dry run can know.
+            target: what it is the weight of.
+            wanted: fields of the config that are fixed (as its ``normalise`` leaves them); what
+                is not among them follows the form.
+
+        Raises:
+            QuantmillError: values would change, or this layout has no place for such a form; the
+                cause says why. That is the answer of a codec that does not implement it.
+        """
+        from quantmill.forms.convert import not_exact
+
+        raise not_exact(target.name, f"{cls.__name__} does not say which forms fit into its layout")
 
     @abstractmethod
     def describe(

@@ -1,7 +1,7 @@
 """Canonical forms: what a quantized tensor is, independent of any file or kernel."""
 
 from quantmill.forms.affine import Affine
-from quantmill.forms.base import Form, FormValue, value_of
+from quantmill.forms.base import Form, FormValue, float_rows, value_of
 from quantmill.forms.codebook import Codebook, nearest_on_grid, register_table, table_values
 from quantmill.forms.codes import Codes
 from quantmill.forms.grouping import (
@@ -29,6 +29,7 @@ __all__ = [
     "PerTensor",
     "ScaledFloat",
     "Strided",
+    "float_rows",
     "nearest_on_grid",
     "register_table",
     "table_values",

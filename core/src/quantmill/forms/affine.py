@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantmill.forms.base import Form, FormValue, value_of
+from quantmill.forms.base import Form, FormValue, cut_value, value_of
 from quantmill.forms.codes import Codes
 from quantmill.forms.grouping import Channel, Group, Grouping, gather_groups
 
@@ -65,6 +65,16 @@ class Affine(Form):
         if self.offset is not None and self.offset_kind == "minimum":
             result = result + self._spread(self.offset)
         return result.to(dtype or self.dtype)
+
+    def cut(self, first: int, last: int) -> Affine | None:
+        codes = self.codes.cut(first, last)
+        scale = cut_value(self.scale, self.grouping, self.shape, first, last)
+        offset = self.offset
+        if offset is not None:
+            offset = cut_value(offset, self.grouping, self.shape, first, last)
+        if codes is None or scale is None or (offset is None) != (self.offset is None):
+            return None
+        return replace(self, codes=codes, scale=scale, offset=offset)
 
     def with_packing(self, packing: str) -> Affine:
         """The same form with its codes packed otherwise."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from quantmill.forms.codes import Codes
+from quantmill.forms.grouping import Grouping
 
-__all__ = ["Form", "FormValue", "value_of"]
+__all__ = ["Form", "FormValue", "cut_value", "float_rows", "value_of"]
 
 
 class Form(ABC):
@@ -80,6 +81,11 @@ class Form(ABC):
                 found.update(value.tensors(name + "."))
         return found
 
+    def cut(self, first: int, last: int) -> Self | None:
+        """Rows ``first`` to ``last`` of a matrix as a form of their own, sharing memory; None
+        where they can't be cut out (codes or groups that cross rows)."""
+        return None
+
     @property
     def nbytes(self) -> int:
         """Exact bytes in memory of all tensors of the form."""
@@ -99,3 +105,29 @@ def value_of(value: FormValue) -> Tensor:
     if isinstance(value, Form):
         return value.dequantize(torch.float32)
     return value.to(torch.float32)
+
+
+def cut_value(
+    value: FormValue, grouping: Grouping, shape: tuple[int, ...], first: int, last: int
+) -> FormValue | None:
+    """Scales or offsets of the rows ``first`` to ``last`` of a matrix, or None."""
+    if not isinstance(value, Form):
+        return grouping.cut(value, shape, first, last)
+    # A nested form with a row per row is cut like a matrix; any other stays whole.
+    if len(value.shape) == 2 and value.shape[0] == shape[0]:
+        return value.cut(first, last)
+    return grouping.cut(value.dequantize(torch.float32), shape, first, last)
+
+
+def float_rows(form: Form, count: int) -> Iterator[tuple[int, Tensor]]:
+    """``(first row, float32 rows)`` of a matrix, at most ``count`` at a time where its rows can be
+    cut out; otherwise it is dequantized whole. The values are those of ``dequantize``."""
+    total = form.shape[0]
+    count = max(1, min(count, total))
+    if len(form.shape) != 2 or form.cut(0, min(count, total)) is None:
+        yield 0, form.dequantize(torch.float32)
+        return
+    for first in range(0, total, count):
+        part = form.cut(first, min(total, first + count))
+        assert part is not None
+        yield first, part.dequantize(torch.float32)

@@ -8,13 +8,13 @@ is the double quantization of QLoRA (arXiv 2305.14314), whose offset is the mean
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantmill.forms.base import Form, FormValue, value_of
+from quantmill.forms.base import Form, FormValue, cut_value, value_of
 from quantmill.forms.codes import Codes
 from quantmill.forms.grouping import Blocks, Flat, Group, Grouping
 
@@ -72,6 +72,13 @@ class Codebook(Form):
         if self.offset is not None:
             values = values + self.offset.to(torch.float32)
         return values.to(dtype or self.dtype)
+
+    def cut(self, first: int, last: int) -> Codebook | None:
+        codes = self.codes.cut(first, last)
+        scale = cut_value(self.scale, self.grouping, self.shape, first, last)
+        if codes is None or scale is None:
+            return None
+        return replace(self, codes=codes, scale=scale)
 
     def traits(self) -> Mapping[str, Any]:
         block = self.grouping.size if isinstance(self.grouping, Flat | Group) else None

@@ -101,6 +101,21 @@ class Codes:
         data = torch.empty((size, 1), dtype=torch.uint8, device=device)
         return cls(data, bits, shape, packing)
 
+    def cut(self, first: int, last: int) -> Codes | None:
+        """Rows ``first`` to ``last`` of a matrix, sharing memory; None where a row does not begin
+        at a byte."""
+        rest = self.shape[1:]
+        shape = (last - first, *rest)
+        if self.packing in ("u8", "i8"):
+            return Codes(self.data.reshape(self.shape)[first:last], self.bits, shape, self.packing)
+        bits = 4 if self.packing in ("hi4", "lo4") else self.bits
+        if prod(rest) * bits % 8:
+            return None
+        width = prod(rest) * bits // 8
+        part = self.data.reshape(-1)[first * width : last * width]
+        column = self.packing in ("hi4", "lo4")
+        return Codes(part.reshape(-1, 1) if column else part, self.bits, shape, self.packing)
+
     def to(self, device: str | torch.device) -> Codes:
         """The same codes on another device."""
         return Codes(self.data.to(device), self.bits, self.shape, self.packing)

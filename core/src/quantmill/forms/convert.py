@@ -5,7 +5,10 @@ Requantization, which changes values, is a quantizer's business and never happen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +21,13 @@ from quantmill.forms.codes import Codes
 from quantmill.forms.grouping import Blocks, Channel, Flat, Group, Grouping, PerTensor
 from quantmill.forms.scaled_float import ScaledFloat
 
-__all__ = ["regroup", "scaled_float_to_codebook", "to_codebook", "to_unsigned"]
+__all__ = ["not_exact", "regroup", "scaled_float_to_codebook", "to_codebook", "to_unsigned"]
 
 NOT_EXACT = declare("QM-FORM-001", "A conversion between forms would change values")
 
 
-def _refuse(what: str, cause: str) -> QuantmillError:
+def not_exact(what: str, cause: str) -> QuantmillError:
+    """The error that says why ``what`` can't be converted without changing values."""
     return QuantmillError(NOT_EXACT(what, cause, "requantize: quantize the dequantized weight"))
 
 
@@ -35,7 +39,7 @@ def to_unsigned(form: Affine) -> Affine:
     if form.codes.packing != "i8":
         return form
     if form.offset_kind != "none":
-        raise _refuse("affine", "signed codes with an offset have no unsigned twin here")
+        raise not_exact("affine", "signed codes with an offset have no unsigned twin here")
     half = 2 ** (form.codes.bits - 1)
     codes = (form.codes.unpack().to(torch.int16) + half).to(torch.uint8)
     zero = torch.full(form.grouping.scale_shape(form.shape), float(half), device=codes.device)
@@ -55,13 +59,13 @@ def to_codebook(form: Affine) -> Codebook:
     """
     form = to_unsigned(form)
     if form.group_index is not None or form.factor != 1.0 or form.offset_kind == "minimum":
-        raise _refuse("affine", "a group index, factor or minimum has no place in a codebook")
+        raise not_exact("affine", "a group index, factor or minimum has no place in a codebook")
     zero = 0.0
     if form.offset is not None:
         values = value_of(form.offset)
         zero = float(values.reshape(-1)[0]) if values.numel() else 0.0
         if not bool((values == zero).all()):
-            raise _refuse("affine", "its groups have different zero points")
+            raise not_exact("affine", "its groups have different zero points")
     count = 2**form.codes.bits
     table = torch.arange(count, dtype=torch.float32, device=form.codes.data.device) - zero
     return Codebook(form.codes, table, form.scale, form.grouping, dtype=form.dtype)
@@ -70,62 +74,68 @@ def to_codebook(form: Affine) -> Codebook:
 def scaled_float_to_codebook(form: ScaledFloat) -> Codebook:
     """An 8-bit float form as a codebook of its 256 bit patterns."""
     if form.values.element_size() != 1:
-        raise _refuse("scaled_float", "its values are not 8 bits wide")
+        raise not_exact("scaled_float", "its values are not 8 bits wide")
     patterns = torch.arange(256, dtype=torch.int16).to(torch.uint8).to(form.values.device)
     table = patterns.view(form.values.dtype).to(torch.float32)
     codes = Codes(form.values.view(torch.uint8), 8, form.shape, "u8")
     return Codebook(codes, table, form.scale, form.grouping, dtype=form.dtype)
 
 
-def regroup(form: Affine, grouping: Grouping) -> Affine:
+AnyForm = TypeVar("AnyForm", Affine, ScaledFloat)
+
+
+def regroup(form: AnyForm, grouping: Grouping) -> AnyForm:
     """The same values with more, smaller groups: scales and offsets are repeated.
 
     Raises:
         QuantmillError: a new group would lie in two old ones.
     """
-    shape = form.shape
-    if form.group_index is not None:
-        raise _refuse("affine", "a group index fixes its groups")
-    index = torch.arange(_groups(form.grouping, shape)).reshape(form.grouping.scale_shape(shape))
-    owner = form.grouping.expand(index, shape).expand(shape)
-    if not _nests(form.grouping, grouping, owner):
-        raise _refuse(
-            "affine", f"groups {grouping} do not lie within groups {form.grouping} of {shape}"
-        )
-    pick = grouping.reduce(owner.contiguous(), "amin").reshape(-1)
-
-    def spread(value: Tensor) -> Tensor:
-        return value.reshape(-1)[pick.to(value.device)].reshape(grouping.scale_shape(shape))
-
+    shape, old = form.shape, form.grouping
+    if getattr(form, "group_index", None) is not None:
+        raise not_exact("affine", "a group index fixes its groups")
+    offset = getattr(form, "offset", None)
     if isinstance(form.scale, Form):
-        raise _refuse("affine", "its scales are a form of their own")
-    offset = form.offset
+        raise not_exact(form.kind, "its scales are a form of their own")
     if isinstance(offset, Form):
-        raise _refuse("affine", "its offsets are a form of their own")
-    return replace(
-        form,
-        scale=spread(form.scale),
-        offset=None if offset is None else spread(offset),
-        grouping=grouping,
-    )
+        raise not_exact(form.kind, "its offsets are a form of their own")
+    spread = _spreading(old, grouping, shape)
+    if spread is None:
+        raise not_exact(
+            form.kind, f"groups {grouping} do not lie within groups {old} of {list(shape)}"
+        )
+    changes: dict[str, Any] = {"scale": spread(form.scale), "grouping": grouping}
+    if isinstance(offset, Tensor):
+        changes["offset"] = spread(offset)
+    return replace(form, **changes)
 
 
-def _groups(grouping: Grouping, shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in grouping.scale_shape(shape):
-        count *= size
-    return count
-
-
-def _nests(old: Grouping, new: Grouping, owner: Tensor) -> bool:
-    """Whether every new group lies in one old group."""
+def _spreading(
+    old: Grouping, new: Grouping, shape: tuple[int, ...]
+) -> Callable[[Tensor], Tensor] | None:
+    """What repeats values of old groups for new ones, or None where these do not nest."""
+    wanted = new.scale_shape(shape)
     if isinstance(old, PerTensor):
-        return True
-    if isinstance(old, Group) and isinstance(new, Group) and old.size % new.size == 0:
-        return True
-    if old == Channel(0) and isinstance(new, Group):
-        return True
+        return lambda value: value.reshape(()).expand(wanted).contiguous()
+    if isinstance(new, Group) and len(shape) == 2:
+        size = {"channel": shape[1], "group": getattr(old, "size", 0)}.get(old.kind, 0)
+        if isinstance(old, Channel) and old.axis != 0:
+            size = 0
+        if size and (size % new.size == 0 or size >= shape[1]):
+
+            def repeat(value: Tensor) -> Tensor:
+                value = value.reshape(shape[0], -1)
+                wide = value.repeat_interleave(-(-size // new.size), dim=1)
+                return wide[:, : wanted[1]].contiguous()
+
+            return repeat
+    # An index of the whole matrix: for what is rare.
+    count = prod(old.scale_shape(shape))
+    index = torch.arange(count).reshape(old.scale_shape(shape))
+    owner = old.expand(index, shape).expand(shape).contiguous()
     if not isinstance(new, Group | Channel | Flat | Blocks):
-        return False
-    flat = owner.contiguous()
-    return torch.equal(new.reduce(flat, "amin"), new.reduce(flat, "amax"))
+        return None
+    pick = new.reduce(owner, "amin")
+    if not torch.equal(pick, new.reduce(owner, "amax")):
+        return None
+    flat = pick.reshape(-1)
+    return lambda value: value.reshape(-1)[flat.to(value.device)].reshape(wanted)

@@ -36,6 +36,11 @@ class Grouping:
         """Spread ``values`` (one per group) so that they broadcast against ``shape``."""
         raise NotImplementedError
 
+    def cut(self, values: Tensor, shape: tuple[int, ...], first: int, last: int) -> Tensor | None:
+        """Those of ``values`` (one per group of a matrix of ``shape``) that belong to its rows
+        ``first`` to ``last``, or None where a group crosses a boundary."""
+        return None
+
     def reduce(self, tensor: Tensor, how: str) -> Tensor:
         """``amin`` or ``amax`` of each group of ``tensor``, in :meth:`scale_shape`."""
         shape = tuple(tensor.shape)
@@ -58,6 +63,9 @@ class PerTensor(Grouping):
     def expand(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         return values.reshape(())
 
+    def cut(self, values: Tensor, shape: tuple[int, ...], first: int, last: int) -> Tensor | None:
+        return values
+
 
 @dataclass(frozen=True, slots=True)
 class Channel(Grouping):
@@ -72,6 +80,9 @@ class Channel(Grouping):
         view = [1] * len(shape)
         view[self.axis] = shape[self.axis]
         return values.reshape(view)
+
+    def cut(self, values: Tensor, shape: tuple[int, ...], first: int, last: int) -> Tensor | None:
+        return values[first:last] if self.axis == 0 else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,9 @@ class Group(Grouping):
     def expand(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
         values = values.reshape(self.scale_shape(shape))
         return values.repeat_interleave(self.size, dim=-1)[..., : shape[-1]]
+
+    def cut(self, values: Tensor, shape: tuple[int, ...], first: int, last: int) -> Tensor | None:
+        return values.reshape(self.scale_shape(shape))[first:last]
 
     def reduce(self, tensor: Tensor, how: str) -> Tensor:
         if tensor.shape[-1] % self.size:
@@ -110,6 +124,12 @@ class Flat(Grouping):
         count = prod(shape)
         spread = values.reshape(-1).repeat_interleave(self.size)[:count]
         return spread.reshape(shape)
+
+    def cut(self, values: Tensor, shape: tuple[int, ...], first: int, last: int) -> Tensor | None:
+        if prod(shape[1:]) % self.size:
+            return None
+        width = prod(shape[1:]) // self.size
+        return values.reshape(-1)[first * width : last * width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +166,11 @@ class Blocks(Grouping):
         values = values.reshape(self.scale_shape(shape))
         tall = values.repeat_interleave(self.rows, dim=-2)[..., : shape[-2], :]
         return tall.repeat_interleave(self.columns, dim=-1)[..., : shape[-1]]
+
+    def cut(self, values: Tensor, shape: tuple[int, ...], first: int, last: int) -> Tensor | None:
+        if len(shape) != 2 or first % self.rows:
+            return None
+        return values.reshape(self.scale_shape(shape))[first // self.rows : _ceil(last, self.rows)]
 
 
 def gather_groups(values: Tensor, group_index: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ all: they keep what the file holds and say so).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantmill.forms.base import Form, FormValue, value_of
+from quantmill.forms.base import Form, FormValue, cut_value, value_of
 from quantmill.forms.grouping import Blocks, Group, Grouping
 
 __all__ = ["ScaledFloat"]
@@ -39,6 +39,10 @@ class ScaledFloat(Form):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         spread = self.grouping.expand(value_of(self.scale), self.shape)
         return (self.values.to(torch.float32) * spread).to(dtype or self.dtype)
+
+    def cut(self, first: int, last: int) -> ScaledFloat | None:
+        scale = cut_value(self.scale, self.grouping, self.shape, first, last)
+        return None if scale is None else replace(self, values=self.values[first:last], scale=scale)
 
     def traits(self) -> Mapping[str, Any]:
         size: tuple[int, ...] | None = None

@@ -13,15 +13,16 @@ Relative to the module, for 4 bits and groups of ``g`` input columns::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Affine, Codes, Form, Group
+from quantmill.forms.fit import Conditions, fit_integers
 from quantmill.targeting.types import Target
 from quantmill_awq.config import AwqConfig
 
@@ -130,6 +131,29 @@ class AwqCodec(Codec[AwqConfig]):
             zeros = _fields(qzeros, _PLAIN)[:, :groups].contiguous()
             scale = tensors["scales"][:, :groups].contiguous()
         return Affine(packed, scale, Group(size), zeros, "zero", dtype=dtype)
+
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        seen = Conditions()
+        size = wanted.get("group_size")
+        even = fit_integers(
+            form,
+            bits=(4,),
+            zeros="integer" if wanted.get("zero_point", True) else "middle",
+            scales=(torch.float16, torch.bfloat16),
+            size=target.in_features if size == -1 else size,
+            seen=seen,
+        )
+        assert isinstance(even.grouping, Group)
+        width = even.grouping.size
+        options = {
+            "bits": 4,
+            "group_size": -1 if width >= target.in_features and size != width else width,
+            # Zero points are stored in any case: this is right for every reader.
+            "zero_point": wanted.get("zero_point", True),
+            "version": wanted.get("version", "gemm"),
+        }
+        return Fit(even, options, tuple(seen.unless), tuple(seen.notes))
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype

@@ -20,16 +20,18 @@ int8::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError
-from quantmill.forms import Affine, Channel, Codebook, Codes, Flat, Form
+from quantmill.forms import Affine, Channel, Codebook, Codes, Flat, Form, value_of
+from quantmill.forms.convert import not_exact
 from quantmill.targeting.types import FLOAT_DTYPES, Target
 from quantmill_bnb.config import BLOCK_SIZES, STORAGES, BnbConfig
 from quantmill_bnb.state import BAD_STATE, NESTED_BLOCK, State, StateError
@@ -315,6 +317,23 @@ class BnbCodec(Codec[BnbConfig]):
         self.four = FourBitCodec(config)
         self.eight = Int8Codec(config)
 
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        eight = isinstance(form, Affine)
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if wanted.get(name) is (eight is (name == "load_in_4bit")):
+                raise not_exact(target.name, f"it is {form.kind}, and {name} is {wanted[name]}")
+        if isinstance(form, Affine):
+            same = form.codes.packing == "i8" and form.grouping == Channel(0)
+            if not same or form.factor != 1.0 / 127.0 or form.offset is not None:
+                raise not_exact(
+                    target.name,
+                    "LLM.int8 multiplies codes by a row's largest magnitude, then by 1/127: other"
+                    " scales round otherwise",
+                )
+            return Fit(form, {"load_in_8bit": True})
+        return _fit_four_bit(form, target, wanted)
+
     def encode(self, form: Form) -> dict[str, Tensor]:
         return (self.four if isinstance(form, Codebook) else self.eight).encode(form)
 
@@ -342,3 +361,36 @@ class BnbCodec(Codec[BnbConfig]):
         return self.four.describe(headers, target, dtype) or self.eight.describe(
             headers, target, dtype
         )
+
+
+def _fit_four_bit(form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+    """NF4 and FP4 with their scales plain or quantized; plain ones can be made of quantized."""
+    if (
+        not isinstance(form, Codebook)
+        or form.table_name not in KINDS
+        or not isinstance(form.grouping, Flat)
+        or form.grouping.size not in BLOCK_SIZES
+    ):
+        raise not_exact(target.name, f"it is {form.kind}, and neither NF4 nor FP4")
+    nested = isinstance(form.scale, Codebook)
+    wish = wanted.get("bnb_4bit_use_double_quant", nested)
+    options = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": form.table_name,
+        "bnb_4bit_blocksize": form.grouping.size,
+        "bnb_4bit_use_double_quant": wish,
+        "bnb_4bit_compute_dtype": str(form.dtype).removeprefix("torch."),
+    }
+    for name in ("bnb_4bit_quant_type", "bnb_4bit_blocksize"):
+        if wanted.get(name, options[name]) != options[name]:
+            raise not_exact(target.name, f"{name} is {options[name]}, asked is {wanted[name]}")
+    if wish and not nested:
+        raise not_exact(target.name, "its scales are float, and quantizing them changes them")
+    notes: tuple[str, ...] = ()
+    if nested and not wish:
+        notes = ("nested scales become plain ones",)
+        scale = form.scale
+        assert isinstance(scale, Codebook)
+        plain = scale.codes.data.is_meta
+        form = replace(form, scale=_planned(*scale.shape) if plain else value_of(scale))
+    return Fit(form, options, (), notes)

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.checkpoint.reader import torch_dtype
 from quantmill.findings import QuantmillError, declare
@@ -43,7 +43,7 @@ from quantmill.forms import (
 )
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.config import CompressedConfig
-from quantmill_compressed_tensors.foreign import stored_form
+from quantmill_compressed_tensors.foreign import fit, stored_form
 from quantmill_compressed_tensors.forms import (
     Layout,
     StoredAffine,
@@ -157,6 +157,10 @@ class CompressedCodec(Codec[CompressedConfig]):
             **inputs,
         )
         return _sound(form, target)
+
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        return fit(form, target, wanted)
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
@@ -312,7 +316,9 @@ def _sound(form: StoredAffine | StoredFloat, target: Target) -> Form:
     """The form, unless its scales can't be those of any weight."""
     scale = form.scale
     assert isinstance(scale, Tensor)
-    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+    # Integers may have negative ones: GGUF's Q4_0 does, and it comes here by conversion.
+    negative = isinstance(form, StoredFloat) and bool((scale < 0).any())
+    if negative or not bool(torch.isfinite(scale).all()):
         raise _refuse(target, "weight_scale holds NaN, infinite or negative values")
     zero = scale == 0
     # A scale of zero is what some writers give to rows of zeros: nothing else may be under it.

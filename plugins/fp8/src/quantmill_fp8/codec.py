@@ -23,16 +23,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import prod
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.config import MethodConfig
 from quantmill.findings import QuantmillError, declare
-from quantmill.forms import Blocks, Channel, Form, Grouping, PerTensor, ScaledFloat
+from quantmill.forms import Blocks, Channel, Form, Group, Grouping, PerTensor, ScaledFloat
+from quantmill.forms.fit import Conditions, fit_floats
 from quantmill.targeting.types import Target
 from quantmill_fp8.config import FbgemmFp8Config, Fp8Config
 from quantmill_fp8.form import VALUES, abstract_form, joined, parted
@@ -210,6 +211,33 @@ class BlockCodec(_Fp8Codec[Fp8Config]):
     scale_name: ClassVar[str] = "weight_scale_inv"
     activation_name: ClassVar[str] = "activation_scale"
 
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        seen, grouping = Conditions(), None
+        if "weight_block_size" in wanted:
+            size = wanted["weight_block_size"]
+            grouping = PerTensor() if size is None else Blocks(*size)
+        elif isinstance(form, ScaledFloat) and isinstance(form.grouping, Group):
+            grouping = Blocks(1, form.grouping.size)
+        elif isinstance(form, ScaledFloat) and isinstance(form.grouping, Channel):
+            grouping = Blocks(1, 128)
+        scales: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+        power = {"ue8m0": (_SCALES["F8_E8M0"],), "float": scales}.get(str(wanted.get("scale_fmt")))
+        made = fit_floats(
+            form,
+            values=(VALUES,),
+            scales=power or (*scales, _SCALES["F8_E8M0"]),
+            grouping=grouping,
+            seen=seen,
+        )
+        size = made.grouping
+        assert isinstance(made.scale, Tensor)
+        options = {
+            "weight_block_size": [size.rows, size.columns] if isinstance(size, Blocks) else None,
+            "scale_fmt": "ue8m0" if made.scale.dtype == _SCALES["F8_E8M0"] else "float",
+        }
+        return Fit(made, options, tuple(seen.unless), tuple(seen.notes))
+
     def _grouping(self) -> Grouping:
         return grouping_of(self.config)
 
@@ -227,6 +255,14 @@ class RowCodec(_Fp8Codec[FbgemmFp8Config]):
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale_ub")
     scale_name: ClassVar[str] = "weight_scale"
     activation_name: ClassVar[str] = "input_scale_ub"
+
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        seen = Conditions()
+        made = fit_floats(
+            form, values=(VALUES,), scales=(torch.float32,), grouping=Channel(0), seen=seen
+        )
+        return Fit(made, {}, tuple(seen.unless), tuple(seen.notes))
 
     def _grouping(self) -> Grouping:
         return Channel(0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError
 from quantmill.forms import Form
+from quantmill.forms.convert import not_exact
+from quantmill.forms.fit import Conditions, Zeros, fit_integers
 from quantmill.targeting.types import Target
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
@@ -21,6 +23,14 @@ from quantmill_gguf.types.sizes import BY_NAME, PLAIN
 __all__ = ["GgufCodec", "type_of"]
 
 T = TypeVar("T")
+_PLAIN_TYPES: dict[str, tuple[int, Zeros, str]] = {
+    "Q4_0": (4, "middle", "lo4"),
+    "Q4_1": (4, "minimum", "lo4"),
+    "Q5_0": (5, "middle", "dense"),
+    "Q5_1": (5, "minimum", "dense"),
+    "Q8_0": (8, "signed", "i8"),
+}
+"""Types that hold forms of other layouts, the smallest first: bits, zero points, packing."""
 _PREFIX = "weight."
 
 
@@ -77,6 +87,40 @@ class GgufCodec(Codec[GgufConfig]):
         if raw.dtype != torch.uint8:
             raise _refuse(target, f"it is {raw.dtype}, not uint8")
         return self._form(name, raw, tuple(raw.shape), target, dtype)
+
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        asked = wanted.get("type")
+        try:
+            own = type_of(form)
+        except QuantmillError:
+            own = None
+        if own is not None and asked in (None, own):
+            return Fit(form, {"type": own})
+        causes = []
+        for name, (bits, zeros, packing) in _PLAIN_TYPES.items():
+            if asked not in (None, name):
+                continue
+            seen = Conditions()
+            if target.in_features % BY_NAME[name].block:
+                raise not_exact(target.name, f"its width {target.in_features} fills no blocks")
+            try:
+                made = fit_integers(
+                    form,
+                    bits=(bits,),
+                    zeros=zeros,
+                    scales=(torch.float16,),
+                    size=BY_NAME[name].block,
+                    packing=packing,
+                    seen=seen,
+                )
+            except QuantmillError as error:
+                causes.append(f"{name}: {error.findings[0].cause}")
+                continue
+            return Fit(made, {"type": name}, tuple(seen.unless), tuple(seen.notes))
+        raise not_exact(
+            target.name, "; ".join(dict.fromkeys(causes)) or f"{asked} is made of floats only"
+        )
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype

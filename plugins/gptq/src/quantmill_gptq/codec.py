@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Affine, Codes, Form, Group
+from quantmill.forms.fit import Conditions, fit_integers, is_symmetric
 from quantmill.targeting.types import Target
 from quantmill_gptq.config import GptqConfig
 
@@ -117,6 +118,32 @@ class GptqCodec(Codec[GptqConfig]):
             self._order(tensors.get("g_idx"), size, groups, target),
             dtype=dtype,
         )
+
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        seen = Conditions()
+        size = wanted.get("group_size")
+        even = fit_integers(
+            form,
+            bits=(wanted["bits"],) if "bits" in wanted else (2, 3, 4, 8),
+            zeros="middle" if wanted.get("sym") else "integer",
+            scales=(torch.float16, torch.bfloat16),
+            size=target.in_features if size == -1 else size,
+            ordered=bool(wanted.get("desc_act", True)),
+            seen=seen,
+        )
+        assert isinstance(even.grouping, Group) and isinstance(even.offset, Tensor)
+        width = even.grouping.size
+        options: dict[str, Any] = {
+            "bits": even.codes.bits,
+            "group_size": -1 if width >= target.in_features and size != width else width,
+            "desc_act": even.group_index is not None,
+        }
+        if not even.offset.is_meta:
+            options["sym"] = is_symmetric(even)
+            written = "gptq" if options["sym"] else "gptq_v2"
+            options["checkpoint_format"] = wanted.get("checkpoint_format", written)
+        return Fit(even, options, tuple(seen.unless), tuple(seen.notes))
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype

@@ -20,15 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Affine, Codes, Flat, Form, Group, Grouping, Strided
+from quantmill.forms.convert import not_exact
+from quantmill.forms.fit import Conditions, fit_integers
 from quantmill.targeting.types import Target
 from quantmill_hqq.config import HqqConfig
 from quantmill_hqq.packing import NAMES, WORDS, fits, pack, unpack, words_of
@@ -169,6 +171,41 @@ class HqqCodec(Codec[HqqConfig]):
             "zero",
             dtype=dtype,
         )
+
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        seen = Conditions()
+        bits, size = wanted.get("nbits"), wanted.get("group_size")
+        # Groups that cross rows, or lie apart, are no other layout's: nothing to fit there.
+        if not (isinstance(form, Affine) and isinstance(form.grouping, Strided | Flat)):
+            form = fit_integers(
+                form,
+                bits=(1, 2, 3, 4, 8) if bits is None else (bits,),
+                zeros="float",
+                scales=tuple(_FLOATS.values()),
+                size=target.in_features if size is None and "group_size" in wanted else size,
+                seen=seen,
+            )
+        assert isinstance(form.grouping, Strided | Flat | Group)
+        found: dict[str, Any] = {
+            "nbits": form.codes.bits,
+            "group_size": form.grouping.size,
+            "axis": 0 if isinstance(form.grouping, Strided) else 1,
+        }
+        if isinstance(form.grouping, Group) and form.grouping.size >= target.in_features != size:
+            found["group_size"] = None
+        for name, value in found.items():
+            if wanted.get(name, value) != value:
+                raise not_exact(target.name, f"its {name} is {value}, asked is {wanted[name]}")
+        if target.weights % form.grouping.size:
+            raise not_exact(target.name, f"groups of {form.grouping.size} are cut at a row's end")
+        scale, zero = form.scale, form.offset
+        assert isinstance(scale, Tensor) and isinstance(zero, Tensor)
+        if scale.is_meta:
+            seen.unless.append("a scale is zero or negative")
+        elif not bool((scale > 0).all()):
+            raise not_exact(target.name, "a scale is zero or negative, which HQQ does not have")
+        return Fit(form, found, tuple(seen.unless), tuple(seen.notes))
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype

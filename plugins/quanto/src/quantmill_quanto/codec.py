@@ -18,15 +18,18 @@ Source: the bytes of the checkpoints in ``tests/data``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Affine, Channel, Codes, Form, Group, Grouping, ScaledFloat
+from quantmill.forms.convert import not_exact
+from quantmill.forms.fit import Conditions, fit_floats, fit_integers
 from quantmill.targeting.types import Target
 from quantmill_quanto.config import QuantoConfig
 
@@ -176,6 +179,35 @@ class QuantoCodec(Codec[QuantoConfig]):
         packed_codes = Codes.pack(codes, bits, "dense")
         return Affine(packed_codes, scale, grouping, offset, kind, dtype=dtype)
 
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        seen = Conditions()
+        weights = wanted.get("weights")
+        scales = tuple(_FLOATS.values())
+        if isinstance(form, ScaledFloat):
+            made: Affine | ScaledFloat = fit_floats(
+                form,
+                values=(torch.float8_e4m3fn,),
+                scales=scales,
+                grouping=Channel(0),
+                seen=seen,
+            )
+            found = "float8"
+        else:
+            narrow = isinstance(form, Affine) and form.codes.bits <= 4
+            if weights is not None:
+                narrow = weights in ("int4", "int2")
+            made = _fit_integers(form, target, narrow, weights, scales, seen)
+            found = f"int{made.codes.bits}"
+        if weights not in (None, found):
+            raise not_exact(target.name, f"it fits as {found}, and {weights} is asked for")
+        assert isinstance(made.scale, Tensor)
+        if made.scale.is_meta:
+            seen.unless.append("a scale is negative")
+        elif bool((made.scale < 0).any()):
+            raise not_exact(target.name, "a scale is negative, which Quanto does not have")
+        return Fit(made, {"weights": found}, tuple(seen.unless), tuple(seen.notes))
+
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
     ) -> Form | None:
@@ -226,6 +258,38 @@ class QuantoCodec(Codec[QuantoConfig]):
             f"{data} is {list(found)}, {_SCALE} {list(scale)} and {_SHIFT} {list(shapes[_SHIFT])};"
             f" a weight {list(shape)} of {self.config.weights} has {rows} groups of {size}",
         )
+
+
+def _fit_integers(
+    form: Form,
+    target: Target,
+    narrow: bool,
+    weights: str | None,
+    scales: tuple[torch.dtype, ...],
+    seen: Conditions,
+) -> Affine:
+    columns = target.in_features
+    if not narrow:
+        made = fit_integers(form, bits=(8,), zeros="signed", scales=scales, size=columns, seen=seen)
+        assert isinstance(made.scale, Tensor)
+        return replace(made, scale=made.scale.reshape(-1), grouping=Channel(0))
+    size = group_size(columns)
+    added = isinstance(form, Affine) and form.offset_kind == "minimum"
+    made = fit_integers(
+        form,
+        bits=(2, 4) if weights is None else (int(weights.removeprefix("int")),),
+        zeros="minimum" if added else "integer",
+        scales=scales,
+        size=size or columns,
+        seen=seen,
+    )
+    grouping = grouping_of(columns, size)
+    shape = grouping.scale_shape(made.shape)
+    scale, offset = made.scale, made.offset
+    assert isinstance(scale, Tensor) and isinstance(offset, Tensor)
+    return replace(
+        made, scale=scale.reshape(shape), offset=offset.reshape(shape), grouping=grouping
+    )
 
 
 def _check_activations(tensors: Mapping[str, Tensor], target: Target) -> None:
