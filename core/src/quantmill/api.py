@@ -198,25 +198,10 @@ def load(
         length=length,
         seed=seed,
     )
-    from quantmill.calibration.carry_out import carry_out
-    from quantmill.stages.replace import ModelSink
+    from quantmill.loading import load_job
 
-    made = prepare(job, allow_float=True)
-    made.raise_errors()
-    architecture = job.architecture
-    assert architecture is not None
-    with job.stage("replace"):
-        model = architecture.build()
-        sink = ModelSink(job, model, architecture)
-        carry_out(job, sink)
-        sink.tie()
-        architecture.finish(model, job.device)
-    with job.stage("finalize"):
-        for answer in job.host.hook.quantmill_finalize(job=job, model=model):
-            job.findings.extend(answer or ())
-    if strict:
-        job.findings.strict().raise_errors()
-    return model
+    prepare(job, allow_float=True)
+    return load_job(job)
 
 
 def quantize_module(

@@ -88,6 +88,9 @@ class Architecture(ABC):
     def finish(self, model: nn.Module, device: str) -> None:  # noqa: B027 nothing to do is fine
         """Tie weights and give buffers that no checkpoint stores their values."""
 
+    def dequantized(self, model: nn.Module) -> None:  # noqa: B027 nothing to do is fine
+        """Take back what marks ``model`` as quantized; called when it has become float again."""
+
     def float_module(self, target: Target) -> nn.Module | None:
         """A fresh module on the meta device of the class that ``target`` had before it was
         quantized; None for ``nn.Linear``."""

@@ -44,6 +44,9 @@ class Request:
     include: tuple[str, ...] = ()
     assign: Mapping[str, Request] = field(default_factory=dict)
     """Pattern to another method, for several methods in one model."""
+    implied: frozenset[str] = frozenset()
+    """Keys of ``raw`` that a peer's config object holds by default and nobody wrote: they are no
+    contradiction to what a checkpoint says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +96,8 @@ class Options:
 class Job:
     """One run. Fields below ``progress`` are filled by the stages."""
 
-    host: Host
-    headers: CheckpointHeaders
+    host: Host = field(repr=False)
+    headers: CheckpointHeaders = field(repr=False)
     request: Request
     device: str = "cpu"
     dtype: str | None = None
@@ -102,7 +105,7 @@ class Job:
     options: Options = field(default_factory=Options)
     progress: Progress | None = None
 
-    findings: Findings = field(default_factory=Findings)
+    findings: Findings = field(default_factory=Findings, repr=False)
     checkpoint_config: Selection | None = None
     """What a pre-quantized checkpoint says of itself."""
     selections: dict[str, Selection] = field(default_factory=dict)
@@ -111,10 +114,10 @@ class Job:
     """The request's ``assign`` patterns, each with the label of its selection."""
     stored_targets: dict[str, str] | None = None
     """Module (its name in the checkpoint) to label, when the checkpoint holds several methods."""
-    architecture: Architecture | None = None
-    plan: Plan | None = None
-    _kernels: KernelRegistry | None = None
-    state: dict[str, Any] = field(default_factory=dict)
+    architecture: Architecture | None = field(default=None, repr=False)
+    plan: Plan | None = field(default=None, repr=False)
+    _kernels: KernelRegistry | None = field(default=None, repr=False)
+    state: dict[str, Any] = field(default_factory=dict, repr=False)
     """For plugins that implement several stages: keyed by plugin name."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Job:

@@ -175,4 +175,6 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     if config is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
     del model.quantmill_job
+    if job.architecture is not None:
+        job.architecture.dequantized(model)
     return model

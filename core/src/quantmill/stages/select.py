@@ -13,6 +13,7 @@ patterns) and ``assign`` (pattern to METHOD, for several methods in one model).
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from quantmill.stages.table import is_table, read_table
 if TYPE_CHECKING:
     from quantmill.checkpoint.headers import CheckpointHeaders
 
-__all__ = ["add_selection", "detect", "parse_method", "select"]
+__all__ = ["OWN_KEYS", "add_selection", "detect", "parse_method", "select"]
 
 UNKNOWN_METHOD = declare("QM-SELECT-001", "No installed plugin has this method")
 UNREADABLE_METHOD = declare("QM-SELECT-002", "METHOD can't be read")
@@ -44,7 +45,7 @@ ALREADY_SEVERAL = declare(
 UNREADABLE_STORED = declare("QM-SELECT-007", "A checkpoint's quantization_config can't be read")
 MISSING_LIBRARY = declare("QM-SELECT-005", "A method's library is missing or of a wrong version")
 
-_OWN_KEYS = ("method", "skip", "include", "assign")
+OWN_KEYS = ("method", "skip", "include", "assign")
 
 
 def parse_method(value: Any, host: Host) -> Request:
@@ -66,7 +67,9 @@ def parse_method(value: Any, host: Host) -> Request:
         return _from_mapping(dict(value), "the given config", host)
     to_dict = getattr(value, "to_dict", None)
     if callable(to_dict):  # a peer's config object
-        return _from_mapping(dict(to_dict()), type(value).__name__, host)
+        data = dict(to_dict())
+        request = _from_mapping(data, type(value).__name__, host)
+        return replace(request, implied=_defaults(type(value), data))
     package = type(value).__module__.partition(".")[0]
     for dialect in host.dialects:
         if package in dialect.objects and dialect.from_object is not None:
@@ -90,6 +93,12 @@ def parse_method(value: Any, host: Host) -> Request:
             ) from None
         return _from_text(content, path.name, host)
     return _from_short_name(text, host)
+
+
+def _defaults(cls: type, data: Mapping[str, Any]) -> frozenset[str]:
+    """Keys whose value is the default that the class's constructor declares."""
+    known = inspect.signature(cls).parameters
+    return frozenset(key for key in data if key in known and data[key] == known[key].default)
 
 
 def _from_text(text: str, where: str, host: Host) -> Request:
@@ -159,7 +168,7 @@ def _from_mapping(data: dict[str, Any], where: str, host: Host) -> Request:
             UNREADABLE_METHOD(where, "assign is no mapping", "write pattern: METHOD pairs")
         )
     assign = {str(pattern): parse_method(value, host) for pattern, value in given.items()}
-    raw = {key: value for key, value in data.items() if key not in _OWN_KEYS}
+    raw = {key: value for key, value in data.items() if key not in OWN_KEYS}
     method = None
     if name is not None:
         base = _from_short_name(str(name), host)
@@ -238,7 +247,8 @@ def select(job: Job) -> dict[str, Selection]:
             name, config = configure(job, request.raw, "user", method=request.method)
             main = _selection(job, name, config, request.label or name)
             if job.checkpoint_config is not None:
-                main = merge(job, job.checkpoint_config, main, request.raw)
+                written = {k: v for k, v in request.raw.items() if k not in request.implied}
+                main = job.checkpoint_config = merge(job, job.checkpoint_config, main, written)
         job.selections = {main.label: main}
         job.assigned = {}
         for pattern, part in request.assign.items():
