@@ -24,6 +24,7 @@ KEPT: Mapping[str, set[str]] = {
     "bert-classifier": {"classifier"},
     "vit": {"classifier"},
     "resnet": set(),
+    "whisper": {"proj_out"},
     "t5": {
         "lm_head",
         *(f"encoder.block.{index}.layer.1.DenseReluDense.wo" for index in range(2)),

@@ -24,18 +24,22 @@ from quantmill.architecture import (
 )
 from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.checkpoint.reader import TensorReader
-from quantmill.findings import Finding, QuantmillError, declare
+from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.targeting.roles import guess_layer, guess_role
 from quantmill.targeting.types import FLOAT_DTYPES, ModuleInfo, ParameterInfo, Target
 from quantmill_transformers.dtypes import DtypePolicy
 from quantmill_transformers.finish import LIBRARY, finish_model
 from quantmill_transformers.names import Conversion, NameMap, map_names
+from quantmill_transformers.quantizer import unmark_model
 from quantmill_transformers.ties import Ties
 
 __all__ = ["TransformersArchitecture", "open_folder"]
 
 BAD_CONFIG = declare("QM-TF-001", "transformers can't build a model from this config.json")
 CANT_CONVERT = declare("QM-TF-002", "Tensors of an older layout can't be converted")
+NEW_PARAMETER = declare(
+    "QM-TF-005", "A parameter is not in the checkpoint and was initialised anew", Severity.WARNING
+)
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -61,13 +65,26 @@ def open_folder(headers: CheckpointHeaders) -> TransformersArchitecture | str | 
 class TransformersArchitecture(Architecture):
     """One model class with one config."""
 
-    def __init__(self, headers: CheckpointHeaders, cls: type[PreTrainedModel]) -> None:
+    def __init__(
+        self,
+        headers: CheckpointHeaders,
+        cls: type[PreTrainedModel],
+        *,
+        config: Any = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``config`` (typed, without a ``quantization_config``) is taken in place of the
+        checkpoint's, and ``arguments`` go to the class beside it."""
         self._headers = headers
         self._cls = cls
+        self._config = config
+        self._arguments = dict(arguments or {})
 
     @cached_property
     def config(self) -> Any:
         """The typed config, without the checkpoint's ``quantization_config``."""
+        if self._config is not None:
+            return self._config
         data = {k: v for k, v in self._headers.config.items() if k != "quantization_config"}
         for key in ("dtype", "torch_dtype"):
             if not isinstance(getattr(torch, str(data.get(key)), None), torch.dtype):
@@ -93,7 +110,9 @@ class TransformersArchitecture(Architecture):
         config = copy.deepcopy(self.config)
         try:
             with LIBRARY, torch.device("meta"):
-                model: Any = self._cls._from_config(config, dtype=self._model_dtype)
+                model: Any = self._cls._from_config(
+                    config, dtype=self._model_dtype, **self._arguments
+                )
         except QuantmillError:
             raise
         except Exception as error:
@@ -214,12 +233,40 @@ class TransformersArchitecture(Architecture):
                 )
         return found
 
+    @cached_property
+    def fresh(self) -> frozenset[str]:
+        """Parameters that the checkpoint need not have: another class than the one asked for wrote
+        it, and it holds nothing of their modules. Layers of one stack are there together."""
+        if self._cls.__name__ in (self._headers.config.get("architectures") or ()):
+            return frozenset()
+        there = [name for name in self.shapes if self.names.sources(name)]
+        filled = {name.rpartition(".")[0] for name in there} | set(self.names.beside)
+        stacks = {match[0] for name in there if (match := re.match(r".*?\.\d+\.", name))}
+        stacks = {re.sub(r"\d+\.$", "", stack) for stack in stacks}
+        return frozenset(
+            name
+            for name in self.shapes
+            if name.rpartition(".")[0] not in filled
+            and name not in self.tied
+            and not any(name.startswith(stack) for stack in stacks)
+        )
+
     def _unfilled(self, quantized: bool) -> list[Finding]:
         """Parameters that the checkpoint lacks or holds in another shape."""
         found = []
         ignored = self.skeleton._keys_to_ignore_on_load_missing or ()
         for name, tensor in self.shapes.items():
             sources, wanted = self.names.sources(name), tuple(tensor.shape)
+            if name in self.fresh:
+                if not any(re.search(item, name) for item in ignored):
+                    found.append(
+                        NEW_PARAMETER(
+                            name,
+                            f"the checkpoint has nothing of it, {self._cls.__name__} made it anew",
+                            "train it, or load the class that the checkpoint is of",
+                        )
+                    )
+                continue
             if not sources:
                 if name in self.tied or any(re.search(item, name) for item in ignored):
                     continue
@@ -291,6 +338,9 @@ class TransformersArchitecture(Architecture):
 
     def finish(self, model: nn.Module, device: str) -> None:
         finish_model(self, model, device)
+
+    def dequantized(self, model: nn.Module) -> None:
+        unmark_model(model)
 
     @property
     def headers(self) -> CheckpointHeaders:

@@ -54,7 +54,14 @@ def kept_rules(job: Job) -> Iterable[Rule]:
     architecture = job.architecture
     if not isinstance(architecture, TransformersArchitecture):
         return []
-    return _skips(_keys(architecture.skeleton, "_keep_in_fp32_modules"))
+    fresh = {name.rpartition(".")[0] for name in architecture.fresh}
+    return [
+        *_skips(_keys(architecture.skeleton, "_keep_in_fp32_modules")),
+        *(
+            Rule(name, "skip", "architecture", reason="its weight was made anew", optional=True)
+            for name in sorted(fresh - {""})
+        ),
+    ]
 
 
 def _skips(keys: Sequence[str]) -> list[Rule]:

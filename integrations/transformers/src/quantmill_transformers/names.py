@@ -113,7 +113,8 @@ def _abstract(header: TensorHeader) -> Tensor:
 def _place(name: str, key: str, prefix: str, owners: set[str], result: NameMap) -> None:
     """Find the module that an unknown tensor lies beside."""
     result.unused[name] = ""
-    for full in (key, f"{prefix}.{key}"):
+    # The class may be the base of the one that wrote the checkpoint, or have it as a part.
+    for full in (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")):
         owner = full
         while owner:
             owner = owner.rpartition(".")[0]

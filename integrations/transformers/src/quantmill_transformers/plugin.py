@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from quantmill.hookspecs import hookimpl
-from quantmill.registrations import ModelSource, Requirement, Validator, resolve
+from quantmill.registrations import Finalizer, ModelSource, Requirement, Validator, resolve
 
 if TYPE_CHECKING:
     from quantmill.job import Job
@@ -39,6 +39,11 @@ def quantmill_model_sources() -> Sequence[ModelSource]:
 @hookimpl
 def quantmill_validators() -> Sequence[Validator]:
     return [Validator("transformers", "quantmill_transformers.validate:check")]
+
+
+@hookimpl
+def quantmill_finalizers() -> Sequence[Finalizer]:
+    return [Finalizer("transformers", "quantmill_transformers.quantizer:mark_model")]
 
 
 @hookimpl

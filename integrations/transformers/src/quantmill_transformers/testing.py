@@ -40,7 +40,8 @@ class SmallModel:
     config: str
     options: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "text"
-    """What it takes: ``text``, ``pair`` (encoder and decoder), ``image`` or ``encoder``."""
+    """What it takes: ``text``, ``pair`` (encoder and decoder), ``image``, ``encoder``, ``audio``
+    (and a decoder's text) or ``image-text``."""
 
     @property
     def generates(self) -> bool:
@@ -180,6 +181,48 @@ MODELS: Mapping[str, SmallModel] = {
         {"embedding_size": 8, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"},
         "image",
     ),
+    "whisper": SmallModel(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {
+            "vocab_size": 96,
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+            "num_mel_bins": 8,
+            "max_source_positions": 16,
+            "max_target_positions": 32,
+            "decoder_start_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        },
+        "audio",
+    ),
+    "llava": SmallModel(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama", **_GROUPED},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "image_size": 16,
+                "patch_size": 8,
+                "projection_dim": 64,
+            },
+            "image_token_index": 95,
+            "image_seq_length": 4,
+        },
+        "image-text",
+    ),
 }
 """By name; each has two layers of width 64."""
 
@@ -225,10 +268,19 @@ def sample(name: str, model: Any, seed: int = 1) -> dict[str, Tensor]:
     kind = MODELS[name].kind
     if kind == "image":
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator).to(model.dtype)}
-    ids = torch.randint(3, 96, (2, 9), generator=generator)
+    if kind == "audio":
+        features = torch.randn(2, 8, 32, generator=generator).to(model.dtype)
+        return {
+            "input_features": features,
+            "decoder_input_ids": torch.randint(3, 96, (2, 5), generator=generator),
+        }
+    ids = torch.randint(3, 95, (2, 9), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if kind == "pair":
         inputs["decoder_input_ids"] = torch.randint(3, 96, (2, 5), generator=generator)
+    if kind == "image-text":
+        ids[:, 1:5] = 95  # The places of an image of four patches.
+        inputs["pixel_values"] = torch.randn(2, 3, 16, 16, generator=generator).to(model.dtype)
     return inputs
 
 

@@ -1,0 +1,230 @@
+"""Activation: ``from_pretrained`` of transformers through quantmill, for the methods you list.
+
+What changes, and nothing else:
+
+=========================================================  =====================================
+``transformers.modeling_utils.PreTrainedModel``            its class method ``from_pretrained``
+=========================================================  =====================================
+
+The new one looks at the ``quantization_config`` of the call and of the checkpoint. Where the
+``quant_method`` is one that was taken over, or one that this transformers can't read, quantmill
+loads the model; every other call goes to the library's own method, unchanged. Auto classes,
+pipelines and ``Trainer`` all come through that method.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from quantmill.findings import QuantmillError, declare
+
+if TYPE_CHECKING:
+    from quantmill.host import Host
+
+__all__ = ["TRANSFORMERS_RANGE", "Activation", "activate", "activated", "active", "deactivate"]
+
+WRONG_VERSION = declare("QM-TF-013", "This version of transformers can't be activated")
+REPLACED = declare("QM-TF-014", "Something else has replaced what activation changed")
+
+TRANSFORMERS_RANGE: Final = ">=5.0,<6"
+"""Versions whose ``from_pretrained`` is known to work as described."""
+SYMBOL: Final = "transformers.modeling_utils.PreTrainedModel.from_pretrained"
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What is active: data, to print and to compare."""
+
+    quant_methods: tuple[str, ...]
+    """Values of ``quant_method`` that transformers knows and that were taken over from it."""
+    added: tuple[str, ...]
+    """Values that installed plugins read and this transformers does not: ours in any case."""
+    symbols: tuple[str, ...]
+    """What was replaced."""
+    transformers: str
+    """The version of transformers."""
+
+    def __str__(self) -> str:
+        return (
+            f"quantmill loads {', '.join(self.quant_methods) or 'nothing'} in place of"
+            f" transformers {self.transformers}, and adds {', '.join(self.added) or 'nothing'};"
+            f" replaced: {', '.join(self.symbols)}"
+        )
+
+
+@dataclass(slots=True)
+class _State:
+    taken: frozenset[str]
+    host: Host
+    original: Any
+    """The ``classmethod`` object that was there."""
+
+
+_LOCK = threading.RLock()
+_STATE: _State | None = None
+
+
+def activate(*quant_methods: str, host: Host | None = None) -> Activation:
+    """Let ``from_pretrained`` go through quantmill for the listed ``quant_method`` values.
+
+    Names of methods and short names (``bnb-nf4``) stand for their ``quant_method``; ``"*"`` takes
+    over all that installed plugins read. Without any, only what transformers can't read itself is
+    added. A second call adds its methods to those that are active; the same call again changes
+    nothing.
+
+    Raises:
+        QuantmillError: a name is unknown (``QM-TF-010``), or the installed transformers is outside
+            :data:`TRANSFORMERS_RANGE` (``QM-TF-013``).
+    """
+    global _STATE
+    _check_version()
+    from quantmill.host import default_host
+    from quantmill_transformers.claims import resolve_names
+
+    with _LOCK:
+        host = host or (default_host() if _STATE is None else _STATE.host)
+        taken = frozenset(resolve_names(quant_methods, host))
+        if _STATE is None:
+            _STATE = _State(taken, host, _replace())
+        else:
+            _STATE.taken, _STATE.host = _STATE.taken | taken, host
+        return _describe(_STATE)
+
+
+def deactivate() -> None:
+    """Put back what was there. Without an activation nothing happens.
+
+    Models that are loaded stay as they are.
+
+    Raises:
+        QuantmillError: someone replaced the method again on top of ours (``QM-TF-014``); quantmill
+            takes no call over any more, the method itself is left to them.
+    """
+    global _STATE
+    with _LOCK:
+        state, _STATE = _STATE, None
+        if state is not None:
+            _restore(state.original)
+
+
+def active() -> Activation | None:
+    """What is active at the moment."""
+    with _LOCK:
+        return None if _STATE is None else _describe(_STATE)
+
+
+@contextmanager
+def activated(*quant_methods: str, host: Host | None = None) -> Iterator[Activation]:
+    """:func:`activate` for a ``with`` block; afterwards all is as it was before, nested or not."""
+    global _STATE
+    with _LOCK:
+        before = None if _STATE is None else (_STATE.taken, _STATE.host)
+    made = activate(*quant_methods, host=host)
+    try:
+        yield made
+    finally:
+        with _LOCK:
+            if before is None:
+                deactivate()
+            elif _STATE is not None:
+                _STATE.taken, _STATE.host = before
+
+
+def _check_version() -> None:
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    if not version or not SpecifierSet(TRANSFORMERS_RANGE).contains(version, prereleases=True):
+        there = f"transformers {version} is installed" if version else "transformers is missing"
+        raise QuantmillError(
+            WRONG_VERSION(
+                "transformers",
+                f"{there}; {SYMBOL} is known to be replaceable in {TRANSFORMERS_RANGE}",
+                f'pip install "transformers{TRANSFORMERS_RANGE}", or call quantmill.load, which'
+                " changes nothing in transformers",
+            )
+        )
+
+
+def _describe(state: _State) -> Activation:
+    from quantmill_transformers.claims import installed_keys, theirs
+
+    known = theirs()
+    return Activation(
+        tuple(sorted(state.taken & known)),
+        tuple(sorted((installed_keys(state.host) | state.taken) - known)),
+        (SYMBOL,),
+        importlib.metadata.version("transformers"),
+    )
+
+
+def _replace() -> Any:
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.__dict__["from_pretrained"]
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        state = _STATE
+        if state is None or not _is_ours(cls, source, kwargs, state):
+            return original.__func__(cls, source, *args, **kwargs)
+        from quantmill_transformers.pretrained import load_pretrained
+
+        return load_pretrained(cls, source, args, kwargs, state.host)
+
+    from_pretrained._quantmill = True  # type: ignore[attr-defined]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    return original
+
+
+def _restore(original: Any) -> None:
+    from transformers import PreTrainedModel
+
+    there = PreTrainedModel.__dict__["from_pretrained"]
+    if not getattr(there.__func__, "_quantmill", False):
+        raise QuantmillError(
+            REPLACED(
+                SYMBOL,
+                "another library has replaced it after quantmill did, so it was left as it is;"
+                " quantmill takes over no calls any more",
+                "deactivate in the reverse order of activation",
+            )
+        )
+    PreTrainedModel.from_pretrained = original
+
+
+def _is_ours(cls: Any, source: Any, kwargs: dict[str, Any], state: _State) -> bool:
+    from quantmill_transformers.claims import claims, stored_config_of
+
+    taken = set(state.taken)
+    if claims(kwargs.get("quantization_config"), taken, state.host):
+        return True
+    if source is None:
+        return False
+    config = kwargs.get("config")
+    if config is None or isinstance(config, str):
+        config = _config_dict(cls, config or source, kwargs)
+    return claims(stored_config_of(config), taken, state.host)
+
+
+def _config_dict(cls: Any, source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` as it is; empty where there is none, which the library then says better."""
+    from transformers import PreTrainedConfig
+
+    from quantmill_transformers.arguments import HUB
+
+    where = {name: kwargs[name] for name in HUB if kwargs.get(name) is not None}
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source, **where)
+    except OSError:
+        return {}
+    return dict(found)

@@ -1,0 +1,188 @@
+"""The arguments of ``from_pretrained``: each is honoured, without meaning here, or refused.
+
+Nothing is ignored in silence: what the loader can't do is a finding, and all of them are reported
+at once, before anything is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantmill.findings import Finding, QuantmillError, declare
+
+__all__ = ["HUB", "Arguments", "read_arguments"]
+
+CANT_HONOUR = declare("QM-TF-011", "An argument of from_pretrained can't be honoured")
+BAD_OPTION = declare("QM-TF-012", "quantmill_options has an option that there is not")
+
+HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+"""Arguments that say where files come from."""
+
+_OPTIONS = frozenset(
+    {
+        "allow_unmatched",
+        "calibration",
+        "gradient_checkpointing",
+        "include",
+        "length",
+        "non_finite",
+        "samples",
+        "seed",
+        "skip",
+        "strict",
+        "training",
+    }
+)
+"""Options of :func:`quantmill.load` that ``quantmill_options`` may hold."""
+
+# They change nothing here: no weight is initialised twice, nothing is pickled, files are mapped.
+_WITHOUT_MEANING = (
+    "_commit_hash",
+    "_fast_init",
+    "_from_auto",
+    "_from_pipeline",
+    "code_revision",
+    "disable_mmap",
+    "from_flax",
+    "from_tf",
+    "low_cpu_mem_usage",
+    "mirror",
+    "offload_state_dict",
+    "tqdm_class",
+    "trust_remote_code",
+    "weights_only",
+)
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+_REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "device_mesh": (_given, "weights are not distributed over a mesh"),
+    "distributed_config": (_given, "weights are not distributed over processes"),
+    "fusion_config": (_given, "modules are not fused while loading"),
+    "gguf_file": (_given, "activate('gguf') takes GGUF files over where quantmill-gguf is there"),
+    "ignore_mismatched_sizes": (_given, "a tensor of a wrong shape is an error"),
+    "kernel_config": (_given, "kernels come from quantmill's registry"),
+    "key_mapping": (_given, "names are mapped by the architecture's own rules"),
+    "proxies": (_given, "proxies come from the environment (HTTPS_PROXY)"),
+    "state_dict": (_given, "weights stream from files"),
+    "tp_plan": (_given, "weights are not distributed over processes"),
+    "tp_size": (_given, "weights are not distributed over processes"),
+    "use_kernels": (_given, "kernels come from quantmill's registry"),
+    "use_safetensors": (lambda value: value is False, "pickled weights are never read"),
+    "variant": (_given, "only the main files of a checkpoint are read"),
+}
+
+
+@dataclass(slots=True)
+class Arguments:
+    """What a call asks for, sorted."""
+
+    method: Any = None
+    """METHOD as the user gave it; None to take what the checkpoint says."""
+    config: Any = None
+    dtype: str | None = None
+    """A name, or None for the checkpoint's own."""
+    device_map: Any = None
+    max_memory: Mapping[Any, Any] | None = None
+    offload_folder: str | None = None
+    offload_buffers: bool = False
+    hub: dict[str, Any] = field(default_factory=dict)
+    """Those of :data:`HUB` that were given."""
+    implementations: dict[str, Any] = field(default_factory=dict)
+    """``attn_implementation`` and ``experts_implementation``."""
+    generation_config: Any = None
+    loading_info: bool = False
+    adapter: Any = None
+    """Folder or Hub id of an adapter to put on the model."""
+    adapter_name: str = "default"
+    adapter_options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options for :func:`quantmill.load`."""
+    rest: dict[str, Any] = field(default_factory=dict)
+    """For the config's class, and what that leaves for the model's."""
+
+
+def read_arguments(kwargs: Mapping[str, Any]) -> Arguments:
+    """Sort the keyword arguments of a ``from_pretrained`` call.
+
+    Raises:
+        QuantmillError: some can't be honoured.
+    """
+    rest, problems = dict(kwargs), []
+    for name, (asked, why) in _REFUSED.items():
+        if asked(rest.pop(name, None)):
+            problems.append(
+                CANT_HONOUR(
+                    name,
+                    f"{why}, so that {name} has no way to be honoured",
+                    f"leave {name} out, or load without quantmill: deactivate()",
+                )
+            )
+    for name in _WITHOUT_MEANING:
+        rest.pop(name, None)
+    hub = {name: value for name in HUB if _given(value := rest.pop(name, None))}
+    hub = {name: value for name, value in hub.items() if value != ""}
+    made = Arguments(
+        method=rest.pop("quantization_config", None),
+        config=rest.pop("config", None),
+        device_map=rest.pop("device_map", None),
+        max_memory=rest.pop("max_memory", None),
+        offload_folder=rest.pop("offload_folder", None),
+        offload_buffers=bool(rest.pop("offload_buffers", False)),
+        hub=hub,
+        generation_config=rest.pop("generation_config", None),
+        loading_info=bool(rest.pop("output_loading_info", False)),
+        adapter_name=rest.pop("adapter_name", None) or "default",
+    )
+    made.implementations = {
+        name: rest.pop(name)
+        for name in ("attn_implementation", "experts_implementation")
+        if name in rest
+    }
+    made.adapter_options = dict(rest.pop("adapter_kwargs", None) or {})
+    made.adapter = made.adapter_options.pop("_adapter_model_path", None)
+    torch_dtype = rest.pop("torch_dtype", None)
+    dtype = rest.pop("dtype", None)
+    made.dtype = _dtype(dtype if dtype is not None else torch_dtype, problems)
+    made.options = _options(rest.pop("quantmill_options", None), problems)
+    made.rest = rest
+    if problems:
+        raise QuantmillError(*problems)
+    return made
+
+
+def _dtype(value: Any, problems: list[Finding]) -> str | None:
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, torch.dtype | str):
+        return str(value).removeprefix("torch.")
+    problems.append(
+        CANT_HONOUR("dtype", f"{value!r} is no single dtype", "give one dtype for the whole model")
+    )
+    return None
+
+
+def _options(value: Mapping[str, Any] | None, problems: list[Finding]) -> dict[str, Any]:
+    given = dict(value or {})
+    for name in given.keys() - _OPTIONS:
+        problems.append(
+            BAD_OPTION(
+                name, f"{name!r} is no option", f"use some of: {', '.join(sorted(_OPTIONS))}"
+            )
+        )
+    return given
