@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quantmill.findings import QuantmillError, declare
@@ -213,7 +214,26 @@ def _is_ours(cls: Any, source: Any, kwargs: dict[str, Any], state: _State) -> bo
     config = kwargs.get("config")
     if config is None or isinstance(config, str):
         config = _config_dict(cls, config or source, kwargs)
-    return claims(stored_config_of(config), taken, state.host)
+    stored = stored_config_of(config) or _detected(source, kwargs, taken, state.host)
+    return claims(stored, taken, state.host)
+
+
+def _detected(source: Any, kwargs: dict[str, Any], taken: set[str], host: Host) -> Any:
+    """The config that a dialect recognises in a local folder whose ``config.json`` has none."""
+    from quantmill_transformers.claims import theirs
+
+    able = [item for item in host.dialects if item.detect is not None]
+    if not any(key in taken or key not in theirs() for item in able for key in item.quant_methods):
+        return None
+    folder = Path(source) / (kwargs.get("subfolder") or "")
+    if not folder.is_dir():
+        return None
+    from quantmill.checkpoint.containers import open_checkpoint
+
+    try:
+        return open_checkpoint(folder, host).config.get("quantization_config")
+    except QuantmillError:
+        return None  # The library says what it can't read.
 
 
 def _config_dict(cls: Any, source: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
