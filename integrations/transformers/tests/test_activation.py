@@ -177,6 +177,20 @@ def test_several_methods_in_one_checkpoint_load_by_from_pretrained(
     assert kinds == {"QuantmillLinear4bit", "QuantmillLinear8bit"}
 
 
+def test_a_folder_without_a_config_is_recognised(small: Small, tmp_path: Path) -> None:
+    """Quanto's own files say it elsewhere: transformers would take codes for weights."""
+    pytest.importorskip("quantmill_quanto")
+    quantmill.quantize(small("llama"), tmp_path / "out", "quanto-int8")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    assert (tmp_path / "out" / "quanto_qmap.json").exists()
+    activate("quanto")
+    assert ours(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert not ours(AutoModelForCausalLM.from_pretrained(small("llama")))
+
+
 def test_a_quant_method_that_nobody_reads_is_an_error(nf4: Path, tmp_path: Path) -> None:
     """Transformers warns and loads codes as if they were weights."""
     strange = tmp_path / "strange"

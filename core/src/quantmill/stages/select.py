@@ -248,7 +248,7 @@ def select(job: Job) -> dict[str, Selection]:
             main = _selection(job, name, config, request.label or name)
             if job.checkpoint_config is not None:
                 written = {k: v for k, v in request.raw.items() if k not in request.implied}
-                main = job.checkpoint_config = merge(job, job.checkpoint_config, main, written)
+                main = merge(job, job.checkpoint_config, main, written)
         job.selections = {main.label: main}
         job.assigned = {}
         for pattern, part in request.assign.items():

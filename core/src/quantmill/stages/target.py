@@ -238,7 +238,7 @@ class _Planner:
     def _stored(self, module: ModuleInfo, decision: Decision) -> ModulePlan | None:
         """The entry of a module that the checkpoint holds quantized, or None."""
         prefix = self.architecture.module_prefix(module)
-        selection = self.job.checkpoint_config
+        selection = self.main  # what the checkpoint says, with the user's runtime fields
         if self.job.stored_targets is not None:
             label = self.job.stored_targets.get(prefix)
             selection = None if label is None else self.job.selections[label]

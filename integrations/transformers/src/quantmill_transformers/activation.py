@@ -229,9 +229,12 @@ def _detected(source: Any, kwargs: dict[str, Any], taken: set[str], host: Host) 
     if not folder.is_dir():
         return None
     from quantmill.checkpoint.containers import open_checkpoint
+    from quantmill.stages.select import detect
 
     try:
-        return open_checkpoint(folder, host).config.get("quantization_config")
+        headers = open_checkpoint(folder, host)
+        detect(headers, host)
+        return headers.config.get("quantization_config")
     except QuantmillError:
         return None  # The library says what it can't read.
 
