@@ -31,6 +31,7 @@ PACKAGES = {
     "quantmill-gptq": "quantmill_gptq",
     "quantmill-quanto": "quantmill_quanto",
     "quantmill-hqq": "quantmill_hqq",
+    "quantmill-torchao": "quantmill_torchao",
     "quantmill-transformers": "quantmill_transformers",
     "quantmill-triton": "quantmill_triton",
 }

@@ -108,7 +108,10 @@ class FormLinear(nn.Module):
         return self._live.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return self.product(x, self.bias if self.bias is None else self.bias.to(x.dtype))
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T + bias`` by the kernel for so many rows; differentiable in ``x``."""
         if x.requires_grad and torch.is_grad_enabled():
             # Kernels compute no gradients: the reference does, and keeps no float weight.
             result: Tensor = _Differentiable.apply(x, self)  # type: ignore[no-untyped-call]
