@@ -11,18 +11,22 @@ __all__ = [
     "COUNT",
     "DIMENSIONS",
     "DUPLICATE",
+    "IMPORTANCE",
     "METADATA",
     "MISSING_KEY",
     "MIXED_TYPES",
+    "NOT_FINITE",
     "NOT_GGUF",
     "NO_BLOCKS",
     "OFFSET",
     "OVERLAP",
+    "REQUANTIZED",
     "SPLIT",
     "STRING",
     "TRUNCATED",
     "TYPE",
     "UNKNOWN_ARCHITECTURE",
+    "UNKNOWN_MIX",
     "UNREADABLE",
     "UNSUPPORTED",
     "VERSION",
@@ -56,3 +60,7 @@ MIXED_TYPES = declare(
     fallback=True,
 )
 NO_BLOCKS = declare("QM-GGUF-030", "The rows of a weight don't fill a type's blocks")
+UNKNOWN_MIX = declare("QM-GGUF-031", "A mix or type that was asked for does not exist")
+NOT_FINITE = declare("QM-GGUF-032", "A weight can't be quantized to finite blocks")
+IMPORTANCE = declare("QM-GGUF-033", "An importance matrix can't be read or does not fit")
+REQUANTIZED = declare("QM-GGUF-034", "A tensor is quantized already")

@@ -1,4 +1,4 @@
-"""Quantizes weights to ggml's plain types, with the bytes of its reference quantizers."""
+"""Quantizes weights to ggml's types, with the bytes of its quantizers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
+from quantmill_gguf.encode import encode
 from quantmill_gguf.types import TYPES, RawForm
 from quantmill_gguf.types.sizes import BY_NAME
 
@@ -42,7 +43,7 @@ class GgufQuantizer(Quantizer[GgufConfig]):
             )
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
-        info, kind = BY_NAME[self.config.type], TYPES[self.config.type]
+        info = BY_NAME[self.config.type]
         columns = target.in_features
         raw = torch.empty(
             target.out_features, info.row_bytes(columns), dtype=torch.uint8, device=self.device
@@ -53,9 +54,9 @@ class GgufQuantizer(Quantizer[GgufConfig]):
             if not bool(finite.all()):
                 index = int(torch.argmin(finite.reshape(-1).byte()).item())
                 raise NonFiniteWeight(weight.name, start * columns + index)
-            made = kind.quantize(work)
-            assert made is not None
-            raw[start : start + block.shape[0]] = made
+            raw[start : start + block.shape[0]] = encode(
+                info.name, work, name=weight.name, kernels=self.kernels
+            )
         return _form(raw, info.name, target, weight.dtype)
 
 

@@ -16,6 +16,14 @@ from torch import Tensor
 from quantmill.forms import Affine, Codes, Form, Group
 from quantmill.forms.base import FormValue
 from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
+from quantmill_gguf.types.search import (
+    divide,
+    farthest,
+    fit_range,
+    fit_symmetric,
+    in_order,
+    square_root,
+)
 
 __all__ = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "AffineType", "Parts"]
 
@@ -143,17 +151,9 @@ def _flat(value: FormValue, groups: int) -> tuple[Tensor, Tensor | None]:
     return value.scale.reshape(-1, 1), value.codes.unpack().reshape(-1, groups)
 
 
-def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
-
-
-def _farthest(values: Tensor) -> Tensor:
-    """The first value of the largest magnitude in each row, ``[rows, 1]``."""
-    size = values.abs()
-    order = torch.arange(values.shape[1], device=values.device)
-    # argmax may answer with any of several equals, and they may differ in sign.
-    first = torch.where(size == size.amax(dim=1, keepdim=True), order, values.shape[1] - 1)
-    return values.gather(1, first.amin(dim=1, keepdim=True))
+def inverse_of(scale: Tensor) -> Tensor:
+    """``1 / scale``, and 0 of 0."""
+    return divide(1.0, scale).masked_fill(scale == 0, 0.0)
 
 
 def _codes_of(values: Tensor, top: int) -> Tensor:
@@ -161,23 +161,48 @@ def _codes_of(values: Tensor, top: int) -> Tensor:
     return values.nan_to_num(0.0, top, 0.0).trunc().clamp(0, top).to(torch.uint8)
 
 
-class _Centred(AffineType):
+class _Weighed(AffineType):
+    """Plain types of 32 values. With importance ggml searches for the scale that costs least."""
+
+    makes = weighs = True
+
+    def _quantize_rows(self, rows: Tensor, importance: Tensor | None) -> Tensor:
+        if importance is None:
+            return self._quantize(rows.reshape(-1, 32), None)
+        # Beside a column's importance, a value counts by its own size and that of its row.
+        energy = divide(in_order((rows * rows).t().contiguous()), float(rows.shape[1]))
+        spread = importance.to(rows) * square_root(energy.unsqueeze(1) + rows * rows)
+        return self._quantize(rows.reshape(-1, 32), spread.reshape(-1, 32))
+
+
+class _Centred(_Weighed):
     """The value of the largest magnitude gets the lowest code."""
 
-    def _quantize(self, values: Tensor) -> Tensor:
-        scale = _farthest(values) / -self.zero
-        codes = _codes_of(values * _inverse(scale) + (self.zero + 0.5), 2 * self.zero - 1)
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        if importance is not None:
+            weights = importance.t().contiguous()
+            fit = fit_symmetric(values.t().contiguous(), self.zero, weights)
+            codes = fit.codes.t().to(torch.uint8)
+            return self.put(Parts(codes, fit.scale.to(torch.float16).unsqueeze(1)))
+        scale = divide(farthest(values.t()).unsqueeze(1), -float(self.zero))
+        codes = _codes_of(values * inverse_of(scale) + (self.zero + 0.5), 2 * self.zero - 1)
         return self.put(Parts(codes, scale.to(torch.float16)))
 
 
-class _Ranged(AffineType):
+class _Ranged(_Weighed):
     """The range of a block is divided evenly."""
 
-    def _quantize(self, values: Tensor) -> Tensor:
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
         top = 2**self.bits - 1
+        if importance is not None:
+            work, weights = values.t().contiguous(), importance.t().contiguous()
+            fit = fit_range(work, top, weights, first=-0.9, step=0.05, steps=36)
+            minimum = (-fit.low).to(torch.float16).unsqueeze(1)
+            codes = fit.codes.t().to(torch.uint8)
+            return self.put(Parts(codes, fit.scale.to(torch.float16).unsqueeze(1), None, minimum))
         low = values.amin(dim=1, keepdim=True)
-        scale = (values.amax(dim=1, keepdim=True) - low) / top
-        codes = _codes_of((values - low) * _inverse(scale) + 0.5, top)
+        scale = divide(values.amax(dim=1, keepdim=True) - low, float(top))
+        codes = _codes_of((values - low) * inverse_of(scale) + 0.5, top)
         minimum = low.to(torch.float16)
         return self.put(Parts(codes, scale.to(torch.float16), None, minimum))
 
@@ -252,6 +277,7 @@ class Q8_0(AffineType):  # noqa: N801
     """float16 scale, 32 signed bytes."""
 
     name = "Q8_0"
+    makes = True
     bits = 8
 
     def take(self, blocks: Tensor) -> Parts:
@@ -261,9 +287,9 @@ class Q8_0(AffineType):  # noqa: N801
         codes = parts.codes.contiguous().view(torch.uint8)
         return torch.cat([halves(parts.scale), codes], dim=1)
 
-    def _quantize(self, values: Tensor) -> Tensor:
-        scale = values.abs().amax(dim=1, keepdim=True) / 127
-        codes = round_away(values * _inverse(scale)).nan_to_num(0.0).clamp(-128, 127)
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        scale = divide(values.abs().amax(dim=1, keepdim=True), 127.0)
+        codes = round_away(values * inverse_of(scale)).nan_to_num(0.0).clamp(-128, 127)
         return self.put(Parts(codes.to(torch.int8), scale.to(torch.float16)))
 
 

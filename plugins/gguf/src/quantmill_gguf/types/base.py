@@ -12,6 +12,10 @@ from quantmill.forms import Form
 from quantmill_gguf.types.raw import RawForm
 from quantmill_gguf.types.sizes import BY_NAME, TypeSize
 
+_PIECE = 1 << 18
+"""Values that are quantized at a time on a CPU, so that intermediate results stay in its cache."""
+_LARGE_PIECE = 1 << 25
+
 __all__ = ["BlockType", "half", "halves", "join_planes", "planes"]
 
 
@@ -72,8 +76,10 @@ class BlockType(ABC):
 
         Bit-equal to ggml's reference decoder but for the payload of NaN.
         """
-        values = self._decode(self.blocks(raw))
         columns = raw.shape[-1] // self.info.size * self.info.block
+        if raw.numel() == 0:
+            return torch.empty(*raw.shape[:-1], columns, device=raw.device)
+        values = self._decode(self.blocks(raw))
         return values.reshape(*raw.shape[:-1], columns)
 
     @abstractmethod
@@ -91,14 +97,47 @@ class BlockType(ABC):
             raise TypeError(f"{self.name} is not made of a form of kind {form.kind}")
         return form.data
 
-    def quantize(self, values: Tensor) -> Tensor | None:
-        """Bytes uint8 ``[rows, row bytes]`` of float32 ``[rows, columns]``, equal to those of
-        ggml's reference quantizer; None for a type that can't be made here."""
-        encoded = self._quantize(values.reshape(-1, self.info.block))
-        if encoded is None:
-            return None
-        return encoded.reshape(*values.shape[:-1], self.info.row_bytes(values.shape[-1]))
+    def quantize(self, values: Tensor, importance: Tensor | None = None) -> Tensor | None:
+        """Bytes uint8 ``[..., row bytes]`` of float32 ``[..., columns]``, equal to those of ggml's
+        quantizer; None for a type that can't be made here.
 
-    def _quantize(self, values: Tensor) -> Tensor | None:
-        """uint8 ``[blocks, block bytes]`` of float32 ``[blocks, block]``."""
-        return None
+        Args:
+            values: finite.
+            importance: float32 ``[columns]``, what the square of an error in each column costs.
+                Types without a choice to make (:attr:`weighs` is false) do not look at it.
+        """
+        if not self.makes:
+            return None
+        width = values.shape[-1]
+        rows = values.reshape(-1, width)
+        out = torch.empty(
+            rows.shape[0], self.info.row_bytes(width), dtype=torch.uint8, device=values.device
+        )
+        weights = importance if self.weighs else None
+        most = _PIECE if values.device.type == "cpu" else _LARGE_PIECE
+        step = max(1, most // max(1, width))
+        for start in range(0, rows.shape[0], step):
+            part = rows[start : start + step].to(torch.float32)
+            made = self._quantize_rows(part, weights)
+            out[start : start + step] = made.reshape(part.shape[0], -1)
+        return out.reshape(*values.shape[:-1], out.shape[1])
+
+    makes: ClassVar[bool] = False
+    """Whether :meth:`quantize` makes it."""
+    scales_at: ClassVar[tuple[int, ...] | None] = None
+    """Where a block has float16 numbers, if those are not all of its numbers of several bytes."""
+    weighs: ClassVar[bool] = False
+    """Whether importance changes the bytes."""
+
+    def _quantize_rows(self, rows: Tensor, importance: Tensor | None) -> Tensor:
+        """Bytes of float32 ``[rows, columns]``, columns a multiple of the block."""
+        block = self.info.block
+        if importance is None:
+            return self._quantize(rows.reshape(-1, block), None)
+        wide = importance.to(rows).expand(rows.shape).reshape(-1, block)
+        return self._quantize(rows.reshape(-1, block), wide)
+
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        """uint8 ``[blocks, block bytes]`` of float32 ``[blocks, block]``; ``importance`` has the
+        same shape."""
+        raise NotImplementedError(f"{self.name} can't be made")

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from quantmill_gguf.types.affine import AffineType, Parts
 from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
+from quantmill_gguf.types.kfit import fit_q3, fit_q6, fit_ranged
+from quantmill_gguf.types.search import in_order, square_root
 
 __all__ = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"]
 
@@ -15,6 +17,7 @@ class Q2_K(AffineType):  # noqa: N801 ggml's name
     """16 bytes of 4-bit scales and minima, 64 bytes of codes, float16 scale and minimum."""
 
     name = "Q2_K"
+    makes = weighs = True
     bits, groups = 2, 16
 
     def take(self, blocks: Tensor) -> Parts:
@@ -29,6 +32,19 @@ class Q2_K(AffineType):  # noqa: N801 ggml's name
         tail = [halves(parts.scale), halves(parts.minimum)]
         return torch.cat([pairs, join_planes(parts.codes, 2, 32), *tail], dim=1)
 
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        parts = fit_ranged(
+            values,
+            importance,
+            bits=2,
+            groups=16,
+            levels=15,
+            plain_weights=torch.abs,
+            search=(-0.5, 0.1, 15, True),
+            energy=1.0,
+        )
+        return self.put(parts)
+
 
 class Q3_K(AffineType):  # noqa: N801
     """32 bytes of third bits, 64 of low bits, 12 of 6-bit scales, float16 scale.
@@ -38,6 +54,7 @@ class Q3_K(AffineType):  # noqa: N801
     """
 
     name = "Q3_K"
+    makes = weighs = True
     bits, zero, groups = 3, 4, 16
 
     def take(self, blocks: Tensor) -> Parts:
@@ -52,6 +69,9 @@ class Q3_K(AffineType):  # noqa: N801
         low, high = join_planes(steps, 4, 8), join_planes(steps >> 4, 2, 4)
         third, codes = join_planes(parts.codes >> 2, 1, 32), join_planes(parts.codes, 2, 32)
         return torch.cat([third, codes, low, high, halves(parts.scale)], dim=1)
+
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        return self.put(fit_q3(values, importance))
 
 
 def _six(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +97,7 @@ class Q4_K(AffineType):  # noqa: N801
     """float16 scale and minimum, 12 bytes of 6-bit scales and minima, 128 bytes of codes."""
 
     name = "Q4_K"
+    makes = weighs = True
     bits, groups = 4, 8
 
     def take(self, blocks: Tensor) -> Parts:
@@ -86,6 +107,30 @@ class Q4_K(AffineType):  # noqa: N801
 
     def put(self, parts: Parts) -> Tensor:
         return torch.cat([*_head(parts), join_planes(parts.codes, 4, 32)], dim=1)
+
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        return self.put(_six_bit(values, importance, 4, (-1.0, 0.1, 20, False)))
+
+
+def _six_bit(
+    values: Tensor, importance: Tensor | None, bits: int, search: tuple[float, float, int, bool]
+) -> Parts:
+    return fit_ranged(
+        values,
+        importance,
+        bits=bits,
+        groups=8,
+        levels=63,
+        plain_weights=_level_weights,
+        search=search,
+        energy=2.0,
+    )
+
+
+def _level_weights(values: Tensor) -> Tensor:
+    """The magnitude over the root mean square of its group ``[width, groups]``."""
+    mean = in_order(values * values) / values.shape[0]  # a power of two: exact either way
+    return square_root(mean) + values.abs()
 
 
 def _head(parts: Parts) -> list[Tensor]:
@@ -99,6 +144,7 @@ class Q5_K(AffineType):  # noqa: N801
     """Like Q4_K with 32 bytes of fifth bits before the codes."""
 
     name = "Q5_K"
+    makes = weighs = True
     bits, groups = 5, 8
 
     def take(self, blocks: Tensor) -> Parts:
@@ -110,11 +156,15 @@ class Q5_K(AffineType):  # noqa: N801
         high = join_planes(parts.codes >> 4, 1, 32)
         return torch.cat([*_head(parts), high, join_planes(parts.codes, 4, 32)], dim=1)
 
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        return self.put(_six_bit(values, importance, 5, (-0.5, 0.1, 15, False)))
+
 
 class Q6_K(AffineType):  # noqa: N801
     """128 bytes of low nibbles, 64 of high bits, 16 signed scales, float16 scale."""
 
     name = "Q6_K"
+    makes = weighs = True
     bits, zero, groups = 6, 32, 16
 
     def take(self, blocks: Tensor) -> Parts:
@@ -127,6 +177,9 @@ class Q6_K(AffineType):  # noqa: N801
         low, high = join_planes(parts.codes, 4, 64), join_planes(parts.codes >> 4, 2, 32)
         steps = parts.steps.contiguous().view(torch.uint8)
         return torch.cat([low, high, steps, halves(parts.scale)], dim=1)
+
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        return self.put(fit_q6(values, importance))
 
 
 class Q8_K(BlockType):  # noqa: N801

@@ -26,6 +26,8 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 class PlainType(BlockType):
     """Numbers of one dtype."""
 
+    makes = True
+
     def _decode(self, blocks: Tensor) -> Tensor:
         return self.values(blocks).to(torch.float32)
 
@@ -33,7 +35,7 @@ class PlainType(BlockType):
         """The numbers themselves, ``[rows, columns]`` of uint8 ``[rows, row bytes]``."""
         return raw.contiguous().view(DTYPES[self.name])
 
-    def _quantize(self, values: Tensor) -> Tensor:
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
         if self.name.startswith("I"):
             values = values.round()
         return values.to(DTYPES[self.name]).contiguous().view(torch.uint8)

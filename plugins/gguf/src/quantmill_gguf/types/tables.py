@@ -10,11 +10,14 @@ from torch import Tensor
 
 from quantmill.forms import Affine, Codebook, Codes, Form, Group, PerTensor
 from quantmill.forms.base import FormValue
+from quantmill_gguf.types.affine import inverse_of
 from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
+from quantmill_gguf.types.kfit import columns, mean_square, spread_weights
+from quantmill_gguf.types.search import TINY, divide, farthest, in_order, nearest
 
 __all__ = ["IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q1_0", "TableType"]
 
-_IQ4: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_IQ4_VALUES: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Twice the values of e2m1 (OCP Microscaling Formats 1.0): integers. The scale is halved.
 _E2M1: Final = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
@@ -22,7 +25,7 @@ _E2M1: Final = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 class TableType(BlockType):
     """``value = table[code] * scale``."""
 
-    table: ClassVar[tuple[int, ...]] = _IQ4
+    table: ClassVar[tuple[int, ...]] = _IQ4_VALUES
     table_name: ClassVar[str] = "iq4"
     bits: ClassVar[int] = 4
     groups: ClassVar[int] = 1
@@ -69,7 +72,59 @@ class TableType(BlockType):
         return self.put(codes, form.scale).reshape(form.shape[0], -1)
 
 
-class IQ4_NL(TableType):  # noqa: N801 ggml's name
+class _IQ4(TableType):
+    """Blocks of the uneven grid of 4 bits; scales are searched for as ggml does
+    (``quantize_row_iq4_nl_impl``): with importance or, without it, with squares as weights."""
+
+    makes = weighs = True
+
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        if importance is None:
+            weights = values * values
+        else:
+            weights = spread_weights(values, importance, mean_square(values, 2.0))
+        work = columns(values, 32)
+        scale = _grid_scale(work, columns(weights, 32), self._values(values.device))
+        return self._join(work, scale.reshape(values.shape[0], -1))
+
+    @abstractmethod
+    def _join(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Bytes of blocks: values ``[32, groups]``, scale float32 ``[blocks, groups of one]``."""
+
+    def _coded(self, values: Tensor, inverse: Tensor) -> Tensor:
+        """Codes ``[blocks, block]`` of ``[32, groups]`` times ``[groups]``."""
+        found = _nearest_entry(inverse * values, self._values(values.device))
+        return found.t().to(torch.uint8).reshape(-1, self.info.block)
+
+
+def _nearest_entry(values: Tensor, table: Tensor) -> Tensor:
+    """Index of the nearest entry; of two as near the upper one."""
+    upper = torch.bucketize(values, table, right=True).clamp_(1, table.numel() - 1)
+    below, above = values - table[upper - 1], table[upper] - values
+    return torch.where(below < above, upper - 1, upper)
+
+
+def _grid_scale(values: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """The scale of each group of ``[32, groups]``: the best of sixteen tries."""
+    top = farthest(values)
+
+    def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
+        grid = table[_nearest_entry(inverse * values, table)]
+        return in_order(weights * grid * values), in_order(weights * grid * grid)
+
+    product, square = sums(divide(1.0, divide(-top, table[0])))
+    scale = torch.where(square > 0, product / square, torch.zeros_like(square))
+    best = scale * product
+    for step in range(-7, 8):
+        product, square = sums(divide(float(step + _IQ4_VALUES[0]), top))
+        better = (square > 0) & (product * product > best * square)
+        candidate = product / square
+        scale = torch.where(better, candidate, scale)
+        best = torch.where(better, candidate * product, best)
+    return scale.masked_fill(top.abs() < TINY, 0.0)
+
+
+class IQ4_NL(_IQ4):  # noqa: N801 ggml's name
     """float16 scale, 16 bytes of code pairs like Q4_0's."""
 
     name = "IQ4_NL"
@@ -84,13 +139,17 @@ class IQ4_NL(TableType):  # noqa: N801 ggml's name
         assert isinstance(scale, Tensor)
         return torch.cat([halves(scale.reshape(-1, 1)), join_planes(codes, 4, 16)], dim=1)
 
+    def _join(self, values: Tensor, scale: Tensor) -> Tensor:
+        return self.put(self._coded(values, inverse_of(scale.reshape(-1))), scale)
 
-class IQ4_XS(TableType):  # noqa: N801
+
+class IQ4_XS(_IQ4):  # noqa: N801
     """float16 scale, eight 6-bit scales (two high bits each in two bytes, then low nibbles),
     eight runs of 16 bytes of code pairs."""
 
     name = "IQ4_XS"
     groups = 8
+    scales_at = (0,)
 
     def codes(self, blocks: Tensor) -> Tensor:
         return planes(blocks[:, 8:], 4, 16)
@@ -107,8 +166,15 @@ class IQ4_XS(TableType):  # noqa: N801
         head = [halves(scale.scale.reshape(-1, 1)), join_planes(steps >> 4, 2, 1)]
         return torch.cat([*head, join_planes(steps, 4, 1), join_planes(codes, 4, 16)], dim=1)
 
+    def _join(self, values: Tensor, scale: Tensor) -> Tensor:
+        whole = divide(-farthest(scale.t()).unsqueeze(1), 32.0)
+        steps = nearest(inverse_of(whole) * scale).clamp_(-32, 31)
+        codes = self._coded(values, inverse_of((whole * steps).reshape(-1)))
+        signed = Codes(steps.to(torch.int8), 8, tuple(steps.shape), "i8")
+        return self.put(codes, Affine(signed, whole.to(torch.float16), Group(8)))
 
-def _coded(raw: Tensor, rows: int, table: Tensor, name: str) -> Codebook:
+
+def _bytewise(raw: Tensor, rows: int, table: Tensor, name: str) -> Codebook:
     """Scales of 8 bits: their bytes are kept, so that they go back as they came."""
     data = raw.reshape(rows, -1).contiguous()
     one = torch.ones(1, device=raw.device)
@@ -125,6 +191,7 @@ class MXFP4(TableType):
     """An exponent byte (e8m0), 16 bytes of e2m1 pairs like Q4_0's codes."""
 
     name = "MXFP4"
+    makes = True
     table, table_name = _E2M1, "e2m1x2"
 
     def codes(self, blocks: Tensor) -> Tensor:
@@ -133,10 +200,26 @@ class MXFP4(TableType):
     def scale(self, blocks: Tensor, rows: int) -> FormValue:
         # Half of 2 ** (e - 127); the two least are subnormal and exact in float32.
         powers = torch.pow(2.0, torch.arange(256, dtype=torch.float64) - 128).to(torch.float32)
-        return _coded(blocks[:, :1], rows, powers, "e8m0/2")
+        return _bytewise(blocks[:, :1], rows, powers, "e8m0/2")
 
     def put(self, codes: Tensor, scale: FormValue) -> Tensor:
         return torch.cat([_bytes_of(scale, 1), join_planes(codes, 4, 16)], dim=1)
+
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        most = values.abs().amax(dim=1, keepdim=True)
+        # The logarithm as C's log2f gives it: one that is rounded up to a whole number counts.
+        power = torch.log2(most.to(torch.float64)).to(torch.float32).floor() + 125
+        exponent = power.clamp_(0, 254).masked_fill(most == 0, 0.0)
+        scale = torch.pow(2.0, exponent.to(torch.float64) - 128).to(torch.float32)
+        # Nearest of the entries in their order: the first one wins, so there is no minus zero.
+        best = values.abs()
+        found = torch.zeros_like(values, dtype=torch.uint8)
+        for index in range(1, 16):
+            away = (self.table[index] * scale - values).abs()
+            nearer = away < best
+            best = torch.where(nearer, away, best)
+            found = found.masked_fill(nearer, index)
+        return torch.cat([exponent.to(torch.uint8), join_planes(found, 4, 16)], dim=1)
 
 
 class NVFP4(TableType):
@@ -154,7 +237,7 @@ class NVFP4(TableType):
         normal = (1 + mantissa / 8) * torch.pow(2.0, exponent - 7)
         values = torch.where(exponent == 0, mantissa / 512, normal) / 2
         values[0x7F] = 0.0
-        return _coded(blocks[:, :4], rows, values.to(torch.float32), "ue4m3/2")
+        return _bytewise(blocks[:, :4], rows, values.to(torch.float32), "ue4m3/2")
 
     def put(self, codes: Tensor, scale: FormValue) -> Tensor:
         return torch.cat([_bytes_of(scale, 4), join_planes(codes, 4, 8)], dim=1)
@@ -164,6 +247,7 @@ class Q1_0(TableType):  # noqa: N801
     """float16 scale, 128 bits in order: minus or plus the scale."""
 
     name = "Q1_0"
+    makes = True
     table, table_name, bits = (-1, 1), "sign", 1
 
     def codes(self, blocks: Tensor) -> Tensor:
@@ -175,3 +259,7 @@ class Q1_0(TableType):  # noqa: N801
     def put(self, codes: Tensor, scale: FormValue) -> Tensor:
         assert isinstance(scale, Tensor)
         return torch.cat([halves(scale.reshape(-1, 1)), join_planes(codes, 1, 1)], dim=1)
+
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        scale = divide(in_order(values.abs().t().contiguous()), float(values.shape[1]))
+        return self.put((values >= 0).to(torch.uint8), scale.to(torch.float16).unsqueeze(1))

@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill_gguf.types.affine import AffineType, Parts, round_away
+from quantmill_gguf.types.affine import AffineType, Parts, inverse_of, round_away
 from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
 
 __all__ = ["Q2_0", "TQ1_0", "TQ2_0"]
 
 
-def _digits(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes 0, 1, 2 of float32 ``[blocks, 256]`` and their float16 scale ``[blocks, 1]``."""
+def _digits(values: Tensor, top: int = 1) -> tuple[Tensor, Tensor]:
+    """Codes from 0 on of float32 ``[blocks, n]`` and their float16 scale ``[blocks, 1]``."""
     scale = values.abs().amax(dim=1, keepdim=True)
-    inverse = torch.where(scale == 0, torch.zeros_like(scale), 1.0 / scale)
-    codes = round_away(values * inverse).nan_to_num(0.0).clamp(-1, 1) + 1
+    codes = round_away(values * inverse_of(scale)).nan_to_num(0.0).clamp(-1, top) + 1
     return codes.to(torch.uint8), scale.to(torch.float16)
 
 
@@ -23,6 +22,7 @@ class TQ2_0(AffineType):  # noqa: N801 ggml's name
     """64 bytes of codes, float16 scale."""
 
     name = "TQ2_0"
+    makes = True
     bits, zero = 2, 1
 
     def take(self, blocks: Tensor) -> Parts:
@@ -31,7 +31,7 @@ class TQ2_0(AffineType):  # noqa: N801 ggml's name
     def put(self, parts: Parts) -> Tensor:
         return torch.cat([join_planes(parts.codes, 2, 32), halves(parts.scale)], dim=1)
 
-    def _quantize(self, values: Tensor) -> Tensor:
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
         return self.put(Parts(*_digits(values)))
 
 
@@ -40,12 +40,16 @@ class Q2_0(AffineType):  # noqa: N801
 
     name = "Q2_0"
     bits, zero = 2, 1
+    makes = True
 
     def take(self, blocks: Tensor) -> Parts:
         return Parts(planes(blocks[:, 2:], 2, 1), half(blocks, 0))
 
     def put(self, parts: Parts) -> Tensor:
         return torch.cat([halves(parts.scale), join_planes(parts.codes, 2, 1)], dim=1)
+
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
+        return self.put(Parts(*_digits(values, 2)))
 
 
 _RUNS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
@@ -61,6 +65,7 @@ class TQ1_0(BlockType):  # noqa: N801
     """
 
     name = "TQ1_0"
+    makes = True
 
     def _decode(self, blocks: Tensor) -> Tensor:
         found = []
@@ -71,7 +76,7 @@ class TQ1_0(BlockType):  # noqa: N801
         codes = torch.cat(found, dim=1).to(torch.float32) - 1.0
         return codes * half(blocks, 52).to(torch.float32)
 
-    def _quantize(self, values: Tensor) -> Tensor:
+    def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
         codes, scale = _digits(values)
         parts, position = [], 0
         for start, stop, count in _RUNS:

@@ -1,0 +1,156 @@
+"""Blocks from values and values from blocks: the types' definitions, or a kernel where one fits."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantmill.findings import QuantmillError
+from quantmill_gguf import codes
+from quantmill_gguf.types import TYPES, BlockType, RawForm
+
+if TYPE_CHECKING:
+    from quantmill.kernels import KernelRegistry
+
+__all__ = ["MADE", "decode", "encode"]
+
+MADE = tuple(name for name, kind in TYPES.items() if kind.makes)
+"""Names of the types that can be made."""
+
+
+@cache
+def _default_kernels() -> KernelRegistry:
+    from quantmill.host import default_host
+    from quantmill.kernels import KernelRegistry
+
+    return KernelRegistry.of(default_host())
+
+
+def encode(
+    type_name: str,
+    values: Tensor,
+    importance: Tensor | None = None,
+    *,
+    name: str = "weight",
+    kernels: KernelRegistry | None = None,
+) -> Tensor:
+    """Quantize rows to blocks: uint8 ``[..., row bytes]``, the bytes of llama.cpp's quantizers.
+
+    Args:
+        type_name: one of :data:`MADE`.
+        values: ``[..., columns]`` of any float dtype, finite.
+        importance: float ``[columns]``, not negative: what the square of an error in each column
+            costs (an importance matrix has it for each weight). Types that have no choice to make
+            do not look at it.
+        name: of the weight, for messages.
+        kernels: to choose from; those of the installed plugins without it.
+
+    Raises:
+        QuantmillError: ``QM-GGUF-009``, the type can't be made; ``030``, the columns don't fill
+            its blocks; ``032``, a value or a scale is not finite; ``033``, the importance does
+            not fit.
+    """
+    kind = _made(type_name)
+    columns = values.shape[-1]
+    if columns % kind.info.block:
+        cause = f"its width {columns} is no multiple of {kind.info.block}, a block of {type_name}"
+        fix = "take a type of smaller blocks, or keep it float"
+        raise QuantmillError(codes.NO_BLOCKS(name, cause, fix))
+    if importance is not None:
+        importance = _checked(importance, columns, name).to(values.device)
+    rows = values.reshape(-1, columns)
+    if not bool(torch.isfinite(rows).all()):
+        raise _refuse(name, "a value is NaN or infinite", "look for the mistake in the model")
+    traits = {"table": type_name}
+    dtype = str(values.dtype).removeprefix("torch.")
+    choice = (kernels or _default_kernels()).choose(
+        "quantize", RawForm.kind, traits, device=values.device.type, dtype=dtype
+    )
+    made: Tensor | None
+    if choice is None:
+        made = kind.quantize(rows, importance)
+        assert made is not None
+    else:
+        made = torch.empty(
+            rows.shape[0], kind.info.row_bytes(columns), dtype=torch.uint8, device=values.device
+        )
+        choice.load()(rows.contiguous(), type_name=type_name, importance=importance, out=made)
+    if not _scales_are_finite(made, kind):
+        raise _refuse(
+            name,
+            f"a scale of {type_name} is beyond the largest float16",
+            "keep it float, or scale the weight down",
+        )
+    return made.reshape(*values.shape[:-1], made.shape[1])
+
+
+def decode(
+    type_name: str,
+    raw: Tensor,
+    out: Tensor | None = None,
+    *,
+    kernels: KernelRegistry | None = None,
+) -> Tensor:
+    """float32 ``[..., columns]`` of blocks uint8 ``[..., row bytes]``, bit-equal to llama.cpp's.
+
+    Args:
+        type_name: a key of :data:`quantmill_gguf.types.TYPES`.
+        raw: little-endian bytes.
+        out: float32 of the result's shape, contiguous: written and returned.
+        kernels: to choose from; those of the installed plugins without it.
+    """
+    kind = TYPES[type_name]
+    columns = raw.shape[-1] // kind.info.size * kind.info.block
+    choice = (kernels or _default_kernels()).choose(
+        "dequantize",
+        RawForm.kind,
+        {"table": type_name},
+        device=raw.device.type,
+        dtype="float32",
+    )
+    if choice is None:
+        values = kind.decode(raw)
+        return values if out is None else out.copy_(values)
+    if out is None:
+        out = torch.empty(*raw.shape[:-1], columns, dtype=torch.float32, device=raw.device)
+    choice.load()(RawForm(raw.contiguous(), type_name), torch.float32, out=out)
+    return out
+
+
+def _made(type_name: str) -> BlockType:
+    kind = TYPES.get(type_name)
+    if kind is not None and kind.makes:
+        return kind
+    close = difflib.get_close_matches(type_name.upper(), MADE, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(MADE)}"
+    raise QuantmillError(codes.TYPE(type_name, f"{type_name!r} is no type that can be made", hint))
+
+
+def _refuse(name: str, cause: str, fix: str) -> QuantmillError:
+    return QuantmillError(codes.NOT_FINITE(name, cause, fix))
+
+
+def _checked(importance: Tensor, columns: int, name: str) -> Tensor:
+    wide = importance.detach().to(torch.float32).reshape(-1)
+    cause = None
+    if wide.numel() != columns:
+        cause = f"it has {wide.numel()} columns, the weight {columns}"
+    elif not bool((torch.isfinite(wide) & (wide >= 0)).all()):
+        cause = "it has a value that is negative, NaN or infinite"
+    if cause is not None:
+        fix = "compute the importance matrix again, from this model"
+        raise QuantmillError(codes.IMPORTANCE(name, f"its importance does not fit: {cause}", fix))
+    return wide.contiguous()
+
+
+def _scales_are_finite(raw: Tensor, kind: BlockType) -> bool:
+    if kind.info.plain:
+        return True  # A number of its own: too large for float16 is infinite, as everywhere.
+    at = kind.scales_at
+    starts = [start for start, _ in kind.info.words] if at is None else at
+    blocks = raw.reshape(-1, kind.info.size)
+    return all(not bool(((blocks[:, i + 1] & 0x7C) == 0x7C).any()) for i in starts)
