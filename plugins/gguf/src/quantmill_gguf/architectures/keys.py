@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from quantmill.findings import QuantmillError
 from quantmill_gguf import codes
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from quantmill_gguf.container import GgufTensor
 
 __all__ = ["Keys"]
+
+_MOST: Final = {
+    "block_count": 4096,
+    "expert_count": 4096,
+    "attention.head_count": 1 << 16,
+    "attention.head_count_kv": 1 << 16,
+}
+"""Of what is counted one by one: beyond any model, and harmless where a file lies."""
 
 
 class Keys:
@@ -63,8 +71,9 @@ class Keys:
         if isinstance(value, Array) and value.kind not in (6, 7, 8, 12) and len(value) <= 1 << 16:
             values = set(value)
             value = values.pop() if len(values) == 1 else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise self.refuse(key, value, "a positive number below 2**31")
+        most = _MOST.get(key, 2**31 - 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise self.refuse(key, value, f"a number from 1 to {most}")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
