@@ -27,11 +27,11 @@ import torch, transformers, bitsandbytes
 import transformers.models.llama.modeling_llama
 import quantmill, quantmill.api, quantmill.stages.replace, quantmill.stages.write
 import quantmill.stages.finalize, quantmill_bnb.quantizer, quantmill_bnb.linear
-import quantmill_transformers.architecture
+import accelerate.hooks, quantmill_transformers.pretrained
 from quantmill.host import default_host
 
 default_host()
-source, method, output = (None if item == "-" else item for item in sys.argv[1:])
+source, method, output, folder = (None if item == "-" else item for item in sys.argv[1:])
 
 
 def memory(key):
@@ -40,8 +40,19 @@ def memory(key):
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith(key))
 
 
+quantmill_transformers.activate("*")
 before = memory("VmRSS")
-if output is None:
+if folder is not None:
+    split = {"": "cpu", **{f"model.layers.{index}": "disk" for index in range(1, 16)}}
+    options = {} if folder == "whole" else {"device_map": split, "offload_folder": folder}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=method, **options
+    )
+    if options:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([[5, 6, 7]]))
+    plan = model.quantmill_job.plan
+elif output is None:
     model = quantmill.load(source, method)
     plan = model.quantmill_job.plan
 else:
@@ -68,9 +79,12 @@ def fabricate(folder: Path, layers: int) -> Path:
     return folder
 
 
-def probe(source: Path, method: str = "-", output: Path | str = "-") -> dict[str, int]:
-    """What a process of its own needs to load ``source``."""
-    command = [sys.executable, "-c", PROBE, str(source), method, str(output)]
+def probe(
+    source: Path, method: str = "-", output: Path | str = "-", folder: Path | str = "-"
+) -> dict[str, int]:
+    """What a process of its own needs to load ``source``. With a ``folder`` it is transformers'
+    ``from_pretrained`` that loads: layers go to the disk there, or ``whole`` into memory."""
+    command = [sys.executable, "-c", PROBE, str(source), method, str(output), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
@@ -115,3 +129,17 @@ def test_writing_keeps_nothing_and_loading_the_result_is_bounded(
     written = probe(folders[16], "bnb-nf4-dq", tmp_path / "out")
     assert written["above"] < 64 * MIB
     assert bounded(probe(tmp_path / "out"))
+
+
+def test_from_pretrained_stays_within_the_promise(
+    large: dict[str, int], folders: dict[int, Path]
+) -> None:
+    found = probe(folders[16], "bnb-nf4", folder="whole")
+    assert bounded(found)
+    assert found["bytes_memory"] == large["bytes_memory"]
+
+
+def test_layers_on_the_disk_take_no_memory(folders: dict[int, Path], tmp_path: Path) -> None:
+    found = probe(folders[16], "bnb-nf4", folder=tmp_path / "off")
+    # Fifteen of sixteen layers: what computes with one is made and dropped.
+    assert found["above"] < 0.5 * found["bytes_memory"] + 64 * MIB

@@ -72,6 +72,8 @@ class Options:
     """A user's pattern may match nothing."""
     max_memory: Mapping[str, int] | None = None
     """Bytes allowed by device type; checked before anything is loaded."""
+    placed: bool = False
+    """A framework puts weights in several places: the device need not hold them all."""
     training: bool = False
     """Prepare for adapters on top of a frozen base (QLoRA)."""
     gradient_checkpointing: bool = True

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quantmill.embedding import FormEmbedding
 from quantmill.findings import Finding, QuantmillError, Severity, declare
+from quantmill.forms import Form
 from quantmill.job import Job
 from quantmill.linear import FormLinear
 from quantmill.stages.attach import detach_forms
@@ -148,6 +149,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         selection = job.selections[entry.method]
         old = model.get_submodule(entry.target.name)
         form = factory_of(job, selection).form_of(old)
+        if form is None:
+            # A framework's module that stands for the method's may hold the form.
+            held: Any = getattr(old, "form", None)
+            form = held if isinstance(held, Form) else None
         if form is None:
             continue
         weight = form.dequantize(wanted)

@@ -149,7 +149,7 @@ def available_memory(device: str) -> int | None:
 
 
 def _memory(job: Job) -> Iterator[Finding]:
-    if job.plan is None or job.options.output:
+    if job.plan is None or job.options.output or job.options.placed:
         return
     peak = job.plan.totals["peak_bytes"]
     kind = job.device.partition(":")[0]

@@ -79,6 +79,8 @@ class TransformersArchitecture(Architecture):
         self._cls = cls
         self._config = config
         self._arguments = dict(arguments or {})
+        self.elsewhere: set[str] = set()
+        """Parameters that stay on the meta device because they live on the disk."""
 
     @cached_property
     def config(self) -> Any:

@@ -63,7 +63,7 @@ def _cast(architecture: TransformersArchitecture, model: nn.Module) -> None:
 def _initialise(architecture: TransformersArchitecture, base: Any, device: str) -> None:
     """Let transformers compute what no checkpoint stores: buffers, and parameters that may be
     missing. Everything that was loaded is marked, or it would be drawn anew."""
-    tied = architecture.tied
+    absent = {*architecture.tied, *architecture.elsewhere}
     for name, module in base.named_modules():
         prefix = f"{name}." if name else ""
         complete = True
@@ -71,7 +71,7 @@ def _initialise(architecture: TransformersArchitecture, base: Any, device: str) 
             for local, tensor in store.items():
                 if tensor is None:
                     continue
-                if tensor.is_meta and prefix + local not in tied:
+                if tensor.is_meta and prefix + local not in absent:
                     store[local] = _empty(tensor, device)
                     complete = False
                 else:

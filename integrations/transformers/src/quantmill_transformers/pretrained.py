@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as library_logging
@@ -23,6 +23,13 @@ from quantmill.loading import load_job
 from quantmill_transformers.architecture import NEW_PARAMETER, TransformersArchitecture
 from quantmill_transformers.arguments import CANT_HONOUR, Arguments, read_arguments
 from quantmill_transformers.claims import stored_config_of
+from quantmill_transformers.offload import PlacedSink
+from quantmill_transformers.placement import first_device, normalise, place
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from quantmill.architecture import Architecture
 
 __all__ = ["load_pretrained"]
 
@@ -45,9 +52,7 @@ def load_pretrained(
             )
         )
     asked = read_arguments(kwargs)
-    job = _job(cls, source, asked, host)
-    prepare(job, allow_float=True)
-    model: Any = load_job(job)
+    job, model = _load(cls, source, asked, host)
     model.config.name_or_path = str(source)
     if asked.generation_config is not None and model.can_generate():
         made = type(model.generation_config).from_dict(asked.generation_config.to_dict())
@@ -60,13 +65,37 @@ def load_pretrained(
     return (model, _loading_info(job)) if asked.loading_info else model
 
 
-def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host) -> Job:
-    place = _place(source, asked.hub)
-    config, model_kwargs = _config(cls, place, asked)
+def _load(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host) -> tuple[Job, Any]:
+    device_map = normalise(asked.device_map)
+    job = _job(cls, source, asked, host, first_device(device_map))
+    job.options.placed = isinstance(device_map, str) or len(device_map) > 1
+    prepare(job, allow_float=True)
+    placement = place(job, device_map, asked.max_memory, asked.offload_folder)
+    if placement.main != job.device:  # Nothing was left for the device that would be the first.
+        job = _job(cls, source, asked, host, placement.main)
+        job.options.placed = True
+        prepare(job, allow_float=True)
+    if not placement.dispatched:
+        return job, load_job(job)
+    sinks: list[PlacedSink] = []
+
+    def make(job: Job, model: nn.Module, architecture: Architecture) -> PlacedSink:
+        sinks.append(PlacedSink(job, model, architecture, placement, asked.offload_folder))
+        return sinks[0]
+
+    model = load_job(job, make)
+    sinks[0].dispatch(buffers=asked.offload_buffers)
+    return job, model
+
+
+def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host, device: str) -> Job:
+    where = _where(source, asked.hub)
+    config, model_kwargs = _config(cls, where, asked)
     options = dict(asked.options)
     job = make_job(
-        place,
+        where,
         asked.method,
+        device=device,
         dtype=asked.dtype,
         skip=options.pop("skip", ()),
         include=options.pop("include", ()),
@@ -88,30 +117,30 @@ def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host) 
     return job
 
 
-def _place(source: Any, hub: dict[str, Any]) -> str:
+def _where(source: Any, hub: dict[str, Any]) -> str:
     """The folder, or the Hub id with its revision."""
-    where = {name: value for name, value in hub.items() if name != "subfolder"}
+    others = {name: value for name, value in hub.items() if name != "subfolder"}
     subfolder = hub.get("subfolder", "")
     if Path(source).is_dir():
         return str(Path(source) / subfolder)
-    if not subfolder and not where.keys() - {"revision"}:
-        revision = where.get("revision")
+    if not subfolder and not others.keys() - {"revision"}:
+        revision = others.get("revision")
         return f"{source}@{revision}" if revision else str(source)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     if subfolder:
         patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
-    folder = snapshot_download(str(source), allow_patterns=patterns, **where)
+    folder = snapshot_download(str(source), allow_patterns=patterns, **others)
     return str(Path(folder) / subfolder)
 
 
-def _config(cls: type[PreTrainedModel], place: str, asked: Arguments) -> tuple[Any, dict[str, Any]]:
+def _config(cls: type[PreTrainedModel], where: str, asked: Arguments) -> tuple[Any, dict[str, Any]]:
     """The typed config of the model, and what the rest of the arguments gives its class."""
     if isinstance(asked.config, PreTrainedConfig):
         config, rest = copy.deepcopy(asked.config), asked.rest
     else:
-        name, _, revision = (place, "", "") if Path(place).is_dir() else place.partition("@")
+        name, _, revision = (where, "", "") if Path(where).is_dir() else where.partition("@")
         config_class: Any = cls.config_class
         config, rest = config_class.from_pretrained(
             name if asked.config is None else asked.config,

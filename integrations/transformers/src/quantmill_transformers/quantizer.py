@@ -7,6 +7,7 @@ The one here answers from the job's declared capabilities; loading is not its bu
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ from quantmill.findings import QuantmillError, declare
 from quantmill.stages.table import stored_config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantmill.job import Job
 
 __all__ = ["JobQuantizer", "StoredConfig", "mark_model", "unmark_model"]
@@ -61,6 +64,19 @@ class JobQuantizer(HfQuantizer):
     def _all(self, capability: str) -> bool:
         methods = [item.method for item in self.job.selections.values()]
         return all(getattr(method.capabilities, capability) for method in methods)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per element as the plan counts them, for a ``device_map`` that is computed."""
+        return self._sizes.get(param_name) or param.element_size()
+
+    @cached_property
+    def _sizes(self) -> dict[str, float]:
+        assert self.job.plan is not None
+        return {
+            entry.target.weight_name: entry.bytes_memory / entry.parameters
+            for entry in self.job.plan.modules
+            if entry.action == "quantize" and entry.target is not None
+        }
 
     def is_serializable(self) -> bool:
         return self._all("serialisable")
