@@ -8,7 +8,8 @@ keep no block, for it is overwritten by the next. If your method needs the whole
 from __future__ import annotations
 
 import torch
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Codes, Form
 from quantmill.targeting.types import Target
 from torch import Tensor
@@ -39,18 +40,16 @@ class ExampleQuantizer(Quantizer[ExampleConfig]):
         codes = form.codes.data.reshape(-1)
         # Two rows of odd width share a byte: such blocks have to end with an even row.
         multiple = 2 if bits == 4 and columns % 2 else 1
-        for start, block in weight.row_blocks(multiple):
-            finite = torch.isfinite(block).reshape(-1)
-            if not finite.all():
+        with FiniteCheck(weight.name) as finite:
+            for start, block in weight.row_blocks(multiple):
                 # quantmill names the element and stops, or keeps the module float if asked to.
-                first_bad = int(finite.to(torch.uint8).argmin())
-                raise NonFiniteWeight(weight.name, start * columns + first_bad)
-            stop = start + block.shape[0]
-            rounded, scale, zero = self._round(block.to(torch.float32))
-            form.scale[start:stop], form.offset[start:stop] = scale, zero
-            packed = Codes.pack(rounded, bits, form.codes.packing).data.reshape(-1)
-            first = start * columns * bits // 8
-            codes[first : first + packed.numel()] = packed
+                finite.look(block, start * columns)
+                stop = start + block.shape[0]
+                rounded, scale, zero = self._round(block.to(torch.float32))
+                form.scale[start:stop], form.offset[start:stop] = scale, zero
+                packed = Codes.pack(rounded, bits, form.codes.packing).data.reshape(-1)
+                first = start * columns * bits // 8
+                codes[first : first + packed.numel()] = packed
         return form
 
     def _round(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from quantmill.calibration.replay import Replay, find_blocks
 from quantmill.calibration.resume import Progress
 from quantmill.checkpoint.reader import TensorReader
 from quantmill.findings import QuantmillError, Severity, declare
+from quantmill.finite import first_non_finite
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.registrations import resolve
@@ -198,10 +199,9 @@ class _Run:
         """NaN or infinity in a weight ends the job, or by its policy keeps the module float."""
         for target in list(block.targets):
             weight = block.weight(target)
-            finite = torch.isfinite(weight)
-            if bool(finite.all()):
+            index = int(first_non_finite(weight))
+            if index < 0:
                 continue
-            index = int(torch.argmin(finite.reshape(-1).to(torch.uint8)).item())
             keep_non_finite(
                 self.job, NonFiniteWeight(target.weight_name, index), tuple(weight.shape)
             )

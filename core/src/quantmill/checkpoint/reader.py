@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorReader", "torch_dtype"]
 
+_PART = 4 << 20
+"""Least bytes that are worth a thread of their own."""
+
 
 class TensorReader:
     """Reads tensors of a checkpoint; safe to use from several threads.
@@ -36,9 +39,25 @@ class TensorReader:
     such dtype; ``040`` to ``044``, the Hub does not give the file.
     """
 
-    def __init__(self, headers: CheckpointHeaders, *, buffer_bytes: int = 4 << 20) -> None:
+    def __init__(
+        self,
+        headers: CheckpointHeaders,
+        *,
+        buffer_bytes: int = 4 << 20,
+        pinned: bool = False,
+        threads: int = 1,
+    ) -> None:
+        """Args:
+        headers: of the checkpoint to read.
+        buffer_bytes: least size of each of the two buffers of :meth:`row_blocks`.
+        pinned: whether those lie in page-locked memory, which a GPU copies from by itself.
+        threads: so many share the reading of a large block.
+        """
         self.headers = headers
         self._buffer_bytes = buffer_bytes
+        self._pinned = pinned
+        self._hands = ThreadPoolExecutor(threads, "quantmill-part") if threads > 1 else None
+        self._threads = threads
         self._files: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
         self._lock = threading.Lock()
@@ -57,6 +76,8 @@ class TensorReader:
     def close(self) -> None:
         """Close the files. Mapped tensors stay valid."""
         self._ahead.shutdown(wait=True)
+        if self._hands is not None:
+            self._hands.shutdown(wait=True)
         with self._lock:
             self._closed = True
             for descriptor in self._files.values():
@@ -94,7 +115,22 @@ class TensorReader:
         """Read ``count`` bytes from ``start`` of the tensor's data into ``out``'s memory."""
         if count == 0:
             return
-        view = memoryview((ctypes.c_char * count).from_address(out.data_ptr())).cast("B")
+        if self._hands is None or count < 2 * _PART:
+            self._fill_part(header, out.data_ptr(), start, count)
+            return
+        size = max(_PART, -(-count // self._threads))
+        parts = [
+            self._hands.submit(
+                self._fill_part, header, out.data_ptr() + at, start + at, min(size, count - at)
+            )
+            for at in range(0, count, size)
+        ]
+        wait(parts)
+        for part in parts:
+            part.result()
+
+    def _fill_part(self, header: TensorHeader, address: int, start: int, count: int) -> None:
+        view = memoryview((ctypes.c_char * count).from_address(address)).cast("B")
         descriptor = self._open(header.file)
         done = 0
         while done < count:
@@ -164,7 +200,8 @@ class TensorReader:
                 if pair[0].numel() >= count:
                     return pair
         size = max(count, self._buffer_bytes)
-        return torch.empty(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+        one, two = (torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned) for _ in range(2))
+        return one, two
 
     def row_blocks(self, name: str, rows: int) -> Iterator[tuple[int, Tensor]]:
         """``(first row, block)`` of at most ``rows`` rows; a block is valid until the next one.

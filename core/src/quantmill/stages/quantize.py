@@ -7,6 +7,7 @@ What the sink is (a live model, a checkpoint) the engine does not know.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,7 +35,9 @@ NOT_FINITE_KEPT = declare(
     fallback=True,
 )
 BLOCK_BYTES = 4 << 20
-"""Bytes of a row block; two are in memory."""
+"""Bytes of a row block; two are in memory. So small, it stays in a processor's cache."""
+DEVICE_BLOCK_BYTES = 32 << 20
+"""The same for a GPU, to which each block costs some launches and a copy."""
 
 
 class Sink(Protocol):
@@ -88,7 +91,7 @@ class StreamedWeight:
     def row_blocks(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
         rows = self.shape[-2]
         stored = torch_dtype(self._parameter.dtype).itemsize
-        wanted = max(1, BLOCK_BYTES // max(1, self.shape[-1] * stored))
+        wanted = max(1, block_bytes(self._device) // max(1, self.shape[-1] * stored))
         count = max(multiple, wanted // multiple * multiple)
         if not self._direct or len(self.shape) != 2:
             weight = self.tensor().reshape(-1, self.shape[-1])
@@ -96,8 +99,45 @@ class StreamedWeight:
                 yield start, weight[start : start + count]
             return
         name = self._parameter.sources[0]
-        for start, block in self._reader.row_blocks(name, min(count, rows)):
-            yield start, block.to(device=self._device, dtype=self.dtype)
+        for start, block in moved(self._reader.row_blocks(name, min(count, rows)), self._device):
+            yield start, block.to(self.dtype)
+
+
+def block_bytes(device: torch.device) -> int:
+    """Bytes of a row block for a device."""
+    return DEVICE_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
+
+
+def moved(
+    blocks: Iterator[tuple[int, Tensor]], device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """Row blocks on a device. A GPU copies and computes while the next block is being read."""
+    for start, block in blocks:
+        if device.type != "cuda":
+            yield start, block.to(device)
+            continue
+        there = block.to(device, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(torch.cuda.current_stream(device))
+        yield start, there
+        # The buffer is read into again after this.
+        copied.synchronize()
+
+
+def on_device(reader: TensorReader, name: str, device: torch.device) -> Tensor:
+    """A whole stored tensor on a device; on its way it is never whole anywhere else."""
+    header = reader.headers.tensors[name]
+    if device.type == "cpu" or header.nbytes <= BLOCK_BYTES or not header.shape:
+        return reader.tensor(name).to(device)
+    out: Tensor | None = None
+    rows = max(1, block_bytes(device) * header.shape[0] // header.nbytes)
+    for start, block in moved(reader.row_blocks(name, rows), device):
+        if out is None:
+            shape = (header.shape[0], *block.shape[1:])
+            out = torch.empty(shape, dtype=block.dtype, device=device)
+        out[start : start + block.shape[0]] = block
+    assert out is not None
+    return out
 
 
 def quantizer_of(job: Job, selection: Selection) -> Quantizer[Any]:
@@ -168,18 +208,23 @@ def run(job: Job, sink: Sink) -> None:
     assert architecture is not None
     total = sum(header.nbytes for header in job.headers.tensors.values())
     done = 0
-    with job.stage("quantize"), open_reader(job.headers) as reader:
+    with job.stage("quantize"), open_reader(job.headers, job.device) as reader:
         for module in run_modules(job, sink, architecture.modules, reader):
             done += _source_bytes(module, job)
             job.advance(min(done, total), total, module.name)
         job.advance(total, total, "done")
 
 
-def open_reader(headers: CheckpointHeaders) -> TensorReader:
-    """What reads a source's tensors: its own reader, where it has one."""
+def open_reader(headers: CheckpointHeaders, device: str = "cpu") -> TensorReader:
+    """What reads a source's tensors for a device: its own reader, where it has one."""
     own = getattr(headers.source, "reader", None)
     if own is None:
-        return TensorReader(headers, buffer_bytes=BLOCK_BYTES)
+        there = torch.device(device)
+        gpu = there.type == "cuda"
+        # A copy out of the page cache is what takes time then, and one thread is slower at it
+        # than the bus.
+        threads = min(8, max(1, (os.cpu_count() or 1) // 2)) if gpu else 1
+        return TensorReader(headers, buffer_bytes=block_bytes(there), pinned=gpu, threads=threads)
     made: TensorReader = own(headers)
     return made
 
@@ -293,7 +338,7 @@ def keep_non_finite(job: Job, error: NonFiniteWeight, shape: tuple[int, ...]) ->
 def _resident(reader: TensorReader, header: TensorHeader, device: str) -> Tensor:
     if device == "cpu":
         return reader.mapped(header.name)
-    return reader.tensor(header.name).to(device)
+    return on_device(reader, header.name, torch.device(device))
 
 
 def _position(module: ModuleInfo, headers: CheckpointHeaders) -> tuple[str, int]:

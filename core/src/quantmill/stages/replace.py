@@ -14,7 +14,7 @@ from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.linear import FormLinear
 from quantmill.stages.attach import attach_form
-from quantmill.stages.quantize import codec_of, factory_of
+from quantmill.stages.quantize import codec_of, factory_of, on_device
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ class ModelSink:
         ):
             tensor = reader.mapped(parameter.sources[0])
         else:
-            header = reader.headers.tensors[parameter.sources[0]]
-            tensor = torch.empty(tuple(header.shape), dtype=stored)
-            reader.read_into(header, tensor)
+            tensor = on_device(reader, parameter.sources[0], self.device)
         _set(owner, local, tensor.to(device=self.device, dtype=wanted))
 
 

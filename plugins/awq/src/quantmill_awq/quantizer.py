@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding, declare
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_awq.codec import abstract_form
@@ -47,7 +48,6 @@ class AwqQuantizer(Quantizer[AwqConfig]):
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         whole = weight.tensor().to(torch.float32)
-        finite = torch.isfinite(whole)
-        if not bool(finite.all()):
-            raise NonFiniteWeight(weight.name, int(torch.argmin(finite.reshape(-1).byte()).item()))
+        with FiniteCheck(weight.name) as finite:
+            finite.look(whole)
         return make_form(whole, self.config, weight.dtype)

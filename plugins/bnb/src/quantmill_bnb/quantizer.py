@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import QuantmillError, declare
+from quantmill.finite import FiniteCheck, first_non_finite
 from quantmill.forms import Affine, Channel, Codebook, Codes, Flat, Form
 from quantmill.targeting.types import Target
 from quantmill_bnb.codec import abstract_four_bit, abstract_int8
@@ -68,19 +69,19 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         )
         # Blocks of scales cross rows: a piece must end where a block of scales and a byte end.
         step = max(block, 2)
-        for start, piece in weight.row_blocks(step // gcd(step, columns)):
-            first, flat = start * columns, piece.to(dtype).reshape(-1)
-            last = first + flat.numel()
-            bad = _quantize_flat(
-                kernel,
-                flat,
-                kind,
-                block,
-                packed[first // 2 : (last + 1) // 2],
-                absmax[first // block : -(-last // block)],
-            )
-            if bad >= 0:
-                raise NonFiniteWeight(weight.name, first + bad)
+        with FiniteCheck(weight.name) as finite:
+            for start, piece in weight.row_blocks(step // gcd(step, columns)):
+                first, flat = start * columns, piece.to(dtype).reshape(-1)
+                last = first + flat.numel()
+                bad = _quantize_flat(
+                    kernel,
+                    flat,
+                    kind,
+                    block,
+                    packed[first // 2 : (last + 1) // 2],
+                    absmax[first // block : -(-last // block)],
+                )
+                finite.found(bad, first)
         scale: Tensor | Form = absmax
         if self.config.bnb_4bit_use_double_quant:
             scale = self._nest(absmax, weight.name)
@@ -138,20 +139,20 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         kernel = self._kernel(
             "affine", dtype, bits=8, grouping="channel", offset="none", packing="i8"
         )
-        for start, given in weight.row_blocks():
-            piece = given.to(dtype).contiguous()
-            stop = start + piece.shape[0]
-            if kernel is not None:
-                bad = int(kernel(piece, out_codes=codes[start:stop], out_scale=scale[start:stop]))
-            else:
-                # The peer rounds weights to float16 before it takes the rows' absmax.
-                half = piece.to(torch.float16)
-                bad = first_non_finite(half)
-                form = Affine.quantize_rows_int8(half)
-                codes[start:stop] = form.codes.data
-                scale[start:stop] = form.scale  # type: ignore[assignment]
-            if bad >= 0:
-                raise NonFiniteWeight(weight.name, start * columns + bad)
+        with FiniteCheck(weight.name) as finite:
+            for start, given in weight.row_blocks():
+                piece = given.to(dtype).contiguous()
+                stop = start + piece.shape[0]
+                if kernel is not None:
+                    bad = kernel(piece, out_codes=codes[start:stop], out_scale=scale[start:stop])
+                else:
+                    # The peer rounds weights to float16 before it takes the rows' absmax.
+                    half = piece.to(torch.float16)
+                    bad = first_non_finite(half)
+                    form = Affine.quantize_rows_int8(half)
+                    codes[start:stop] = form.codes.data
+                    scale[start:stop] = form.scale  # type: ignore[assignment]
+                finite.found(bad, start * columns)
         return Affine(
             Codes(codes, 8, (rows, columns), "i8"),
             scale,
@@ -175,19 +176,14 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         return None if choice is None else choice.load()
 
 
-def first_non_finite(tensor: Tensor) -> int:
-    """Flat index of the first NaN or infinity, or -1."""
-    finite = torch.isfinite(tensor.reshape(-1))
-    if bool(finite.all()):
-        return -1
-    return int(torch.argmin(finite.to(torch.uint8)).item())
-
-
 def _quantize_flat(
     kernel: Any, flat: Tensor, kind: str, block: int, packed: Tensor, absmax: Tensor
-) -> int:
+) -> int | Tensor:
     if kernel is not None:
-        return int(kernel(flat, table=kind, block_size=block, out_codes=packed, out_scale=absmax))
+        found: int | Tensor = kernel(
+            flat, table=kind, block_size=block, out_codes=packed, out_scale=absmax
+        )
+        return found
     bad = first_non_finite(flat)
     form = Codebook.quantize(flat, TABLES[kind]().to(flat.device), block, bits=4, packing="hi4")
     packed.copy_(form.codes.data.reshape(-1))

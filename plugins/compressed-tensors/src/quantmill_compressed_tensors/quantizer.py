@@ -9,8 +9,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding, declare
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Blocks, Channel, Codes, Form, Group, Grouping, PerTensor
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.config import CompressedConfig
@@ -57,14 +58,15 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
         whole = None
         if isinstance(real.grouping, PerTensor):
             whole = self._range(weight)
-        for start, rows in weight.row_blocks(_step(real)):
-            work = rows.to(torch.float32)
-            _finite(work, weight.name, start * target.in_features)
-            low, high = whole if whole is not None else _reduced(work, real.grouping)
-            if isinstance(real, StoredFloat):
-                _float_rows(real, start, work, low, high)
-            else:
-                _integer_rows(real, start, work, low, high, args)
+        with FiniteCheck(weight.name) as finite:
+            for start, rows in weight.row_blocks(_step(real)):
+                work = rows.to(torch.float32)
+                finite.look(work, start * target.in_features)
+                low, high = whole if whole is not None else _reduced(work, real.grouping)
+                if isinstance(real, StoredFloat):
+                    _float_rows(real, start, work, low, high)
+                else:
+                    _integer_rows(real, start, work, low, high, args)
         return real
 
     def _args(self, target: Target) -> Args:
@@ -114,12 +116,6 @@ def _step(form: StoredAffine | StoredFloat) -> int:
     if isinstance(form, StoredAffine) and form.layout.packed:
         return 8 // gcd(8, form.shape[1] * form.codes.bits)
     return 1
-
-
-def _finite(work: Tensor, name: str, first: int) -> None:
-    finite = torch.isfinite(work)
-    if not bool(finite.all()):
-        raise NonFiniteWeight(name, first + int(torch.argmin(finite.reshape(-1).byte()).item()))
 
 
 def _reduced(work: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:

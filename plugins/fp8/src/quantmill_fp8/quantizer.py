@@ -7,12 +7,11 @@ float8_e4m3fn, ties to even. 448 is the largest finite E4M3 number.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Channel, Form, PerTensor, ScaledFloat
 from quantmill.targeting.types import Target
 from quantmill_fp8.codec import grouping_of
@@ -46,24 +45,26 @@ class BlockQuantizer(Quantizer[Fp8Config]):
         values = torch.empty((rows, columns), dtype=VALUES, device=self.device)
         if size is None:
             absmax = torch.zeros((), dtype=torch.float32, device=self.device)
-            for start, piece in weight.row_blocks():
-                found = block_absmax(piece.to(torch.float32), piece.shape[0], columns)
-                _refuse_non_finite(found, piece, start, weight)
-                absmax = torch.maximum(absmax, found.reshape(()))
+            with FiniteCheck(weight.name) as finite:
+                for start, piece in weight.row_blocks():
+                    found = block_absmax(piece.to(torch.float32), piece.shape[0], columns)
+                    finite.look(piece, start * columns, maxima=found)
+                    absmax = torch.maximum(absmax, found.reshape(()))
             scale, divisor = self._scale(absmax)
             for start, piece in weight.row_blocks():
                 work = piece.to(torch.float32, copy=True)
                 _store(work.div_(divisor), values[start : start + piece.shape[0]])
             return ScaledFloat(values, scale, PerTensor(), dtype=weight.dtype)
         parts = []
-        for start, piece in weight.row_blocks(size[0]):
-            work = piece.to(torch.float32, copy=True)
-            found = block_absmax(work, *size)
-            _refuse_non_finite(found, piece, start, weight)
-            scale, divisor = self._scale(found)
-            parts.append(scale)
-            divide_blocks(work, divisor, *size)
-            _store(work, values[start : start + piece.shape[0]])
+        with FiniteCheck(weight.name) as finite:
+            for start, piece in weight.row_blocks(size[0]):
+                work = piece.to(torch.float32, copy=True)
+                found = block_absmax(work, *size)
+                finite.look(piece, start * columns, maxima=found)
+                scale, divisor = self._scale(found)
+                parts.append(scale)
+                divide_blocks(work, divisor, *size)
+                _store(work, values[start : start + piece.shape[0]])
         return ScaledFloat(values, _cat(parts), grouping, dtype=weight.dtype)
 
     def _scale(self, absmax: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,13 +91,14 @@ class RowQuantizer(Quantizer[FbgemmFp8Config]):
         rows, columns = weight.shape
         values = torch.empty((rows, columns), dtype=VALUES, device=self.device)
         scale = torch.empty(rows, dtype=torch.float32, device=self.device)
-        for start, piece in weight.row_blocks():
-            work = piece.to(torch.float32, copy=True)
-            found = block_absmax(work, 1, columns)
-            _refuse_non_finite(found, piece, start, weight)
-            stop = start + piece.shape[0]
-            scale[start:stop] = found.reshape(-1).clamp(min=_LEAST_ROW) / TOP
-            _store(work.div_(scale[start:stop].unsqueeze(1)), values[start:stop])
+        with FiniteCheck(weight.name) as finite:
+            for start, piece in weight.row_blocks():
+                work = piece.to(torch.float32, copy=True)
+                found = block_absmax(work, 1, columns)
+                finite.look(piece, start * columns, maxima=found)
+                stop = start + piece.shape[0]
+                scale[start:stop] = found.reshape(-1).clamp(min=_LEAST_ROW) / TOP
+                _store(work.div_(scale[start:stop].unsqueeze(1)), values[start:stop])
         return ScaledFloat(values, scale, Channel(0), dtype=weight.dtype)
 
 
@@ -139,11 +141,3 @@ def _cat(parts: list[Tensor]) -> Tensor:
         return torch.cat(parts)
     # torch has no cat for it.
     return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
-
-
-def _refuse_non_finite(absmax: Tensor, piece: Tensor, start: int, weight: Any) -> None:
-    if bool(torch.isfinite(absmax).all()):
-        return
-    finite = torch.isfinite(piece.to(torch.float32)).reshape(-1)
-    index = int(torch.argmin(finite.to(torch.uint8)).item())
-    raise NonFiniteWeight(weight.name, start * piece.shape[1] + index)

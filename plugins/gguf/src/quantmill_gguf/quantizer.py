@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_gguf import codes
@@ -48,15 +49,13 @@ class GgufQuantizer(Quantizer[GgufConfig]):
         raw = torch.empty(
             target.out_features, info.row_bytes(columns), dtype=torch.uint8, device=self.device
         )
-        for start, block in weight.row_blocks():
-            work = block.to(torch.float32)
-            finite = torch.isfinite(work)
-            if not bool(finite.all()):
-                index = int(torch.argmin(finite.reshape(-1).byte()).item())
-                raise NonFiniteWeight(weight.name, start * columns + index)
-            raw[start : start + block.shape[0]] = encode(
-                info.name, work, name=weight.name, kernels=self.kernels
-            )
+        with FiniteCheck(weight.name) as finite:
+            for start, block in weight.row_blocks():
+                work = block.to(torch.float32)
+                finite.look(work, start * columns)
+                raw[start : start + block.shape[0]] = encode(
+                    info.name, work, name=weight.name, kernels=self.kernels
+                )
         return _form(raw, info.name, target, weight.dtype)
 
 

@@ -8,8 +8,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding, declare
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Affine, Codes, Form
 from quantmill.targeting.types import Target
 from quantmill_hqq.codec import Layout, abstract_form, grouping_of
@@ -119,16 +120,17 @@ class HqqQuantizer(Quantizer[HqqConfig]):
         codes = Codes.empty(shape, layout.bits, "dense", self.device)
         size, columns = layout.size, shape[1]
         # A block ends where a group does, and with it a byte of codes.
-        for row, block in weight.row_blocks(size // gcd(size, columns)):
-            start = row * columns
-            _check_finite(block, weight.name, start)
-            values = block.to(torch.float32).reshape(-1, size)
-            found, scales, zeros = self._solve(values, scale.dtype)
-            first, last = start // size, start // size + values.shape[0]
-            scale[first:last], zero[first:last] = scales, zeros
-            packed = Codes.pack(found, layout.bits, "dense").data.reshape(-1)
-            begin = start * layout.bits // 8
-            codes.data.reshape(-1)[begin : begin + packed.numel()] = packed
+        with FiniteCheck(weight.name) as finite:
+            for row, block in weight.row_blocks(size // gcd(size, columns)):
+                start = row * columns
+                finite.look(block, start)
+                values = block.to(torch.float32).reshape(-1, size)
+                found, scales, zeros = self._solve(values, scale.dtype)
+                first, last = start // size, start // size + values.shape[0]
+                scale[first:last], zero[first:last] = scales, zeros
+                packed = Codes.pack(found, layout.bits, "dense").data.reshape(-1)
+                begin = start * layout.bits // 8
+                codes.data.reshape(-1)[begin : begin + packed.numel()] = packed
         return codes
 
     def _whole(
@@ -141,7 +143,8 @@ class HqqQuantizer(Quantizer[HqqConfig]):
     ) -> Codes:
         """Codes of strided groups; fills ``scale`` and ``zero``."""
         whole = weight.tensor()
-        _check_finite(whole, weight.name, 0)
+        with FiniteCheck(weight.name) as finite:
+            finite.look(whole)
         matrix = whole.reshape(layout.matrix(whole.numel()))
         codes = torch.empty(matrix.shape, dtype=torch.uint8, device=self.device)
         for first in range(0, matrix.shape[1], _COLUMNS):
@@ -150,9 +153,3 @@ class HqqQuantizer(Quantizer[HqqConfig]):
             found, scale[part], zero[part] = self._solve(values, scale.dtype)
             codes[:, part] = found.t()
         return Codes.pack(codes.reshape(shape), layout.bits, "dense")
-
-
-def _check_finite(values: Tensor, name: str, start: int) -> None:
-    finite = torch.isfinite(values.reshape(-1))
-    if not bool(finite.all()):
-        raise NonFiniteWeight(name, start + int(torch.argmin(finite.to(torch.uint8)).item()))

@@ -7,7 +7,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Affine, Codes, Form, ScaledFloat
 from quantmill.targeting.types import Target
 from quantmill_quanto.codec import abstract_form, group_size, grouping_of
@@ -52,14 +53,16 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         data = torch.empty((rows, columns), dtype=kind, device=self.device)
         scale = torch.empty(rows, dtype=_taken(weight.dtype), device=self.device)
         low, high = (-448.0, 448.0) if real else (-128.0, 127.0)
-        for start, block in weight.row_blocks():
-            values = _finite(block, weight.name, start)
-            stop = start + values.shape[0]
-            scale[start:stop] = _positive((values.abs().amax(dim=1) / high).to(scale.dtype))
-            scaled = values / scale[start:stop].to(torch.float32).unsqueeze(1)
-            if not real:
-                scaled = torch.round(scaled)
-            data[start:stop] = scaled.clamp_(low, high).to(kind)
+        with FiniteCheck(weight.name) as finite:
+            for start, block in weight.row_blocks():
+                finite.look(block, start * columns)
+                values = block.to(torch.float32)
+                stop = start + values.shape[0]
+                scale[start:stop] = _positive((values.abs().amax(dim=1) / high).to(scale.dtype))
+                scaled = values / scale[start:stop].to(torch.float32).unsqueeze(1)
+                if not real:
+                    scaled = torch.round(scaled)
+                data[start:stop] = scaled.clamp_(low, high).to(kind)
         grouping = grouping_of(columns, None)
         if real:
             return ScaledFloat(data, scale, grouping, dtype=weight.dtype)
@@ -75,19 +78,21 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         offset = torch.empty_like(scale)
         top = float(2**bits - 1)
         # A block ends where a byte of codes does.
-        for start, block in weight.row_blocks(8 // gcd(8, columns * bits)):
-            values = _finite(block, weight.name, start).reshape(-1, size)
-            first, last = start * per_row, start * per_row + values.shape[0]
-            least, most = values.amin(dim=1), values.amax(dim=1)
-            # Divided first: the range of float32 numbers can exceed float32.
-            step = _positive((most / top - least / top).to(dtype))
-            scale[first:last], offset[first:last] = step, least.to(dtype)
-            wide = step.to(torch.float32).unsqueeze(1)
-            moved = values / wide - offset[first:last].to(torch.float32).unsqueeze(1) / wide
-            found = torch.round(moved).clamp_(0, top).to(torch.uint8)
-            packed = Codes.pack(found, bits, "dense").data.reshape(-1)
-            begin = start * columns * bits // 8
-            codes.data.reshape(-1)[begin : begin + packed.numel()] = packed
+        with FiniteCheck(weight.name) as finite:
+            for start, block in weight.row_blocks(8 // gcd(8, columns * bits)):
+                finite.look(block, start * columns)
+                values = block.to(torch.float32).reshape(-1, size)
+                first, last = start * per_row, start * per_row + values.shape[0]
+                least, most = values.amin(dim=1), values.amax(dim=1)
+                # Divided first: the range of float32 numbers can exceed float32.
+                step = _positive((most / top - least / top).to(dtype))
+                scale[first:last], offset[first:last] = step, least.to(dtype)
+                wide = step.to(torch.float32).unsqueeze(1)
+                moved = values / wide - offset[first:last].to(torch.float32).unsqueeze(1) / wide
+                found = torch.round(moved).clamp_(0, top).to(torch.uint8)
+                packed = Codes.pack(found, bits, "dense").data.reshape(-1)
+                begin = start * columns * bits // 8
+                codes.data.reshape(-1)[begin : begin + packed.numel()] = packed
         grouping = grouping_of(columns, size)
         groups = grouping.scale_shape((rows, columns))
         return Affine(
@@ -103,12 +108,3 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
 def _positive(scale: Tensor) -> Tensor:
     """Scales; 1 where there is nothing to scale."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def _finite(block: Tensor, name: str, start: int) -> Tensor:
-    """The rows in float32. ``start`` is the first one's number."""
-    finite = torch.isfinite(block.reshape(-1))
-    if not bool(finite.all()):
-        index = int(torch.argmin(finite.to(torch.uint8)).item())
-        raise NonFiniteWeight(name, start * block.shape[1] + index)
-    return block.to(torch.float32)
