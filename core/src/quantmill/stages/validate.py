@@ -26,6 +26,7 @@ CANT_LOAD_STORED = declare("QM-METHOD-003", "The method can't load quantized che
 OPTIONAL_MISSING = declare(
     "QM-METHOD-004", "An optional library of a method is missing", Severity.WARNING, fallback=True
 )
+READ_ONLY = declare("QM-METHOD-008", "The method reads checkpoints and makes none")
 ALREADY_QUANTIZED = declare("QM-METHOD-005", "The source is quantized already")
 
 
@@ -95,10 +96,15 @@ def _methods(job: Job) -> Iterator[Finding]:
                 f"{item.method.name} can't load checkpoints that are quantized",
                 "load the float checkpoint and quantize it on the fly",
             )
-        if not job.prequantized and not able.on_the_fly and job.options.calibration is None:
+        makes = able.on_the_fly or able.calibrated
+        if not job.prequantized and not makes:
+            yield READ_ONLY(
+                item.label,
+                f"{item.method.name} is a format that is read and not made",
+                "take a method that quantizes: see `quantmill doctor`",
+            )
+        elif not job.prequantized and not able.on_the_fly and job.options.calibration is None:
             code = CALIBRATION_NOTE if job.options.planning else NEEDS_CALIBRATION
-            if not able.calibrated:
-                code = NEEDS_CALIBRATION
             yield code(
                 item.label,
                 f"{item.method.name} quantizes with calibration data only",

@@ -12,6 +12,7 @@ Relative to the module, with ``in`` and ``out`` features (compressed-tensors 0.2
 
     weight_scale       float [out, groups], [out, 1], [out], [1], or [blocks, blocks]
     weight_g_idx       int32 [in]                             group of each input column
+    weight_scale       uint8 [out, in / 32]                   ``mxfp8-quantized``: powers of two
     input_scale, input_zero_point                             of activations with stored scales
 
 A symmetric weight has no zero point. What the tensors say outranks the config; the config decides
@@ -51,6 +52,14 @@ from quantmill_compressed_tensors.forms import (
     abstract_float,
     abstract_integer,
 )
+from quantmill_compressed_tensors.fp4 import (
+    E8M0,
+    StoredFp4,
+    decode_fp4,
+    encode_fp4,
+    measure_fp4,
+    restyled,
+)
 from quantmill_compressed_tensors.schemes import Args
 from quantmill_compressed_tensors.words import pack_rows, row_words, unpack_rows, widths
 
@@ -88,14 +97,20 @@ class CompressedCodec(Codec[CompressedConfig]):
         "weight_g_idx",
         "input_scale",
         "input_zero_point",
+        "weight_global_scale",
+        "input_global_scale",
     )
 
     def encode(self, form: Form) -> dict[str, Tensor]:
+        if isinstance(form, StoredFp4):
+            return encode_fp4(restyled(form))
         form = stored_form(form)
         layout = form.layout
         assert isinstance(form.scale, Tensor)
         shape = layout.scale_shape
         found = {"weight_scale": form.scale if shape is None else form.scale.reshape(shape)}
+        if layout.exponents:
+            found["weight_scale"] = found["weight_scale"].view(torch.uint8)
         if isinstance(form, StoredFloat):
             found["weight"] = form.values
         elif not layout.packed:
@@ -122,11 +137,15 @@ class CompressedCodec(Codec[CompressedConfig]):
 
     def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
         seen = {name: _Seen(item.dtype, tuple(item.shape)) for name, item in tensors.items()}
+        style = self._style(seen, target)
+        if style:
+            return decode_fp4(tensors, style, target, dtype)
         skeleton = self._measure(seen, target, dtype)
         if skeleton is None:
             raise _refuse(target, f"it has only {', '.join(sorted(seen)) or 'nothing'}")
         grouping, layout = skeleton.grouping, skeleton.layout
         scale = tensors["weight_scale"].reshape(grouping.scale_shape(skeleton.shape))
+        scale = scale.view(E8M0) if layout.exponents else scale
         inputs: dict[str, Any] = {
             name: tensors.get(name) for name in ("input_scale", "input_zero_point")
         }
@@ -169,6 +188,10 @@ class CompressedCodec(Codec[CompressedConfig]):
             name: _Seen(torch_dtype(item.dtype), tuple(item.shape))
             for name, item in headers.items()
         }
+        style = self._style(seen, target)
+        if style:
+            pairs = {name: (item.dtype, item.shape) for name, item in seen.items()}
+            return measure_fp4(pairs, style, target, dtype)
         form = self._measure(seen, target, dtype)
         if form is None:
             return None
@@ -178,6 +201,16 @@ class CompressedCodec(Codec[CompressedConfig]):
             if name in seen
         }
         return replace(form, **inputs)
+
+    def _style(self, seen: Mapping[str, _Seen], target: Target) -> str:
+        """The format of 4-bit floats that the tensors are in, or nothing."""
+        packed = seen.get("weight_packed")
+        if packed is None or packed.dtype not in (torch.uint8, torch.int8):
+            return ""
+        group = self.config.scheme_of(target)
+        size = group.weights.group_size if group is not None and group.weights else None
+        tensor = "weight_global_scale" in seen or size == 16
+        return "nvfp4-pack-quantized" if tensor else "mxfp4-pack-quantized"
 
     def _measure(
         self, seen: Mapping[str, _Seen], target: Target, dtype: torch.dtype
@@ -193,7 +226,9 @@ class CompressedCodec(Codec[CompressedConfig]):
         scale = seen.get("weight_scale")
         if scale is None:
             raise _refuse(target, "weight_scale is missing")
-        if scale.dtype not in SCALES:
+        narrow = weight is not None and weight.dtype in FLOAT8
+        exponents = narrow and scale.dtype in (torch.uint8, E8M0)
+        if scale.dtype not in SCALES and not exponents:
             raise _refuse(target, f"weight_scale is {scale.dtype}, not a float")
         inputs = group.input_activations if group is not None else None
         if inputs is not None and not inputs.dynamic and "input_scale" not in seen:
@@ -226,9 +261,9 @@ class CompressedCodec(Codec[CompressedConfig]):
         if weight.shape != shape:
             raise _refuse(target, f"weight is {list(weight.shape)}, the model wants {list(shape)}")
         if weight.dtype in FLOAT8:
-            return abstract_float(
-                shape, weight.dtype, grouping, Layout(False, scale.shape), scale.dtype, dtype
-            )
+            layout = Layout(False, scale.shape, exponents=exponents)
+            kind = E8M0 if exponents else scale.dtype
+            return abstract_float(shape, weight.dtype, grouping, layout, kind, dtype)
         if zeros is not None and (zeros.dtype != torch.int8 or zeros.shape != scale.shape):
             raise _refuse(
                 target,
@@ -316,6 +351,7 @@ def _sound(form: StoredAffine | StoredFloat, target: Target) -> Form:
     """The form, unless its scales can't be those of any weight."""
     scale = form.scale
     assert isinstance(scale, Tensor)
+    scale = scale.to(torch.float32) if scale.element_size() == 1 else scale
     # Integers may have negative ones: GGUF's Q4_0 does, and it comes here by conversion.
     negative = isinstance(form, StoredFloat) and bool((scale < 0).any())
     if negative or not bool(torch.isfinite(scale).all()):

@@ -16,9 +16,26 @@ from quantmill_compressed_tensors.schemes import NAMED, Args, Scheme, args, sche
 
 __all__ = ["FORMATS", "CompressedConfig", "rules"]
 
-FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
+FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "float-quantized",
+    "mxfp8-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+)
 """Formats of a group that are read and written."""
-_WEIGHTS = ("num_bits", "type", "strategy", "group_size", "symmetric", "block_structure")
+_WEIGHTS = (
+    "num_bits",
+    "type",
+    "strategy",
+    "group_size",
+    "symmetric",
+    "block_structure",
+    "scale_dtype",
+    "zp_dtype",
+)
 _PARTS = ("weights", "input_activations", "output_activations")
 _SHORT = (*_WEIGHTS, *_PARTS, "dynamic_activations")
 """What a user may say of the only group, or of all groups, without writing groups."""

@@ -26,6 +26,7 @@ from quantmill.forms.fit import Conditions, fit_floats, fit_integers, is_symmetr
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.config import CompressedConfig
 from quantmill_compressed_tensors.forms import Layout, StoredAffine, StoredFloat
+from quantmill_compressed_tensors.fp4 import STYLES, StoredFp4, restyled
 from quantmill_compressed_tensors.schemes import Args, Scheme
 
 __all__ = ["fit", "stored_form"]
@@ -112,6 +113,13 @@ def fit(form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
     args = group.weights if group is not None else None
     seen = Conditions()
     made: Affine | ScaledFloat
+    if isinstance(form, StoredFp4):
+        if args is not None and (args.type, args.num_bits) != ("float", 4):
+            raise not_exact(target.name, f"it holds 4-bit floats, and {args.words} is asked for")
+        found = restyled(form)
+        size = STYLES[found.style].group
+        kind = {"strategy": "tensor_group" if found.whole is not None else "group"}
+        return Fit(found, {"num_bits": 4, "type": "float", "group_size": size, **kind})
     if isinstance(form, ScaledFloat):
         made, options = _fit_floats(form, args, seen)
     else:

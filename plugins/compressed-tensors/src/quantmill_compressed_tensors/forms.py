@@ -36,6 +36,8 @@ class Layout:
     """Of ``weight_shape``."""
     unordered: bool = False
     """``weight_g_idx`` is there and holds -1: no activation order."""
+    exponents: bool = False
+    """``weight_scale`` holds powers of two, a byte each (``mxfp8-quantized``)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,6 +19,7 @@ from quantmill.kernels import KernelRegistry
 from quantmill.linear import FormLinear, FormLinearFactory
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.forms import StoredAffine, StoredFloat
+from quantmill_compressed_tensors.fp4 import StoredFp4
 from quantmill_compressed_tensors.schemes import Args
 
 __all__ = ["CompressedLinear", "CompressedLinearFactory", "quantize_inputs"]
@@ -43,8 +44,12 @@ class CompressedLinear(FormLinear):
     def _hold(self, form: Form) -> None:
         # A kernel's layout has no place for them, so they are kept here.
         self._given: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(form, StoredAffine | StoredFloat):
             self._given = (form.input_scale, form.input_zero_point)
+        elif isinstance(form, StoredFp4):
+            self._scales = (form.whole, form.inputs)
+            form = replace(form, whole=None, inputs=None)
         super()._hold(form)
 
     @property
@@ -53,6 +58,8 @@ class CompressedLinear(FormLinear):
         form = super().form
         if isinstance(form, StoredAffine | StoredFloat):
             return replace(form, input_scale=self._given[0], input_zero_point=self._given[1])
+        if isinstance(form, StoredFp4):
+            return replace(form, whole=self._scales[0], inputs=self._scales[1])
         return form
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,4 +145,6 @@ class CompressedLinearFactory(FormLinearFactory):
     ) -> nn.Module:
         group = self.config.scheme_of(target)
         inputs = None if group is None else group.input_activations
+        if inputs is not None and (inputs.type, inputs.num_bits) == ("float", 4):
+            inputs = None  # a finding says so
         return CompressedLinear(form, bias, self.codec, self.kernels, self.dtype, inputs)

@@ -19,6 +19,23 @@ QUANTMILL_API = 1
 _INT4 = {"num_bits": 4, "strategy": "group", "group_size": 128}
 _INT8 = {"num_bits": 8, "strategy": "channel"}
 _FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+_MXFP8 = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "group",
+    "group_size": 32,
+    "scale_dtype": "torch.uint8",
+    "zp_dtype": "torch.uint8",
+}
+_MXFP4 = {**_MXFP8, "num_bits": 4}
+_NVFP4 = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": "torch.float8_e4m3fn",
+    "zp_dtype": "torch.float8_e4m3fn",
+}
 _CODEC = "quantmill_compressed_tensors.codec:CompressedCodec"
 
 
@@ -66,8 +83,34 @@ def quantmill_methods() -> Sequence[Method]:
                     4.16,
                 ),
                 Preset("ct-int4", _INT4, "4 bits, groups of 128, symmetric", 4.125),
+                Preset("ct-mxfp8", _MXFP8, "FP8 (e4m3), 32 share a power of two", 7.97),
+                Preset("ct-nvfp4", _NVFP4, "4-bit floats, 16 share an e4m3 scale", 4.12),
+                Preset("ct-mxfp4", _MXFP4, "4-bit floats, 32 share a power of two", 4.0),
             ),
-        )
+        ),
+        *(
+            Method(
+                name=name,
+                summary=f"{name} checkpoints of {writer}: 4-bit floats, read",
+                config=f"quantmill_compressed_tensors.native:{title}Config",
+                quantizer=f"quantmill_compressed_tensors.native:Native{title}Quantizer",
+                codec=f"quantmill_compressed_tensors.native:{title}Codec",
+                linear="quantmill_compressed_tensors.native:Fp4LinearFactory",
+                quant_methods=(name,),
+                capabilities=Capabilities(
+                    prequantized=True,
+                    trainable=True,
+                    dequantizable=True,
+                    devices=("cpu", "cuda"),
+                    target_kinds=("linear",),
+                    bits=(4,),
+                ),
+            )
+            for name, title, writer in (
+                ("mxfp4", "Mxfp4", "transformers"),
+                ("nvfp4", "Nvfp4", "ModelOpt"),
+            )
+        ),
     ]
 
 
@@ -80,7 +123,20 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             method="compressed-tensors",
             marker_keys=("config_groups",),
             rules="quantmill_compressed_tensors.config:rules",
-        )
+        ),
+        ConfigReader(
+            name="mxfp4",
+            quant_methods=("mxfp4",),
+            method="mxfp4",
+            rules="quantmill_compressed_tensors.native:rules",
+        ),
+        ConfigReader(
+            name="nvfp4",
+            quant_methods=("nvfp4", "modelopt"),
+            method="nvfp4",
+            rules="quantmill_compressed_tensors.native:rules",
+            accepts="quantmill_compressed_tensors.native:is_nvfp4",
+        ),
     ]
 
 
@@ -88,7 +144,7 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
 def quantmill_codecs() -> Sequence[CodecRegistration]:
     return [
         CodecRegistration("compressed-tensors", kind, _CODEC, "compressed-tensors")
-        for kind in ("affine", "scaled_float")
+        for kind in ("affine", "scaled_float", "codebook")
     ]
 
 

@@ -22,6 +22,13 @@ from quantmill_compressed_tensors.forms import (
     abstract_float,
     abstract_integer,
 )
+from quantmill_compressed_tensors.fp4 import (
+    E8M0,
+    STYLES,
+    StoredFp4,
+    abstract_fp4,
+    quantize_fp4,
+)
 from quantmill_compressed_tensors.schemes import Args, Scheme
 
 __all__ = ["CompressedQuantizer"]
@@ -40,7 +47,7 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
     def check(self, target: Target) -> Iterator[Finding]:
         args = self._args(target)
         size = args.group_size or 0
-        if args.means == "group" and target.in_features % size:
+        if args.means in ("group", "tensor_group") and target.in_features % size:
             yield UNEVEN(
                 target.name,
                 f"its width {target.in_features} is no multiple of group_size={size}, and the"
@@ -53,6 +60,8 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         form = self._empty(target, weight.dtype)
+        if isinstance(form, StoredFp4):
+            return quantize_fp4(form, weight, self.device)
         args = self._args(target)
         real = form.map_tensors(lambda item: torch.empty_like(item, device=self.device))
         whole = None
@@ -77,9 +86,13 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
         found = self.config.scheme_of(target)
         return found if found is not None else next(iter(self.config.config_groups.values()))
 
-    def _empty(self, target: Target, dtype: torch.dtype) -> StoredAffine | StoredFloat:
+    def _empty(self, target: Target, dtype: torch.dtype) -> StoredAffine | StoredFloat | StoredFp4:
         """The form on the meta device. Scales have the dtype of the weight, as the peer's."""
         args, shape = self._args(target), (target.out_features, target.in_features)
+        if args.type == "float" and args.num_bits == 4:
+            style = "mxfp4-pack-quantized" if args.group_size == 32 else "nvfp4-pack-quantized"
+            columns = -(-shape[1] // STYLES[style].group) * STYLES[style].group
+            return abstract_fp4((shape[0], columns), style, dtype)
         dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
         grouping: Grouping = {
             "tensor": PerTensor(),
@@ -89,8 +102,10 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
         size = grouping.scale_shape(shape)
         stored = {0: (1,), 1: (shape[0], 1)}.get(len(size), size)
         if args.type == "float":
-            layout = Layout(False, stored)
-            return abstract_float(shape, torch.float8_e4m3fn, grouping, layout, dtype, dtype)
+            powers = self._group(target).stores_as == "mxfp8-quantized"
+            layout = Layout(False, stored, exponents=powers)
+            kind = E8M0 if powers else dtype
+            return abstract_float(shape, torch.float8_e4m3fn, grouping, layout, kind, dtype)
         packed = self._group(target).stores_as == "pack-quantized"
         layout = Layout(packed, stored)
         if not args.symmetric:
@@ -126,6 +141,11 @@ def _reduced(work: Tensor, grouping: Grouping) -> tuple[Tensor, Tensor]:
 
 def _scale(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as they are stored: rounded, finite, not zero."""
+    if dtype == E8M0:
+        # The next power of two, from the bits: a logarithm could miss an exact one.
+        mantissa, exponent = torch.frexp(values)
+        power = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(-127, 127)
+        return torch.where(values > 0, power + 127, 127).to(torch.uint8).view(E8M0)
     top = torch.finfo(dtype)
     scale = values.clamp(max=top.max).to(dtype)
     return torch.where(scale == 0, torch.tensor(top.eps, dtype=dtype, device=scale.device), scale)
@@ -137,6 +157,8 @@ def _put(whole: Tensor, start: int, grouping: Grouping, part: Tensor) -> None:
         whole.copy_(part)
         return
     first = start // grouping.rows if isinstance(grouping, Blocks) else start
+    if whole.dtype == E8M0:
+        whole, part = whole.view(torch.uint8), part.view(torch.uint8)
     whole[first : first + part.shape[0]] = part
 
 

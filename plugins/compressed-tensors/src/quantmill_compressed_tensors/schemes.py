@@ -96,7 +96,10 @@ class Scheme(BaseModel):
         if self.format is not None:
             return self.format
         if self.weights is not None and self.weights.type == "float":
-            return "float-quantized"
+            powers = str(self.weights.scale_dtype).endswith("uint8")
+            if self.weights.num_bits == 4:
+                return f"{'mx' if self.weights.group_size == 32 else 'nv'}fp4-pack-quantized"
+            return "mxfp8-quantized" if powers else "float-quantized"
         return "pack-quantized" if self.input_activations is None else "int-quantized"
 
 
@@ -126,6 +129,22 @@ def scheme(
     return {**made, "format": Scheme.model_validate(made).stores_as}
 
 
+_NV: dict[str, Any] = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": "torch.float8_e4m3fn",
+    "zp_dtype": "torch.float8_e4m3fn",
+}
+_MX: dict[str, Any] = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "group",
+    "group_size": 32,
+    "scale_dtype": "torch.uint8",
+    "zp_dtype": "torch.uint8",
+}
 _TOKEN = {"strategy": "token", "dynamic": True}
 _FLOAT = {"type": "float"}
 _GROUP = {"num_bits": 4, "strategy": "group", "group_size": 128}
@@ -142,5 +161,8 @@ NAMED: dict[str, dict[str, Any]] = {
         args(**_FLOAT, strategy="block", block_structure=[128, 128]),
         args(**_FLOAT, strategy="group", group_size=128, dynamic=True),
     ),
+    "NVFP4A16": scheme(args(**_NV)),
+    "MXFP4A16": scheme(args(**_MX)),
+    "MXFP8A16": scheme(args(**{**_MX, "num_bits": 8})),
 }
 """Groups that a config may name in place of writing them out (``{"W4A16": ["Linear"]}``)."""

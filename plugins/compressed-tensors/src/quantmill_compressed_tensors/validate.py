@@ -53,13 +53,24 @@ def _group(where: str, group: Scheme) -> Iterator[Finding]:
         if args is None:
             continue
         most = 8 if part == "weights" else 16
-        right = args.num_bits == 8 if args.type == "float" else 2 <= args.num_bits <= most
+        right = 2 <= args.num_bits <= most
+        if args.type == "float":
+            right = args.num_bits == 8 or (args.num_bits == 4 and args.group_size in (16, 32))
         if not right:
             yield BAD_WEIGHTS(
                 f"{where}.{part}",
-                f"{args.type} of {args.num_bits} bits is none of int 2 to {most} and float 8",
+                f"{args.type} of {args.num_bits} bits is none of int 2 to {most}, float 8, and"
+                " float 4 in groups of 16 or 32",
                 "take another num_bits or type",
             )
+    inputs = group.input_activations
+    if inputs is not None and (inputs.type, inputs.num_bits) == ("float", 4):
+        yield NOT_APPLIED(
+            f"{where}.input_activations",
+            f"{where}.input_activations is kept, and activations of 4 bits are computed with as"
+            " they come",
+            "nothing to do: results are closer to the float model's",
+        )
     weights = group.weights
     if weights is None or weights.type == "float":
         return

@@ -1,0 +1,348 @@
+"""4-bit floats (E2M1) in groups: NVFP4 and MXFP4, as their writers store them.
+
+Relative to the module, for a weight ``[out, in]``; two codes in a byte, the first in the low half::
+
+    nvfp4-pack-quantized (compressed-tensors)      value = fp4 * (scale / global)
+      weight_packed        uint8 [out, in / 2]
+      weight_scale         float8_e4m3fn [out, in / 16]
+      weight_global_scale  float32 [1]
+      input_global_scale   float32 [1]             of 4-bit activations
+    mxfp4-pack-quantized (compressed-tensors)      value = fp4 * 2 ** (scale - 127)
+      weight_packed        uint8 [out, in / 2]
+      weight_scale         uint8 [out, in / 32]
+    nvfp4 (ModelOpt)                               value = fp4 * scale * scale_2
+      weight               uint8 [out, in / 2]
+      weight_scale         float8_e4m3fn [out, in / 16]
+      weight_scale_2       float32 []
+      input_scale          float32 []              of 4-bit activations
+    mxfp4 (gpt-oss)                                as above
+      weight_blocks        uint8 [out, in / 32, 16]
+      weight_scales        uint8 [out, in / 32]
+
+A code's highest bit is the sign; the others index 0, 0.5, 1, 1.5, 2, 3, 4, 6. Source: OCP
+Microscaling Formats 1.0, and compressed-tensors 0.20.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantmill.backend import NonFiniteWeight, WeightSource
+from quantmill.findings import QuantmillError, declare
+from quantmill.forms import Codebook, Codes, Group, PerTensor, ScaledFloat, register_table
+from quantmill.forms.convert import not_exact
+from quantmill.targeting.types import Target
+
+__all__ = [
+    "E8M0",
+    "STYLES",
+    "StoredFp4",
+    "Style",
+    "abstract_fp4",
+    "decode_fp4",
+    "encode_fp4",
+    "measure_fp4",
+    "nearest",
+    "quantize_fp4",
+    "restyled",
+]
+
+BAD_FP4 = declare("QM-CT-020", "The tensors of a weight of 4-bit floats contradict each other")
+BAD_SCALE = declare("QM-CT-021", "A scale of 4-bit floats is no scale")
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+TABLE: Final = "e2m1"
+E8M0 = torch.float8_e8m0fnu
+
+
+def _table() -> Tensor:
+    return torch.tensor([*_VALUES, *(-value for value in _VALUES)], dtype=torch.float32)
+
+
+register_table(TABLE, _table)
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """One way to store 4-bit floats."""
+
+    codes: str
+    scale: str
+    group: int
+    whole: str = ""
+    """Name of the scale of the whole weight; empty where there is none."""
+    inverse: bool = False
+    """That scale divides."""
+    inputs: str = ""
+    """Name of the scale of activations."""
+    blocked: bool = False
+    """Codes lie by groups, ``[out, groups, bytes]``."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its tensors."""
+        return tuple(n for n in (self.codes, self.scale, self.whole, self.inputs) if n)
+
+
+STYLES: Final[dict[str, Style]] = {
+    "nvfp4-pack-quantized": Style(
+        "weight_packed", "weight_scale", 16, "weight_global_scale", True, "input_global_scale"
+    ),
+    "mxfp4-pack-quantized": Style("weight_packed", "weight_scale", 32),
+    "nvfp4": Style("weight", "weight_scale", 16, "weight_scale_2", False, "input_scale"),
+    "mxfp4": Style("weight_blocks", "weight_scales", 32, blocked=True),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredFp4(Codebook):
+    """Codes of 4-bit floats with the scales that a file has beside them."""
+
+    style: str = ""
+    whole: Tensor | None = None
+    """The scale of the whole weight, as it is stored."""
+    inputs: Tensor | None = None
+    """The scale of activations, as it is stored."""
+    scale_dtype: torch.dtype = torch.uint8
+    """In the file; exponents are of one byte in either."""
+
+
+def _refuse(target: Target, cause: str) -> QuantmillError:
+    return QuantmillError(BAD_FP4(target.name, cause, "the checkpoint is damaged: get it again"))
+
+
+def abstract_fp4(
+    shape: tuple[int, ...],
+    style: str,
+    dtype: torch.dtype,
+    *,
+    whole: tuple[int, ...] = (1,),
+    inputs: tuple[int, ...] | None = None,
+    scale_dtype: torch.dtype = torch.uint8,
+) -> StoredFp4:
+    """A form ``[out, in]`` on the meta device."""
+    meta, known = torch.device("meta"), STYLES[style]
+    size = (*shape[:-1], shape[-1] // known.group)
+    one = torch.empty(whole, dtype=torch.float32, device=meta) if known.whole else None
+    eight = torch.float8_e4m3fn if known.whole else E8M0
+    scale: Tensor | ScaledFloat = torch.empty(size, dtype=eight, device=meta)
+    if one is not None:
+        assert isinstance(scale, Tensor)
+        scale = ScaledFloat(scale, one.reshape(()), PerTensor(), dtype=torch.float32)
+    return StoredFp4(
+        Codes.empty(shape, 4, "dense", meta),
+        torch.empty(16, dtype=torch.float32, device=meta),
+        scale,
+        Group(known.group),
+        None,
+        TABLE,
+        dtype,
+        style,
+        one,
+        None if inputs is None else torch.empty(inputs, dtype=torch.float32, device=meta),
+        eight if known.whole else scale_dtype,
+    )
+
+
+def measure_fp4(
+    seen: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    style: str,
+    target: Target,
+    dtype: torch.dtype,
+) -> StoredFp4:
+    """The form on the meta device of tensors given by dtype and shape.
+
+    Raises:
+        QuantmillError: they do not fit together.
+    """
+    known = STYLES[style]
+    needed = [name for name in (known.codes, known.scale, known.whole) if name]
+    missing = [name for name in needed if name not in seen]
+    if missing:
+        raise _refuse(target, f"{' and '.join(missing)} are missing")
+    shape = (target.out_features, target.in_features)
+    if shape[1] % known.group:
+        raise _refuse(target, f"its width {shape[1]} is no multiple of {known.group}")
+    groups = (shape[0], shape[1] // known.group)
+    lies = (*groups, known.group // 2) if known.blocked else (shape[0], shape[1] // 2)
+    scales = (torch.float8_e4m3fn,) if known.whole else (torch.uint8, E8M0)
+    for name, dtypes, size in (
+        (known.codes, (torch.uint8, torch.int8), lies),
+        (known.scale, scales, groups),
+    ):
+        found, there = seen[name]
+        if found not in dtypes or there != size:
+            raise _refuse(
+                target,
+                f"{name} is {found} {list(there)}, a weight of the model's {list(shape)} has"
+                f" {dtypes[0]} {list(size)}",
+            )
+    shapes: dict[str, tuple[int, ...] | None] = {"whole": (1,), "inputs": None}
+    for field, name in (("whole", known.whole), ("inputs", known.inputs)):
+        if name and name in seen:
+            found, there = seen[name]
+            if found != torch.float32 or there not in ((), (1,)):
+                raise _refuse(target, f"{name} is {found} {list(there)}, not one float32")
+            shapes[field] = there
+    return abstract_fp4(
+        shape,
+        style,
+        dtype,
+        whole=shapes["whole"] or (),
+        inputs=shapes["inputs"],
+        scale_dtype=seen[known.scale][0],
+    )
+
+
+def decode_fp4(
+    tensors: Mapping[str, Tensor], style: str, target: Target, dtype: torch.dtype
+) -> StoredFp4:
+    """The form that the tensors hold.
+
+    Raises:
+        QuantmillError: they do not fit together, or scales are no scales.
+    """
+    known = STYLES[style]
+    seen = {name: (item.dtype, tuple(item.shape)) for name, item in tensors.items()}
+    form = measure_fp4(seen, style, target, dtype)
+    stored = tensors[known.scale]
+    data = tensors[known.codes].contiguous().view(torch.uint8).reshape(-1)
+    eight = stored if known.whole else stored.view(E8M0)
+    _sound(eight.to(torch.float32), known.scale, target, zeros=bool(known.whole))
+    whole = tensors.get(known.whole) if known.whole else None
+    scale: Tensor | ScaledFloat = eight
+    if whole is not None:
+        _sound(whole, known.whole, target, zeros=False)
+        factor = whole.reciprocal() if known.inverse else whole
+        scale = ScaledFloat(eight, factor.reshape(()), PerTensor(), dtype=torch.float32)
+    return replace(
+        form,
+        codes=Codes(data, 4, form.shape, "dense"),
+        table=_table().to(data.device),
+        scale=scale,
+        whole=whole,
+        inputs=tensors.get(known.inputs) if known.inputs else None,
+    )
+
+
+def encode_fp4(form: StoredFp4) -> dict[str, Tensor]:
+    """The tensors of a form, by name."""
+    known = STYLES[form.style]
+    rows, columns = form.shape
+    groups = columns // known.group
+    lies = (rows, groups, known.group // 2) if known.blocked else (rows, columns // 2)
+    eight = form.scale.values if isinstance(form.scale, ScaledFloat) else form.scale
+    assert isinstance(eight, Tensor)
+    stored = {known.codes: form.codes.data.reshape(lies), known.scale: eight}
+    if form.scale_dtype == torch.uint8:
+        stored[known.scale] = eight.view(torch.uint8)
+    if form.whole is not None:
+        stored[known.whole] = form.whole
+    if form.inputs is not None:
+        stored[known.inputs] = form.inputs
+    return stored
+
+
+def restyled(form: StoredFp4) -> StoredFp4:
+    """The same values as compressed-tensors stores them.
+
+    Raises:
+        QuantmillError: the scale of the whole weight has no exact reciprocal.
+    """
+    if form.style.endswith("-pack-quantized"):
+        return form
+    style = f"{form.style}-pack-quantized"
+    if form.whole is None:
+        return replace(form, style=style)
+    whole = form.whole.reciprocal().reshape(1)
+    if not whole.is_meta and not torch.equal(whole.reciprocal(), form.whole.reshape(1)):
+        raise not_exact(
+            "scale",
+            f"{float(form.whole)} scales the weight, and its reciprocal, which is stored, is not"
+            " exact",
+        )
+    inputs = None if form.inputs is None else form.inputs.reciprocal().reshape(1)
+    return replace(form, style=style, whole=whole, inputs=inputs)
+
+
+def quantize_fp4(form: StoredFp4, weight: WeightSource, device: torch.device) -> StoredFp4:
+    """Fill a form of the meta device: scales from each group's range, values to the nearest.
+
+    NVFP4 has its whole scale such that the largest scale of a group is the largest E4M3; MXFP4 the
+    power of two that brings the largest of a group below 7 (OCP's rule clips from 6 on).
+    """
+    size = STYLES[form.style].group
+    form = form.map_tensors(lambda item: torch.empty_like(item, device=device))
+    whole = None
+    if form.whole is not None:
+        top = torch.zeros((), dtype=torch.float32, device=device)
+        for start, rows in weight.row_blocks():
+            top = torch.maximum(top, _absmax(rows, weight, start, rows.shape[1]).amax())
+        whole = torch.where(top > 0, 448.0 * 6.0 / top, torch.ones_like(top)).reshape(1)
+    parts = []
+    for start, rows in weight.row_blocks():
+        most = _absmax(rows, weight, start, size)
+        if whole is None:
+            exponent = torch.frexp(most * (8.0 / 7.0))[1] - 3
+            power = torch.where(most > 0, exponent, torch.zeros_like(exponent)).clamp(-127, 127)
+            scale = (power + 127).to(torch.uint8).view(E8M0)
+            wide = scale.to(torch.float32)
+        else:
+            scale = (most / 6.0 * whole).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+            wide = scale.to(torch.float32) / whole
+        parts.append(scale.view(torch.uint8))
+        tiles = rows.to(torch.float32).unflatten(1, (-1, size)) / wide.unsqueeze(2)
+        packed = Codes.pack(nearest(tiles), 4, "dense").data
+        begin = start * form.shape[1] // 2
+        form.codes.data[begin : begin + packed.numel()] = packed
+    eight = torch.cat(parts)
+    table = _table().to(device)
+    if whole is None:
+        return replace(form, table=table, scale=eight.view(E8M0))
+    nested = ScaledFloat(
+        eight.view(torch.float8_e4m3fn),
+        whole.reciprocal().reshape(()),
+        PerTensor(),
+        dtype=torch.float32,
+    )
+    return replace(form, table=table, scale=nested, whole=whole)
+
+
+def _absmax(rows: Tensor, weight: WeightSource, start: int, size: int) -> Tensor:
+    """float32 largest magnitudes of groups of ``size`` columns."""
+    work = rows.to(torch.float32)
+    finite = torch.isfinite(work)
+    if not bool(finite.all()):
+        index = int(torch.argmin(finite.reshape(-1).to(torch.uint8)).item())
+        raise NonFiniteWeight(weight.name, start * rows.shape[1] + index)
+    return work.unflatten(1, (-1, size)).abs_().amax(dim=2)
+
+
+def nearest(values: Tensor) -> Tensor:
+    """uint8 codes of the nearest 4-bit float, ties to the even code; float32 in, any shape."""
+    edges = [(a + b) / 2 for a, b in itertools.pairwise(_VALUES)]
+    bounds = torch.tensor(edges, dtype=torch.float32, device=values.device)
+    # A tie goes up where the upper code is even: there the bound is just below.
+    below = torch.nextafter(bounds, torch.zeros_like(bounds))
+    bounds[1::2] = below[1::2]
+    codes = torch.bucketize(values.abs(), bounds).to(torch.uint8)
+    return codes | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def _sound(wide: Tensor, name: str, target: Target, *, zeros: bool) -> None:
+    good = torch.isfinite(wide) & ((wide >= 0) if zeros else (wide > 0))
+    if not bool(good.all()):
+        index = int(torch.argmin(good.reshape(-1).to(torch.uint8)).item())
+        raise QuantmillError(
+            BAD_SCALE(
+                target.name,
+                f"{name} is {float(wide.reshape(-1)[index])} at element {index}, and a scale is"
+                " finite and positive",
+                "the checkpoint is damaged: get it again",
+            )
+        )
