@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("core/src", "plugins/*/src", "integrations/*/src")
+REGISTRY = ROOT / "integrations/transformers/src/quantmill_transformers/registry.py"
 HOOKSPECS = ROOT / "core/src/quantmill/hookspecs.py"
 
 FINDINGS = """\
@@ -44,6 +45,16 @@ This page is generated from `quantmill/hookspecs.py`. The types in the signature
 
 """
 
+REGISTRY_PAGE = """\
+# quant_method
+
+What becomes of a checkpoint by the `quant_method` of its `quantization_config`: all keys of
+transformers 5.23. This table is generated from the registrations in the code.
+
+| quant_method | read by | or what to do |
+|---|---|---|
+"""
+
 _SECTION = re.compile(r"^# --- (.+?) -+$", re.MULTILINE)
 _ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
@@ -52,7 +63,45 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages to the site."""
     files.append(File.generated(config, "reference/findings.md", content=findings_page()))
     files.append(File.generated(config, "reference/hooks.md", content=hooks_page()))
+    files.append(File.generated(config, "reference/quant-methods.md", content=registry_page()))
     return files
+
+
+def registry_page() -> str:
+    """What becomes of every ``quant_method``."""
+    data = {
+        target.id: ast.literal_eval(node.value)
+        for node in ast.parse(REGISTRY.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.AnnAssign) and node.value is not None
+        for target in (node.target,)
+        if isinstance(target, ast.Name)
+    }
+    read = readers()
+    rows = []
+    for key in data["KEYS"]:
+        name = data["SAME"].get(key, key)
+        if name in read:
+            rows.append(f"| `{key}` | {', '.join(f'`{item}`' for item in read[name])} | |\n")
+        else:
+            why, instead = data["REFUSED"][key]
+            rows.append(f"| `{key}` | refused: {why} | {instead} |\n")
+    return REGISTRY_PAGE + "".join(rows)
+
+
+def readers() -> dict[str, list[str]]:
+    """``quant_method`` to the distributions whose dialects read it."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(ROOT.glob("plugins/*/src/*/plugin.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "ConfigReader":
+                continue
+            for keyword in node.keywords:
+                if keyword.arg == "quant_methods":
+                    for name in ast.literal_eval(keyword.value):
+                        names = found.setdefault(name, [])
+                        package = f"quantmill-{path.parents[2].name}"
+                        names += [package] if package not in names else []
+    return found
 
 
 def findings_page() -> str:

@@ -156,6 +156,12 @@ class ConfigReader:
     targeting rules; :mod:`quantmill.targeting.dialects` has the usual translations."""
     accepts: ImportString | None = None
     """``accepts(raw) -> bool``, for a ``quant_method`` that several dialects share."""
+    refusal: tuple[str, str] = ("", "")
+    """Why such a config is not read, and what to do instead: of a dialect that is known and has no
+    method. A plugin that does read it comes first."""
+    translate: ImportString | None = None
+    """``translate(raw) -> Mapping``: the config in the words of the method's own dialect, for a
+    dialect with other fields."""
     detect: ImportString | None = None
     """``detect(headers) -> Mapping | None``: the config that a checkpoint without a
     ``quantization_config`` stands for, from its tensors or the files beside them."""

@@ -302,3 +302,16 @@ def test_experts_are_never_read_without_their_scales(tmp_path: Path, dequantize:
         quantmill.load(folder, dequantize=dequantize)
     found = [item for item in caught.value.findings if item.code == "QM-FP8-014"]
     assert found and "experts" in found[0].where
+
+
+def test_mxfp8_is_fp8_with_powers_of_two_for_32_columns() -> None:
+    raw = {"quant_method": "mxfp8", "modules_to_not_convert": ["lm_head"]}
+    config, findings = Fp8Config.from_checkpoint(raw)
+    assert config.weight_block_size == (1, 32) and config.scale_fmt == "ue8m0" and not findings
+    target, codec = make_target(3, 64), BlockCodec(config)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 64, generator=generator).to(torch.float8_e4m3fn)
+    powers = torch.randint(120, 130, (3, 2), generator=generator).to(torch.uint8)
+    form = codec.decode({"weight": values, "weight_scale_inv": powers}, target, torch.float32)
+    wide = 2.0 ** (powers.float() - 127).repeat_interleave(32, dim=1)
+    assert torch.equal(form.dequantize(torch.float32), values.float() * wide)

@@ -40,8 +40,14 @@ def configure(
 
 
 def _unknown(job: Job, raw: Mapping[str, Any], origin: str) -> Any:
-    known = sorted({key for dialect in job.host.dialects for key in dialect.quant_methods})
     where = "quantization_config" if origin == "checkpoint" else "method"
+    for dialect in job.host.dialects:
+        if dialect.refusal[0] and raw.get("quant_method") in dialect.quant_methods:
+            why, instead = dialect.refusal
+            asked = raw["quant_method"]
+            return UNKNOWN_DIALECT(where, f"quant_method {asked!r} is not read: {why}", instead)
+    readers = [dialect for dialect in job.host.dialects if not dialect.refusal[0]]
+    known = sorted({key for dialect in readers for key in dialect.quant_methods})
     asked = raw.get("quant_method")
     if asked is None:
         cause = "it has no quant_method and no key that identifies a method"
@@ -67,6 +73,8 @@ def read_config(job: Job, raw: Mapping[str, Any], origin: str) -> tuple[str, Met
                 continue
             if (named or marked) and (dialect.accepts is None or resolve(dialect.accepts)(raw)):
                 name = dialect.method
+                if dialect.translate is not None:
+                    raw = resolve(dialect.translate)(raw)
                 break
     if name is None:
         return None

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from quantmill.hookspecs import hookimpl
-from quantmill.registrations import Finalizer, ModelSource, Requirement, Validator, resolve
+from quantmill.registrations import (
+    ConfigReader,
+    Finalizer,
+    ModelSource,
+    Requirement,
+    Validator,
+    resolve,
+)
+from quantmill_transformers.registry import REFUSED
 
 if TYPE_CHECKING:
     from quantmill.job import Job
@@ -33,6 +41,14 @@ def quantmill_model_sources() -> Sequence[ModelSource]:
             priority=10,
             tokenizer="quantmill_transformers.tokenizer:load_tokenizer",
         )
+    ]
+
+
+@hookimpl
+def quantmill_dialects() -> Sequence[ConfigReader]:
+    return [
+        ConfigReader(f"transformers-{key}", (key,), method="", refusal=reason)
+        for key, reason in REFUSED.items()
     ]
 
 

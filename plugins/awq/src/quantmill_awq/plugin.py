@@ -60,7 +60,14 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             method="awq",
             marker_keys=("zero_point", "w_bit"),
             rules="quantmill_awq.config:rules",
-        )
+        ),
+        ConfigReader(
+            name="auto-round-awq",
+            quant_methods=("auto-round",),
+            method="awq",
+            accepts="quantmill_awq.autoround:is_packed_so",
+            translate="quantmill_awq.autoround:translate",
+        ),
     ]
 
 

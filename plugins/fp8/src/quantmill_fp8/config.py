@@ -61,6 +61,9 @@ class Fp8Config(SkipConfig):
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
         data = super().normalise(raw)
+        if raw.get("quant_method") == "mxfp8":
+            # transformers' name for these two: 32 columns share a power of two.
+            data = {"weight_block_size": [1, 32], "scale_fmt": "ue8m0", **data}
         ignored = data.pop("ignored_layers", None)
         if ignored is not None and data.get("modules_to_not_convert") is None:
             # MiniMax names the list so, and transformers takes it.

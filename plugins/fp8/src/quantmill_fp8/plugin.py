@@ -81,7 +81,7 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
     return [
         ConfigReader(
             name="fp8",
-            quant_methods=("fp8",),
+            quant_methods=("fp8", "mxfp8"),
             method="fp8",
             marker_keys=("weight_block_size",),
             rules="quantmill_fp8.config:rules",

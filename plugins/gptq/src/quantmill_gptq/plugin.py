@@ -64,7 +64,14 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             marker_keys=("desc_act", "damp_percent"),
             rules="quantmill_gptq.config:rules",
             accepts="quantmill_gptq.config:is_gptq",
-        )
+        ),
+        ConfigReader(
+            name="auto-round-gptq",
+            quant_methods=("auto-round",),
+            method="gptq",
+            accepts="quantmill_gptq.autoround:is_packed_so",
+            translate="quantmill_gptq.autoround:translate",
+        ),
     ]
 
 

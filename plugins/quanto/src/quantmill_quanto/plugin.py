@@ -53,7 +53,24 @@ def quantmill_methods() -> Sequence[Method]:
                 _preset("int4", "4 bits, groups of 128", 4.25),
                 _preset("int2", "2 bits, groups of 128", 2.25),
             ),
-        )
+        ),
+        Method(
+            name="bitnet",
+            summary="BitNet b1.58 checkpoints: ternary weights, int8 activations, read",
+            config="quantmill_quanto.bitnet:BitnetConfig",
+            quantizer="quantmill_quanto.bitnet:BitnetQuantizer",
+            codec="quantmill_quanto.bitnet:BitnetCodec",
+            linear="quantmill_quanto.bitnet:BitLinearFactory",
+            quant_methods=("bitnet",),
+            capabilities=Capabilities(
+                prequantized=True,
+                trainable=True,
+                dequantizable=True,
+                devices=("cpu", "cuda"),
+                target_kinds=("linear",),
+                bits=(1.58,),
+            ),
+        ),
     ]
 
 
@@ -68,7 +85,13 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             # The package's own files have a map in place of a quantization_config.
             detect="quantmill_quanto.qmap:detect",
             signs=("quanto_qmap.json",),
-        )
+        ),
+        ConfigReader(
+            name="bitnet",
+            quant_methods=("bitnet",),
+            method="bitnet",
+            rules="quantmill_quanto.bitnet:rules",
+        ),
     ]
 
 
