@@ -45,7 +45,7 @@ class Fp8Config(SkipConfig):
     """Scales are float32 numbers, or powers of two of one byte. What a checkpoint really holds its
     tensors say: DeepSeek-V3.1 has ``ue8m0`` in its config and powers of two in float32."""
     activation_scheme: Literal["dynamic", "static"] = "dynamic"
-    """How a GPU kernel of the peer quantizes activations; kept, not computed with."""
+    """How activations are rounded to 8 bits, on devices that multiply in 8 bits."""
     expert_dtype: Literal["fp8"] = "fp8"
     """Experts of 4 bits are not read."""
     modules_to_convert: list[str] | None = Field(None, max_length=0)
@@ -86,8 +86,7 @@ class FbgemmFp8Config(SkipConfig):
     """FBGEMM's row-wise FP8, as transformers reads it."""
 
     activation_scale_ub: float = Field(1200.0, gt=0)
-    """The largest magnitude that the peer's GPU kernel scales activations for; kept, not computed
-    with."""
+    """The largest magnitude that activations are scaled for, on devices that multiply in 8 bits."""
 
     def to_checkpoint(self) -> dict[str, Any]:
         return {"quant_method": "fbgemm_fp8", **super().to_checkpoint()}

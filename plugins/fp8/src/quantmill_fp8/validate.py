@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantmill.findings import Finding, Severity, declare
+from quantmill.forms import Channel
 from quantmill.job import Job
 from quantmill_fp8.config import FbgemmFp8Config, Fp8Config, SkipConfig
 
@@ -13,6 +14,18 @@ __all__ = ["check"]
 NO_CALIBRATION = declare("QM-FP8-010", "Static activation scales need calibration")
 WEIGHT_ONLY = declare(
     "QM-FP8-011", "Activations are computed with as they come, not in 8 bits", Severity.INFO
+)
+NOT_NATIVE = declare(
+    "QM-FP8-015",
+    "A GPU does not compute the products in 8 bits",
+    Severity.WARNING,
+    fallback=True,
+)
+FBGEMM_VERSION = declare(
+    "QM-FP8-016",
+    "The installed FBGEMM does not go with PyTorch",
+    Severity.WARNING,
+    fallback=True,
 )
 NO_EFFECT = declare(
     "QM-FP8-012", "An option of FP8 has no effect here", Severity.WARNING, fallback=True
@@ -30,13 +43,9 @@ def check(job: Job) -> Iterator[Finding]:
     for selection in job.selections.values():
         config = selection.config
         if isinstance(config, FbgemmFp8Config | Fp8Config):
-            field = "activation_scheme" if isinstance(config, Fp8Config) else "activation_scale_ub"
-            yield WEIGHT_ONLY(
-                field,
-                f"{field} is for the peer's GPU kernels, which round activations to 8 bits;"
-                " weights alone are in 8 bits here",
-                "nothing to do: results are closer to the float model's",
-            )
+            yield from _activations(job, config, selection.label)
+        if isinstance(config, FbgemmFp8Config):
+            yield from _library()
         if not isinstance(config, Fp8Config):
             continue
         if config.dequantize:
@@ -57,6 +66,62 @@ def check(job: Job) -> Iterator[Finding]:
                 f"PyTorch {torch.__version__} has no float8_e8m0fnu",
                 "install torch>=2.7, or use scale_fmt=float",
             )
+
+
+def _activations(job: Job, config: SkipConfig, label: str) -> Iterator[Finding]:
+    """What becomes of activations: on a CPU that of the peer, on a GPU a fallback where it is."""
+    field = "activation_scheme" if isinstance(config, Fp8Config) else "activation_scale_ub"
+    if not job.device.startswith("cuda"):
+        yield WEIGHT_ONLY(
+            field,
+            f"{field} is for GPUs, which round activations to 8 bits; weights alone are in 8 bits"
+            f" on {job.device}",
+            "nothing to do: results are closer to the float model's",
+        )
+        return
+    if job.options.output or job.options.dequantize:
+        return
+    from quantmill_fp8.codec import grouping_of
+    from quantmill_fp8.native import kind_of, unavailable
+
+    grouping = grouping_of(config) if isinstance(config, Fp8Config) else Channel(0)
+    kind = kind_of(grouping)
+    reason = f"there is no product for scales by {grouping}"
+    if kind is not None:
+        found = unavailable(kind, job.device)
+        uneven = [] if found else _uneven(job, label, 128 if kind == "block" else 16)
+        if found is None and not uneven:
+            return
+        reason = found or (
+            f"{len(uneven)} weights have other shapes than multiples of"
+            f" {128 if kind == 'block' else 16}, the first is {uneven[0]}"
+        )
+    yield NOT_NATIVE(
+        field,
+        f"{reason}; there a kernel reads the 8-bit weight, and activations stay in 16 bits",
+        "nothing to do, or use a device of compute capability 8.9 and fp8-row or fp8-block",
+    )
+
+
+def _uneven(job: Job, label: str, multiple: int) -> list[str]:
+    """Names of planned weights whose shape no 8-bit product takes."""
+    plan = job.plan
+    return [
+        entry.name
+        for entry in (plan.modules if plan is not None else ())
+        if entry.method == label
+        and entry.target is not None
+        and (entry.target.out_features % multiple or entry.target.in_features % multiple)
+    ]
+
+
+def _library() -> Iterator[Finding]:
+    """An FBGEMM that is there and of a wrong version would crash when it is imported."""
+    from quantmill_fp8.fbgemm import installed, problem
+
+    found = problem() if installed() is not None else None
+    if found is not None:
+        yield FBGEMM_VERSION("fbgemm-gpu", f"{found[0]}; it is not used", found[1])
 
 
 def _without_scales(job: Job) -> Iterator[Finding]:

@@ -1,0 +1,164 @@
+"""Products of 8-bit floats with 8-bit floats, on devices that compute them (Ada, Hopper, newer).
+
+Activations are scaled by the largest magnitude of a token (``row``), of 128 columns of a token
+(``block``), or by a stored number (``tensor``), rounded to E4M3, and multiplied by PyTorch's scaled
+product; FBGEMM's takes its place for rows where PyTorch has none. What this machine can do is
+tried once, with a small product, and the reason why not is a finding.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from quantmill.forms import Blocks, Channel, Grouping, PerTensor, ScaledFloat
+from quantmill_fp8.fbgemm import problem as fbgemm_problem
+
+__all__ = ["Kind", "kind_of", "scaled_product", "unavailable", "unfit"]
+
+Kind = Literal["tensor", "row", "block"]
+TOP = 448.0
+BLOCK = 128
+_ADA = (8, 9)
+_LEAST = 1e-12
+
+
+def kind_of(grouping: Grouping) -> Kind | None:
+    """The scaled product for a weight's grouping, or None where there is none."""
+    if isinstance(grouping, PerTensor):
+        return "tensor"
+    if grouping == Channel(0):
+        return "row"
+    return "block" if grouping == Blocks(BLOCK, BLOCK) else None
+
+
+def unfit(form: ScaledFloat) -> str | None:
+    """Why a weight's shape or scales fit no scaled product, or None."""
+    kind = kind_of(form.grouping)
+    if kind is None:
+        return f"its scales are by {form.grouping}"
+    if form.values.dtype != torch.float8_e4m3fn:
+        return f"its values are {form.values.dtype}"
+    multiple = BLOCK if kind == "block" else 16
+    rows, columns = form.shape
+    if rows % multiple or columns % multiple:
+        return f"its shape {rows} x {columns} is no multiple of {multiple}"
+    return None
+
+
+@cache
+def unavailable(kind: Kind, device: str) -> str | None:
+    """Why ``device`` can't compute such products, or None. Tried once per process."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return f"{device} has no products of 8-bit floats"
+    have = torch.cuda.get_device_capability(device)
+    if have < _ADA:
+        return f"they need compute capability 8.9, this device has {have[0]}.{have[1]}"
+    size = 2 * BLOCK
+    weight = torch.ones(size, size, device=device).to(torch.float8_e4m3fn)
+    shape = {"tensor": (), "row": (size,), "block": (2, 2)}[kind]
+    grouping: Grouping = {"tensor": PerTensor(), "row": Channel(0)}.get(kind, Blocks(BLOCK, BLOCK))
+    form = ScaledFloat(weight, torch.ones(shape, device=device), grouping)
+    x = torch.ones(32, size, device=device, dtype=torch.bfloat16)
+    try:
+        found = scaled_product(x, form)
+        torch.cuda.synchronize(device)
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+        text = (str(error).splitlines() or [""])[0]
+        return f"PyTorch {torch.__version__} refuses them: {text[:160]}"
+    if not bool((found == size).all()):
+        return f"PyTorch {torch.__version__} computes them wrongly here"
+    return None
+
+
+def scaled_product(
+    x: Tensor, form: ScaledFloat, scale: Tensor | None = None, bound: float | None = None
+) -> Tensor:
+    """``x @ W.T`` with both rounded to 8 bits.
+
+    Args:
+        x: bfloat16 or float16 ``[..., in]``.
+        form: a weight ``[out, in]`` that :func:`unfit` has nothing against.
+        scale: float, of static activations; None takes it from ``x``.
+        bound: the largest magnitude that scales are chosen for (``activation_scale_ub``).
+
+    Returns:
+        ``[..., out]`` in the dtype of ``x``.
+    """
+    assert isinstance(form.scale, Tensor)
+    kind = kind_of(form.grouping)
+    flat = x.reshape(-1, x.shape[-1])
+    weight = form.values.t()
+    wide = form.scale.to(torch.float32)
+    if kind == "block":
+        # Columns of scales have to begin at multiples of 16 bytes.
+        padded = torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % 16))
+        codes, by_token = _block_codes(padded)
+        result = _block_product(codes, by_token, weight, wide, x.dtype)[: flat.shape[0]]
+    elif scale is not None and kind == "tensor":
+        codes = _codes(flat.to(torch.float32), scale.to(torch.float32).reshape(1, 1))
+        one = scale.to(torch.float32).reshape(())
+        result = _mm(codes, weight, one, wide.reshape(()), x.dtype)
+    else:
+        work = flat.to(torch.float32)
+        if scale is None:
+            most = work.abs().amax(dim=1, keepdim=True).clamp(min=_LEAST, max=bound)
+            by_row = most / TOP
+        else:
+            by_row = scale.to(torch.float32).reshape(1, 1).expand(flat.shape[0], 1).contiguous()
+        codes = _codes(work, by_row)
+        per_output = wide.reshape(1, -1).expand(1, form.shape[0]).contiguous()
+        result = _mm(codes, weight, by_row, per_output, x.dtype)
+    return result.to(x.dtype).reshape(*x.shape[:-1], form.shape[0])
+
+
+def _codes(work: Tensor, scale: Tensor) -> Tensor:
+    return (work / scale).clamp_(-TOP, TOP).to(torch.float8_e4m3fn)
+
+
+def _mm(codes: Tensor, weight: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    out = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    try:
+        result: Tensor = torch._scaled_mm(
+            codes, weight, scale_a=first, scale_b=second, out_dtype=out
+        )
+    except (RuntimeError, ValueError):
+        if codes.device.type != "cuda" or first.ndim != 2 or fbgemm_problem() is not None:
+            raise
+        import fbgemm_gpu.experimental.gen_ai  # noqa: F401 registers the operators
+
+        operator: Any = torch.ops.fbgemm.f8f8bf16_rowwise
+        result = operator(codes, weight.t(), first.reshape(-1), second.reshape(-1))
+    return result
+
+
+def _block_codes(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales ``[tokens, in / 128]`` with tokens as the fastest axis, as cuBLAS asks."""
+    tiles = flat.to(torch.float32).unflatten(1, (-1, BLOCK))
+    scale = tiles.abs().amax(dim=2).clamp(min=_LEAST) / TOP
+    codes = _codes(tiles, scale.unsqueeze(2)).flatten(1)
+    return codes, scale.t().contiguous().t()
+
+
+def _block_product(
+    codes: Tensor, by_token: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    # The weight's scales lie column by column, each column padded to a multiple of four.
+    blocks = scale.shape[1]
+    padded = scale.new_ones(scale.shape[0], -(-blocks // 4) * 4)
+    padded[:, :blocks] = scale
+    result: Tensor = scaled_mm(
+        codes,
+        weight,
+        by_token,
+        ScalingType.BlockWise1x128,
+        padded.t()[:blocks],
+        ScalingType.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
+    return result.to(dtype)
