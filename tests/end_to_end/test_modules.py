@@ -84,6 +84,15 @@ def test_a_sequential_is_its_own_list_of_blocks(inputs: Tensor) -> None:
     assert (net(inputs) - exact).norm() / exact.norm() < 0.15
 
 
+def test_blocks_that_share_a_module_are_refused(inputs: Tensor) -> None:
+    net = _net()
+    net.stack[2].up = net.stack[0].up
+    with pytest.raises(QuantmillError, match="shares a Linear with block 0") as caught:
+        quantmill.quantize_module(net, "gptq-4:group_size=32", calibration=[inputs])
+    assert caught.value.findings[0].code == "QM-CALIB-021"
+    assert type(net.stack[0].up) is nn.Linear
+
+
 def test_calibration_beats_rounding_on_a_plain_module(inputs: Tensor) -> None:
     exact = _net()(inputs).detach()
     errors = []

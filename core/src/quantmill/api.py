@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from quantmill.findings import Findings, QuantmillError, declare
 from quantmill.host import Host, default_host
 from quantmill.job import Job, Options, Progress, Request
+from quantmill.processes import local_device
 from quantmill.registrations import resolve
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ def make_job(
         host=host,
         headers=headers,
         request=request,
-        device=str(device),
+        device=local_device(str(device)) if options.get("share") else str(device),
         dtype=name,
         options=Options(**options),
         progress=progress,
@@ -163,6 +165,7 @@ def load(
     samples: int = 128,
     length: int = 512,
     seed: int = 0,
+    share: bool = True,
     progress: Progress | None = None,
     host: Host | None = None,
 ) -> nn.Module:
@@ -171,7 +174,8 @@ def load(
     Without a method a float checkpoint loads as it is and a quantized one as it says.
     ``training`` prepares the model for adapters (QLoRA). Calibrated methods take ``calibration``
     (a path, texts or token ids), of which at most ``samples`` windows of ``length`` tokens are
-    chosen by ``seed``.
+    chosen by ``seed``; started by ``torchrun``, the processes that make the same call share that
+    work, unless ``share`` is false.
 
     Raises:
         FindingsError: every error found before loading, at once.
@@ -197,6 +201,7 @@ def load(
         samples=samples,
         length=length,
         seed=seed,
+        share=share,
     )
     from quantmill.loading import load_job
 
@@ -216,6 +221,7 @@ def quantize_module(
     non_finite: str = "error",
     calibration: Any = None,
     seed: int = 0,
+    share: bool = True,
     progress: Progress | None = None,
     host: Host | None = None,
 ) -> nn.Module:
@@ -224,7 +230,7 @@ def quantize_module(
     Its linears become the method's; what is not a target stays. Calibrated methods take
     ``calibration``: a sequence of arguments for the module's forward, one per call (a tensor, a
     tuple, or a mapping of keyword arguments); the module must hold its blocks in a ``ModuleList``
-    or ``Sequential``.
+    or ``Sequential``. ``share`` is that of :func:`load`.
 
     Raises:
         FindingsError: every error found before anything is changed, at once.
@@ -247,6 +253,7 @@ def quantize_module(
         non_finite=non_finite,
         calibration=calibration,
         seed=seed,
+        share=share,
     )
     architecture = ModuleArchitecture(module)
     job.architecture = architecture
@@ -278,20 +285,23 @@ def quantize(
     samples: int = 128,
     length: int = 512,
     seed: int = 0,
+    share: bool = True,
     progress: Progress | None = None,
     host: Host | None = None,
 ) -> WriteReport:
     """Quantize a checkpoint into a new folder, streaming; the folder appears when it is complete.
 
     Calibrated methods take ``calibration`` as :func:`load` does; such a job can be interrupted
-    and goes on, with the same bytes in the end, when it is called again in the same way.
+    and goes on, with the same bytes in the end, when it is called again in the same way. Started
+    by ``torchrun``, the processes that make the same call share the work, the first one writes, and
+    all return when the folder is there; with ``share=False`` each is on its own.
 
     Raises:
         FindingsError: every error found before anything is written, at once.
         QuantmillError: a weight can't be quantized or written; nothing is left behind.
     """
     from quantmill.calibration.carry_out import carry_out, resume_folder
-    from quantmill.stages.write import write_checkpoint
+    from quantmill.stages.write import WriteReport, write_checkpoint
 
     job = make_job(
         source,
@@ -310,12 +320,17 @@ def quantize(
         samples=samples,
         length=length,
         seed=seed,
+        share=share,
     )
     prepare(job).raise_errors()
-    keep = resume_folder(Path(output))
-    return write_checkpoint(
-        job, Path(output), max_shard_bytes, lambda job, sink: carry_out(job, sink, keep)
-    )
+    folder, keep = Path(output), resume_folder(Path(output))
+    start = perf_counter()
+    if job.processes.first:
+        write_checkpoint(job, folder, max_shard_bytes, lambda job, sink: carry_out(job, sink, keep))
+    else:
+        carry_out(job, None, keep)
+    job.processes.wait()
+    return WriteReport.of(job, folder, perf_counter() - start)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

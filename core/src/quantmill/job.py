@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantmill.host import Host
     from quantmill.kernels import KernelRegistry
     from quantmill.planning import Plan
+    from quantmill.processes import Processes
     from quantmill.registrations import Method
 
 __all__ = ["Job", "Options", "Request", "Selection"]
@@ -90,6 +91,8 @@ class Options:
     length: int = 512
     """Tokens per calibration window."""
     seed: int = 0
+    share: bool = True
+    """Under ``torchrun``, share the work with the other processes, which run the same job."""
     planning: bool = False
     """Only a plan is asked for: that calibration data is needed is worth knowing, no error."""
 
@@ -119,6 +122,7 @@ class Job:
     architecture: Architecture | None = field(default=None, repr=False)
     plan: Plan | None = field(default=None, repr=False)
     _kernels: KernelRegistry | None = field(default=None, repr=False)
+    _processes: Processes | None = field(default=None, repr=False)
     state: dict[str, Any] = field(default_factory=dict, repr=False)
     """For plugins that implement several stages: keyed by plugin name."""
 
@@ -149,6 +153,15 @@ class Job:
                 disable=self.options.disable_kernels,
             )
         return self._kernels
+
+    @property
+    def processes(self) -> Processes:
+        """The processes of this job; asking joins those that ``torchrun`` started."""
+        if self._processes is None:
+            from quantmill.processes import ALONE, Processes
+
+            self._processes = Processes.from_environment() if self.options.share else ALONE
+        return self._processes
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from quantmill.calibration.moments import Moments, lanes_of
 from quantmill.calibration.staged import run_staged
 from quantmill.findings import QuantmillError, declare
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from quantmill.calibration.replay import Replay
     from quantmill.config import MethodConfig
     from quantmill.forms import Form
+    from quantmill.kernels import KernelRegistry
+    from quantmill.processes import Processes
     from quantmill.targeting.types import Target
 
 __all__ = ["Block", "Observer"]
@@ -28,8 +32,21 @@ _KEPT = 12
 """Tensors of the size of the hidden states that a paused batch holds, roughly: residual, norm,
 queries, keys, values, rotated copies, a wide MLP's two halves."""
 
-Observer = Callable[[Tensor], None]
-"""Gets the input ``[tokens, in]`` of a linear, once per batch."""
+Observer = Callable[[Tensor, int], None]
+"""Gets the input ``[tokens, in]`` of a linear and the number of its batch, in order of batches.
+Where several processes share the batches, it gets those of its own process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a block needs of its job: the processes that share the work, and how forms travel."""
+
+    processes: Processes
+    kernels: KernelRegistry
+    pack: Callable[[Target, Form], dict[str, Tensor]]
+    """Tensors that stand for a form."""
+    unpack: Callable[[Target, dict[str, Tensor]], Form]
+    """The form that they stand for."""
 
 
 class Block:
@@ -47,6 +64,7 @@ class Block:
         targets: Sequence[Target],
         configs: Mapping[str, MethodConfig],
         replay: Replay,
+        share: Share,
     ) -> None:
         self.index = index
         self.name = name
@@ -63,6 +81,7 @@ class Block:
         self.finished = False
         """The inputs of the next block are there already, from :meth:`quantize_in_order`."""
         self._replay = replay
+        self._share = share
 
     def linear(self, target: Target) -> nn.Module:
         """The float module of a target."""
@@ -87,6 +106,65 @@ class Block:
         parameter.data.copy_(value)
         self.changed[name] = parameter.data
 
+    def make(
+        self, targets: Sequence[Target], quantize: Callable[[Target], tuple[Form, float | None]]
+    ) -> None:
+        """Give ``targets`` their forms: ``quantize(target)`` gives a form and its loss. Several
+        processes share the targets: ``quantize`` is called for this one's only."""
+        processes = self._share.processes
+        if processes.size == 1:
+            for target in targets:
+                self.put(target, *quantize(target))
+            return
+        owners = self._owners(targets)
+        mine = {
+            target.name: quantize(target)
+            for target, owner in zip(targets, owners, strict=True)
+            if owner == processes.rank
+        }
+        for target, owner in zip(targets, owners, strict=True):
+            sent = None
+            if target.name in mine:
+                form, loss = mine[target.name]
+                sent = (self._share.pack(target, form), loss)
+            tensors, loss = processes.exchange(sent, owner, self.weight(target).device)
+            self.put(target, self._share.unpack(target, tensors), loss)
+
+    def _owners(self, targets: Sequence[Target]) -> list[int]:
+        """The process that quantizes each target: the largest go first to who has least."""
+        loads = [0] * self._share.processes.size
+        owners = [0] * len(targets)
+        sizes = [target.out_features * target.in_features**2 for target in targets]
+        for number in sorted(range(len(targets)), key=lambda n: (-sizes[n], n)):
+            owners[number] = loads.index(min(loads))
+            loads[owners[number]] += sizes[number]
+        return owners
+
+    def agree(self, make: Callable[[], Any]) -> Any:
+        """JSON-able data that the first process makes, for all of them. What depends on the
+        inputs at hand and decides what happens must come from here."""
+        return self._share.processes.agree(make)
+
+    def spread(self, count: int, make: Callable[[int], Tensor | None]) -> list[Tensor | None]:
+        """``[make(0), ..., make(count - 1)]``, each made by one of the processes."""
+        processes = self._share.processes
+        device = self._device
+        found: list[Tensor | None] = []
+        made = [make(n) if n % processes.size == processes.rank else None for n in range(count)]
+        for number in range(count):
+            owner = number % processes.size
+            value = made[number]
+            sent = None
+            if owner == processes.rank:
+                sent = ({} if value is None else {"value": value}, None)
+            tensors, _ = processes.exchange(sent, owner, device)
+            found.append(tensors.get("value"))
+        return found
+
+    @property
+    def _device(self) -> torch.device:
+        return self.weight(self.targets[0]).device
+
     def inputs(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Arguments of each call of the block, in order."""
         yield from self._replay.calls(self.index)
@@ -108,12 +186,11 @@ class Block:
         The run ends early, in each batch, when the last observed target has been reached.
         """
         waiting: set[str] = set()
+        number = 0
 
         def hook(target: str, observer: Observer) -> Any:
-            checked = _finite(target, observer)
-
             def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
-                checked(args[0].detach().reshape(-1, args[0].shape[-1]))
+                observer(args[0].detach().reshape(-1, args[0].shape[-1]), number)
                 waiting.discard(target)
                 if not waiting:
                     raise _Enough
@@ -125,7 +202,8 @@ class Block:
                 module = self.model.get_submodule(name)
                 handle = module.register_forward_pre_hook(hook(name, observer))
                 stack.callback(handle.remove)
-            for args, kwargs in self.inputs():
+            calls = zip(self._replay.numbers, self.inputs(), strict=True)
+            for number, (args, kwargs) in calls:  # noqa: B007 the hooks read it
                 # An expert that no token of a batch reaches is never called: the batch just ends.
                 waiting.update(observers)
                 try:
@@ -134,21 +212,47 @@ class Block:
                 except _Enough:
                     continue
 
-    def quantize_in_order(
-        self, observers: Sequence[tuple[str, Observer]], after: Callable[[int], None]
+    def moments(
+        self, groups: Sequence[Sequence[Target]], magnitudes: bool = False
+    ) -> list[Moments]:
+        """Moments of the inputs of each of ``groups``, whose members share one, in one pass.
+
+        Raises:
+            QuantmillError: an input is not finite; the first such target is named.
+        """
+        made = [self._moments(group, magnitudes) for group in groups]
+        self.observe({group[0].name: item.add for group, item in zip(groups, made, strict=True)})
+        for group, item in zip(groups, made, strict=True):
+            _join(group, item)
+        return made
+
+    def in_order(
+        self,
+        groups: Sequence[Sequence[Target]],
+        after: Callable[[int, Moments], None],
     ) -> None:
-        """Give each target (by name, in the order in which they run) its inputs, as the ones
-        before it leave them, and call ``after`` with its number once all batches were seen.
+        """For each of ``groups``, in the order in which they run, gather the moments of the input
+        that the ones before it leave, and call ``after(number, moments)``.
 
         One pass over the block when the batches' intermediate results fit into
-        ``STAGED_BYTES``, and one pass per target otherwise.
+        ``STAGED_BYTES``, and one pass per group otherwise.
+
+        Raises:
+            QuantmillError: an input is not finite; its target is named.
         """
+        made = [self._moments(group, False) for group in groups]
+
+        def reached(number: int) -> None:
+            _join(groups[number], made[number])
+            after(number, made[number])
+            made[number].free()
+
         hidden = self._replay.hidden or self._replay.first_inputs()
         kept = sum(tensor.numel() * tensor.element_size() for tensor in hidden) * _KEPT
         if kept > STAGED_BYTES or self.module is self.model:
-            for number, (name, observer) in enumerate(observers):
-                self.observe({name: observer})
-                after(number)
+            for number, group in enumerate(groups):
+                self.observe({group[0].name: made[number].add})
+                reached(number)
             return
 
         def call(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Callable[[], Any]:
@@ -156,12 +260,23 @@ class Block:
             return lambda: self.module(*args, **kwargs)
 
         stops = [
-            (self.model.get_submodule(name), _finite(name, observer))
-            for name, observer in observers
+            (self.model.get_submodule(group[0].name), item.add)
+            for group, item in zip(groups, made, strict=True)
         ]
-        outputs = run_staged([call(item) for item in self.inputs()], stops, after)
+        calls = [call(item) for item in self.inputs()]
+        outputs = run_staged(calls, self._replay.numbers, stops, reached)
         self._replay.take(self.index, outputs)
         self.finished = True
+
+    def _moments(self, group: Sequence[Target], magnitudes: bool) -> Moments:
+        return Moments(
+            group[0].in_features,
+            self._device,
+            lanes_of(self._replay.total),
+            self._share.processes,
+            self._share.kernels,
+            magnitudes,
+        )
 
     @contextmanager
     def weights(self, changes: Mapping[str, Tensor]) -> Iterator[None]:
@@ -179,55 +294,47 @@ class Block:
     def call_order(self) -> list[list[Target]]:
         """Targets in the order in which they run, those that share one input together."""
         by_name = {target.name: target for target in self.targets}
-        order: list[tuple[int, list[Target]]] = []
+        found = self.agree(self._call_order)
+        return [[by_name[name] for name in group] for group in found]
 
-        def hook(target: Target) -> Any:
+    def _call_order(self) -> list[list[str]]:
+        order: list[tuple[int, list[str]]] = []
+
+        def hook(name: str) -> Any:
             def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
                 key = id(args[0]) if args[0]._base is None else id(args[0]._base)
                 alive.append(args[0])
                 for other, members in order:
                     if other == key:
-                        members.append(target)
+                        members.append(name)
                         return
-                order.append((key, [target]))
+                order.append((key, [name]))
 
             return seen
 
         alive: list[Tensor] = []  # an id is only good while its object lives
         with ExitStack() as stack:
-            for name, target in by_name.items():
-                module = self.model.get_submodule(name)
-                handle = module.register_forward_pre_hook(hook(target))
+            for target in self.targets:
+                module = self.model.get_submodule(target.name)
+                handle = module.register_forward_pre_hook(hook(target.name))
                 stack.callback(handle.remove)
             self.run_first()
-        found = [_distinct(members) for _, members in order]
-        reached = {target.name for members in found for target in members}
-        rest = [[target] for target in self.targets if target.name not in reached]
-        return found + rest
+        found = [list(dict.fromkeys(members)) for _, members in order]
+        reached = {name for members in found for name in members}
+        return found + [[t.name] for t in self.targets if t.name not in reached]
 
 
-def _finite(name: str, observer: Observer) -> Observer:
-    """An observer that refuses NaN and infinity."""
-
-    def checked(inputs: Tensor) -> None:
-        # A sum is not finite if any of its parts is not: one pass, no temporary.
-        if not bool(torch.isfinite(inputs.sum(dtype=torch.float32))) and not bool(
-            torch.isfinite(inputs).all()
-        ):
-            raise QuantmillError(
-                NAN_ACTIVATION(
-                    name,
-                    "its input is NaN or infinite",
-                    "use a dtype of wider range (--dtype float32), or other data",
-                )
+def _join(group: Sequence[Target], moments: Moments) -> None:
+    """Bring the processes' sums together; refuse NaN and infinity."""
+    moments.join()
+    if moments.tokens and not moments.finite:
+        raise QuantmillError(
+            NAN_ACTIVATION(
+                group[0].name,
+                "its input is NaN or infinite, or too large to be squared",
+                "use a dtype of wider range (--dtype float32), or other data",
             )
-        observer(inputs)
-
-    return checked
-
-
-def _distinct(targets: Sequence[Target]) -> list[Target]:
-    return list({target.name: target for target in targets}.values())
+        )
 
 
 class _Enough(Exception):

@@ -29,14 +29,16 @@ def resume_folder(output: Path) -> Path:
     return output.absolute().parent / f".{output.name}.quantmill-unfinished"
 
 
-def carry_out(job: Job, sink: Sink, keep: Path | None = None) -> None:
-    """Run the engine that the job's methods need, into ``sink``.
+def carry_out(job: Job, sink: Sink | None, keep: Path | None = None) -> None:
+    """Run the engine that the job's methods need, into ``sink``; without one, help the processes
+    that have one.
 
     Raises:
         QuantmillError: see the two engines.
     """
     if not needs_calibration(job):
-        run(job, sink)
+        if sink is not None:
+            run(job, sink)
         return
     from quantmill.calibration.data import read_calibration, read_calls
     from quantmill.calibration.engine import calibrate

@@ -3,6 +3,9 @@
 Memory holds the modules outside the blocks, one block, and the hidden states between two blocks.
 A block's weights are read, its linears meet their real inputs (those that the quantized blocks
 before it give), its calibrator turns them into forms, the sink takes them, and it is dropped.
+
+Several processes share the batches and the targets of each block; all of them hold the block and
+get every form, so that each goes on as if it were alone.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.backend import BlockCalibrator, NonFiniteWeight
-from quantmill.calibration.block import Block
+from quantmill.calibration.block import Block, Observer, Share
 from quantmill.calibration.data import CalibrationData, Calls
+from quantmill.calibration.moments import lane_owner, lanes_of
 from quantmill.calibration.overlay import OverlayReader
 from quantmill.calibration.replay import Replay, find_blocks
 from quantmill.calibration.resume import Progress
@@ -36,11 +40,15 @@ NOT_REACHED = declare(
     "Modules got no form from calibration",
     Severity.ERROR,
 )
+_PASSING = ("QM-CKPT", "QM-PROCESS")
 SEVERAL_CALIBRATED = declare("QM-CALIB-041", "Two calibrated methods in one model")
 
 
-def calibrate(job: Job, sink: Sink, data: CalibrationData | Calls, keep: Path | None) -> None:
+def calibrate(
+    job: Job, sink: Sink | None, data: CalibrationData | Calls, keep: Path | None
+) -> None:
     """Carry out ``job.plan`` with calibration; ``keep`` is a folder for resuming, or None.
+    Without a sink this process only helps the others.
 
     Raises:
         QuantmillError: the model can't be replayed, a weight or an activation is not finite, or
@@ -51,9 +59,9 @@ def calibrate(job: Job, sink: Sink, data: CalibrationData | Calls, keep: Path | 
         try:
             run.run()
         except QuantmillError as error:
-            # Bad weights or data stay bad: only a full disk is worth another try.
-            if not any(item.code.startswith("QM-CKPT") for item in error.findings):
-                run.progress.remove()
+            # Bad weights or data stay bad: a full disk or a lost process is worth another try.
+            if not any(item.code.startswith(_PASSING) for item in error.findings):
+                run.progress.abandon()
             raise
 
 
@@ -61,7 +69,7 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        sink: Sink,
+        sink: Sink | None,
         data: CalibrationData | Calls,
         keep: Path | None,
         reader: TensorReader,
@@ -81,7 +89,9 @@ class _Run:
         self.modules = {module.name: module for module in self.architecture.modules}
         self.changed: dict[str, Tensor] = {}
         """Float tensors that calibration changed, by checkpoint name."""
-        self.progress = Progress(keep, self._about())
+        self.processes = job.processes
+        self.share = Share(self.processes, job.kernels, self._pack, self._unpack)
+        self.progress = Progress(keep, self._about(), self.processes)
 
     def _about(self) -> dict[str, Any]:
         import quantmill
@@ -94,7 +104,7 @@ class _Run:
             "targets": {name: pair[1].label for name, pair in sorted(self.targets.items())},
             "tokens": self.data.digest,
             "dtype": self.plan.dtype,
-            "device": self.job.device,
+            "device": self.job.device.partition(":")[0],
             "seed": self.job.options.seed,
             "version": quantmill.__version__,
             "torch": torch.__version__,
@@ -132,8 +142,7 @@ class _Run:
             self._load(model, outside)
             self.architecture.finish(model, job.device)
             model.eval()
-            batches = [_to(batch, job.device) for batch in self.data.batches()]
-            replay = Replay(model, blocks, batches)
+            replay = Replay(model, blocks, *self._batches())
             total = count + 1
             for index in range(count):
                 name = f"{inner}{index}"
@@ -143,19 +152,38 @@ class _Run:
                     if m.name == name or m.name.startswith(f"{name}.")
                 ]
                 if index < self.progress.finished:
-                    forms = self._restore(index)
+                    forms = self._restore(index, name)
                     if index + 1 == self.progress.finished:
-                        replay.hidden = [t.to(job.device) for t in self.progress.inputs()]
+                        kept = self.progress.inputs(replay.numbers)
+                        replay.hidden = [kept[n].to(job.device) for n in replay.numbers]
                 else:
-                    job.advance(index, total, name)
+                    self._advance(index, total, name)
                     forms = self._block(model, replay, calibrator, name, index, inside)
                 self._send(inside, forms)
-            job.advance(count, total, "outside the blocks")
+            self._advance(count, total, "outside the blocks")
             self._send(outside, self._tail(replay, calibrator, inner))
-            job.advance(total, total, "done")
+            self._advance(total, total, "done")
         self.progress.remove()
 
+    def _batches(self) -> tuple[dict[int, Any], int]:
+        """Batches of this process by number, and how many there are in all."""
+        batches = self.data.batches()
+        lanes = lanes_of(len(batches))
+        count = max(lanes) + 1
+        mine = {
+            number: _to(batch, self.job.device)
+            for number, (batch, lane) in enumerate(zip(batches, lanes, strict=True))
+            if lane_owner(lane, count, self.processes.size) == self.processes.rank
+        }
+        return mine, len(batches)
+
+    def _advance(self, done: int, total: int, what: str) -> None:
+        if self.processes.first:
+            self.job.advance(done, total, what)
+
     def _send(self, modules: list[ModuleInfo], forms: Mapping[str, Form | None]) -> None:
+        if self.sink is None:
+            return
         overlay: Any = OverlayReader(self.reader, self.changed)
         for _ in run_modules(self.job, self.sink, modules, overlay, forms):
             pass
@@ -183,7 +211,8 @@ class _Run:
         module = model.get_submodule(name)
         targets = [self.calibrated[m.name] for m in inside if m.name in self.calibrated]
         configs = {target.name: selection.config for target, selection in targets}
-        block = Block(index, name, module, [item[0] for item in targets], configs, replay)
+        members = [target for target, _ in targets]
+        block = Block(index, name, module, members, configs, replay, self.share)
         self._finite(block)
         if block.targets:
             calibrator.calibrate(block)
@@ -220,7 +249,7 @@ class _Run:
         if losses:
             self.job.state.setdefault("losses", {})[block.name] = dict(block.losses)
             words = f"{block.name} loss {sum(losses) / len(losses):.2e}"
-            self.job.advance(block.index, len(block._replay.blocks) + 1, words)
+            self._advance(block.index, len(block._replay.blocks) + 1, words)
 
     def _take_changes(self, block: Block) -> None:
         for name, value in block.changed.items():
@@ -228,16 +257,22 @@ class _Run:
             sources = self.modules[module].parameters[local].sources
             self.changed[sources[0]] = value.detach().clone()
 
+    def _pack(self, target: Target, form: Form) -> dict[str, Tensor]:
+        return codec_of(self.job, self.calibrated[target.name][1]).encode(form)
+
+    def _unpack(self, target: Target, tensors: dict[str, Tensor]) -> Form:
+        codec = codec_of(self.job, self.calibrated[target.name][1])
+        return codec.decode(tensors, target, self.dtype)
+
     def _keep(self, block: Block, replay: Replay) -> None:
         if self.progress.folder is None:
             return
         tensors: dict[str, Tensor] = {}
-        for name, form in block.forms.items():
-            if form is None:
-                continue
-            _, selection = self.calibrated[name]
-            for local, tensor in codec_of(self.job, selection).encode(form).items():
-                tensors[f"form|{name}|{local}"] = tensor
+        for target in block.targets:
+            form = block.forms.get(target.name)
+            if form is not None:
+                for local, tensor in self._pack(target, form).items():
+                    tensors[f"form|{target.name}|{local}"] = tensor
         for name, value in block.changed.items():
             tensors[f"float|{name}"] = value
         about = {
@@ -245,25 +280,27 @@ class _Run:
             "forms": sorted(name for name, form in block.forms.items() if form is not None),
         }
         about["kept"] = sorted(name for name, form in block.forms.items() if form is None)
-        self.progress.save(block.index, tensors, about, replay.hidden)
+        hidden = dict(zip(replay.numbers, replay.hidden, strict=True))
+        self.progress.save(block.index, tensors, about, hidden)
 
-    def _restore(self, index: int) -> dict[str, Form | None]:
+    def _restore(self, index: int, name: str) -> dict[str, Form | None]:
         tensors, about = self.progress.block(index)
         forms: dict[str, Form | None] = dict.fromkeys(about["kept"])
-        for name in about["forms"]:
-            target, selection = self.calibrated[name]
-            prefix = f"form|{name}|"
+        for module in about["forms"]:
+            prefix = f"form|{module}|"
             members = {
                 key.removeprefix(prefix): tensor.to(self.job.device)
                 for key, tensor in tensors.items()
                 if key.startswith(prefix)
             }
-            forms[name] = codec_of(self.job, selection).decode(members, target, self.dtype)
+            forms[module] = self._unpack(self.calibrated[module][0], members)
         for key, tensor in tensors.items():
             if key.startswith("float|"):
-                module, _, local = key.removeprefix("float|").rpartition(".")
-                sources = self.modules[module].parameters[local].sources
+                owner, _, local = key.removeprefix("float|").rpartition(".")
+                sources = self.modules[owner].parameters[local].sources
                 self.changed[sources[0]] = tensor
+        if about["losses"]:
+            self.job.state.setdefault("losses", {})[name] = about["losses"]
         return forms
 
     def _tail(
@@ -274,9 +311,8 @@ class _Run:
         if not outside:
             return {}
         configs = {target.name: selection.config for target, selection in outside}
-        block = _Tail(
-            len(replay.blocks), "", replay.model, [pair[0] for pair in outside], configs, replay
-        )
+        members = [target for target, _ in outside]
+        block = _Tail(len(replay.blocks), "", replay.model, members, configs, replay, self.share)
         self._finite(block)
         calibrator.calibrate(block)
         self._complete(block)
@@ -291,19 +327,22 @@ class _Tail(Block):
         for _ in self._replay.finish():
             yield (), {}
 
-    def observe(self, observers: Mapping[str, Any]) -> None:
+    def observe(self, observers: Mapping[str, Observer]) -> None:
         handles = []
+        number = 0
         for name, observer in observers.items():
             module = self._replay.model.get_submodule(name)
 
-            def seen(_: nn.Module, args: tuple[Any, ...], observer: Any = observer) -> None:
-                observer(args[0].detach().reshape(-1, args[0].shape[-1]))
+            def seen(_: nn.Module, args: tuple[Any, ...], observer: Observer = observer) -> None:
+                observer(args[0].detach().reshape(-1, args[0].shape[-1]), number)
 
             handles.append(module.register_forward_pre_hook(seen))
+        outputs = self._replay.finish()
         try:
-            for _ in self._replay.finish():
-                pass
+            for number in self._replay.numbers:  # noqa: B007 the hooks read it
+                next(outputs)
         finally:
+            outputs.close()
             for handle in handles:
                 handle.remove()
 

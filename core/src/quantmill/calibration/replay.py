@@ -8,7 +8,7 @@ block replaced by one that passes its input on, and the stored hidden states are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,19 @@ def find_blocks(model: nn.Module, names: Sequence[str]) -> tuple[str, int]:
         )
     best = max(counts, key=lambda name: counts[name])
     blocks: Any = model.get_submodule(best)
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for part in block.modules():
+            first = owners.setdefault(id(part), index)
+            if first != index and any(True for _ in part.parameters()):
+                raise QuantmillError(
+                    ODD_BLOCK(
+                        f"{best}.{index}" if best else str(index),
+                        f"it shares a {type(part).__name__} with block {first}, whose weights are"
+                        " gone when it is quantized",
+                        "give each block modules of its own, or use a method without calibration",
+                    )
+                )
     return best, len(blocks)
 
 
@@ -75,17 +88,24 @@ class _Caught(Exception):
 class Replay:
     """The model, its blocks and the hidden states between two of them."""
 
-    def __init__(self, model: nn.Module, blocks: str, batches: Sequence[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: str, batches: Mapping[int, Any], total: int
+    ) -> None:
         """Args:
         model: computes with real weights outside its blocks; its blocks may be on meta.
         blocks: name of the list of blocks.
-        batches: arguments of the model, one per call: token ids ``[n, length]``, or what a
-            plain module takes (a tensor, a tuple, or a mapping of keyword arguments).
+        batches: arguments of the model by the number of the call: token ids ``[n, length]``,
+            or what a plain module takes (a tensor, a tuple, or a mapping of keyword arguments).
+            Those of this process.
+        total: calls of all processes.
         """
         self.model = model
         self.blocks: Any = model.get_submodule(blocks)
         self.blocks_name = blocks
-        self.batches = list(batches)
+        self.numbers = sorted(batches)
+        """Of the batches at hand, among all."""
+        self.batches = [batches[number] for number in self.numbers]
+        self.total = total
         self.hidden: list[Tensor] = []
         """Input of the block at hand, per batch."""
         self._rest: tuple[Any, ...] | None = None
@@ -180,7 +200,7 @@ class Replay:
             following.append(output)
         self.hidden = following
 
-    def finish(self) -> Iterator[Any]:
+    def finish(self) -> Generator[Any]:
         """The model's output per batch, from the hidden states after the last block."""
         count = len(self.blocks)
         with torch.no_grad(), self._passing(count):

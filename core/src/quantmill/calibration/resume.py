@@ -1,8 +1,10 @@
 """Resuming: what a calibrated job has finished lies beside its output until the job ends.
 
-One file per finished block, in the layouts that are written in the end anyway, and one with the
-inputs of the next block. A file appears under its name when it is whole. A job with another
-source, config, data, seed or version does not touch what it finds: it is refused.
+One file per finished block, in the layouts that are written in the end anyway, and one per process
+with the inputs of the next block. A file appears under its name when it is whole, the block's after
+the inputs that follow it: as many blocks count as have a file. A job with another source, config,
+data, seed or version does not touch what it finds: it is refused. Another number of processes may
+go on.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,12 @@ from quantmill.findings import QuantmillError, declare
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantmill.processes import Processes
+
 __all__ = ["Progress", "fingerprint"]
 
 OTHER_JOB = declare("QM-CALIB-030", "An unfinished job with another config lies at the output")
 _ABOUT = "job.json"
-_INPUTS = "inputs.safetensors"
 
 
 def fingerprint(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,60 +41,60 @@ def fingerprint(parts: Mapping[str, Any]) -> dict[str, Any]:
 class Progress:
     """The folder of an unfinished job; with ``None`` nothing is kept."""
 
-    def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, about: Mapping[str, Any], processes: Processes) -> None:
         """Raises QuantmillError if the folder belongs to another job."""
         self.folder = folder
         self.finished = 0
         """Blocks whose files are whole."""
+        self._processes = processes
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _ABOUT
-        wanted = fingerprint(about)
-        if path.is_file():
-            self._compare(json.loads(path.read_text(encoding="utf-8")), wanted)
-        else:
-            _replace(path, json.dumps(wanted, indent=2, sort_keys=True).encode())
-        while (folder / _block(self.finished)).is_file():
-            self.finished += 1
-        # Without the inputs that follow the last block there is nothing to go on from.
-        if self.finished and self._inputs_index() != self.finished:
-            self.finished = self._inputs_index()
-
-    def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        self.finished, differing = processes.agree(lambda: self._open(folder, fingerprint(about)))
         if differing:
             raise QuantmillError(
                 OTHER_JOB(
-                    str(self.folder),
+                    str(folder),
                     "it differs in " + ", ".join(differing),
                     "run the command it was started with, or remove that folder",
                 )
             )
 
-    def _inputs_index(self) -> int:
-        assert self.folder is not None
-        path = self.folder / _INPUTS
-        if not path.is_file():
-            return 0
-        with safe_open(path, "pt") as stored:
-            return int((stored.metadata() or {}).get("block", "0"))
+    @staticmethod
+    def _open(folder: Path, wanted: Mapping[str, Any]) -> tuple[int, list[str]]:
+        """Finished blocks, and what the folder's job has otherwise."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _ABOUT
+        finished = 0
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+            if differing:
+                return 0, differing
+        else:
+            _replace(path, json.dumps(wanted, indent=2, sort_keys=True).encode())
+        while (folder / _block(finished)).is_file():
+            finished += 1
+        return finished, []
 
     def save(
         self,
         index: int,
         tensors: Mapping[str, Tensor],
         about: Mapping[str, Any],
-        hidden: list[Tensor],
+        hidden: Mapping[int, Tensor],
     ) -> None:
-        """Keep what block ``index`` became, and the inputs of the next."""
+        """Keep what block ``index`` became, and the inputs of the next by number of the batch
+        (those of this process)."""
         if self.folder is None:
             return
-        inputs = {f"{number:06}": tensor.contiguous() for number, tensor in enumerate(hidden)}
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._write(_block(index), whole, {"about": json.dumps(about)})
-        # Written last: its number says how many blocks count.
-        self._write(_INPUTS, inputs, {"block": str(index + 1)})
+        inputs = {f"{number:06}": t.detach().cpu().contiguous() for number, t in hidden.items()}
+        self._write(_inputs(index + 1, str(self._processes.rank)), inputs, {})
+        self._processes.wait()
+        if self._processes.first:
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            self._write(_block(index), whole, {"about": json.dumps(about)})
+            for path in self.folder.glob(_inputs(index, "*")):
+                path.unlink()
         self.finished = index + 1
 
     def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -110,20 +113,35 @@ class Progress:
             about: dict[str, Any] = json.loads((stored.metadata() or {}).get("about", "{}"))
         return load_file(path), about
 
-    def inputs(self) -> list[Tensor]:
-        """Inputs of the block after the last finished one."""
+    def inputs(self, numbers: Sequence[int]) -> dict[int, Tensor]:
+        """Inputs of the block after the last finished one, of the batches ``numbers``."""
         assert self.folder is not None
-        stored = load_file(self.folder / _INPUTS)
-        return [stored[name] for name in sorted(stored)]
+        found: dict[int, Tensor] = {}
+        for path in sorted(self.folder.glob(_inputs(self.finished, "*"))):
+            with safe_open(path, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 it is no mapping
+                    if int(name) in numbers:
+                        found[int(name)] = stored.get_tensor(name)
+        return found
 
     def remove(self) -> None:
         """The job has ended well."""
-        if self.folder is not None:
+        self._processes.wait()
+        if self.folder is not None and self._processes.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """The job can't end well: nothing is worth going on from."""
+        if self.folder is not None and self._processes.first:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _block(index: int) -> str:
     return f"block-{index:05}.safetensors"
+
+
+def _inputs(index: int, process: str) -> str:
+    return f"inputs-{index:05}-{process}.safetensors"
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 __all__ = ["run_staged"]
 
-Observer = Callable[[Tensor], None]
+Observer = Callable[[Tensor, int], None]
 
 
 class _Run(threading.Thread):
     """One batch; ``at`` is the stop it waits at, ``None`` when it has ended."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], number: int) -> None:
         super().__init__(daemon=True)
+        self.number = number
         self._call = call
         self._mine = threading.Semaphore(0)
         self._theirs = threading.Semaphore(0)
@@ -75,6 +76,7 @@ class _Abandoned(BaseException):
 
 def run_staged(
     calls: Sequence[Callable[[], Any]],
+    numbers: Sequence[int],
     stops: Sequence[tuple[nn.Module, Observer]],
     after: Callable[[int], None],
 ) -> list[Any]:
@@ -82,12 +84,13 @@ def run_staged(
 
     Args:
         calls: one per batch.
+        numbers: of the batches, for the observers.
         stops: modules in the order in which they run, each with what sees its input
             ``[tokens, in]`` in every batch before it computes.
         after: ``after(i)`` is called when all batches have been seen at stop ``i``, and may
             change weights: the module there then computes with the new ones.
     """
-    runs = [_Run(call) for call in calls]
+    runs = [_Run(call, number) for call, number in zip(calls, numbers, strict=True)]
     of_thread: dict[int, _Run] = {}
     reached = -1
 
@@ -97,7 +100,7 @@ def run_staged(
             # A module that is called again, or before its turn comes, is quantized already.
             if run is None or stop <= reached:
                 return
-            observer(args[0].detach().reshape(-1, args[0].shape[-1]))
+            observer(args[0].detach().reshape(-1, args[0].shape[-1]), run.number)
             run.pause(stop)
 
         return seen

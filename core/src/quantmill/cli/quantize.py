@@ -52,12 +52,16 @@ def command(
 ) -> None:
     """Quantize SOURCE with METHOD into the new folder OUTPUT, streaming."""
     import quantmill
+    from quantmill.processes import first_process
 
     options |= calibration_arguments(options)
-    with progress_bar("quantizing", quiet=quiet) as progress:
+    shown = first_process()
+    with progress_bar("quantizing", quiet=quiet or not shown) as progress:
         report = quantmill.quantize(
             source, output, method, progress=progress, max_shard_bytes=max_shard, **options
         )
+    if not shown:
+        return
     if as_json:
         print_json(report.to_dict())
         return

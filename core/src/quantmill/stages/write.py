@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,6 +33,15 @@ class WriteReport:
     files: dict[str, int]
     plan: Plan
     seconds: float
+    losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Relative squared output error of each module by block, for calibrated methods."""
+
+    @classmethod
+    def of(cls, job: Job, folder: Path, seconds: float) -> WriteReport:
+        """What ``job`` wrote into ``folder``."""
+        assert job.plan is not None
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        return cls(folder, files, job.plan, seconds, job.state.get("losses", {}))
 
     @property
     def bytes(self) -> int:
@@ -46,6 +55,7 @@ class WriteReport:
             "files": self.files,
             "bytes": self.bytes,
             "seconds": self.seconds,
+            "losses": {name: dict(found) for name, found in self.losses.items()},
             "plan": self.plan.to_dict(),
         }
 
@@ -133,5 +143,4 @@ def write_checkpoint(
             source = job.headers.source
             writer.write_bytes(name, source.read(name, 0, source.size(name)))
         writer.commit()
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return WriteReport(folder, files, job.plan, perf_counter() - start)
+    return WriteReport.of(job, folder, perf_counter() - start)

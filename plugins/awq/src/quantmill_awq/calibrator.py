@@ -9,12 +9,15 @@ forms of the inputs' second moments, so that no candidate needs a run of the blo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantmill.backend import BlockCalibrator
 from quantmill.calibration.block import Block
+from quantmill.calibration.moments import Moments
+from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_awq.config import AwqConfig
 from quantmill_awq.folding import Fold, find_fold
@@ -29,65 +32,39 @@ _LEAST = 0.5
 """Ranges are tried from the full one down to half, in this many steps."""
 
 
-class _Moments:
-    """Second moments and mean magnitude of inputs ``[tokens, in]``."""
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.square = torch.zeros(columns, columns, device=device)
-        self.magnitude = torch.zeros(columns, device=device)
-        self.tokens = 0
-
-    def add(self, inputs: Tensor) -> None:
-        work = inputs.to(torch.float32)
-        count = self.tokens + work.shape[0]
-        keep, gain = self.tokens / count, 1.0 / count
-        self.square.mul_(keep).addmm_(work.t(), work, alpha=gain)
-        self.magnitude.mul_(keep).add_(work.abs().sum(0), alpha=gain)
-        self.tokens = count
-
-
 class AwqCalibrator(BlockCalibrator[AwqConfig]):
     """Scales first, for the whole block; then clipping and rounding, linear by linear."""
 
     def calibrate(self, block: Block) -> None:
         groups = block.call_order()
-        moments = {group[0].name: _Moments(group[0].in_features, self.device) for group in groups}
-        block.observe({name: item.add for name, item in moments.items()})
-        for group in groups:
-            found = moments[group[0].name]
-            if found.tokens:
-                self._scale(block, group, found)
-        for group in groups:
-            for target in group:
-                self._round(block, target, moments[group[0].name])
+        moments = block.moments(groups, magnitudes=True)
+        folds = block.agree(lambda: _folds(block, groups))
+        device = moments[0].square.device
 
-    def _scale(self, block: Block, group: Sequence[Target], moments: _Moments) -> None:
-        fold = find_fold(block, group)
-        if fold is None:
-            return
-        config = block.configs[group[0].name]
-        assert isinstance(config, AwqConfig)
-        scale = self._search(block, group, moments, fold, config)
-        if scale is None:
-            return
-        model = block.model
-        for local, value in fold.changes(model.get_submodule(fold.module), scale).items():
-            block.change(f"{fold.module}.{local}", value)
-        for target in group:
-            weight = block.weight(target)
-            weight.mul_(scale.to(weight.dtype))
-        moments.square.div_(scale.unsqueeze(0)).div_(scale.unsqueeze(1))
-        moments.magnitude.div_(scale)
+        def search(number: int) -> Tensor | None:
+            if folds[number] is None or not moments[number].tokens:
+                return None
+            fold = Fold.from_data(folds[number], device)
+            return self._search(block, groups[number], moments[number], fold)
+
+        # A search sees the weights of its own linears only: none waits for another.
+        scales = block.spread(len(groups), search)
+        for group, found, data, scale in zip(groups, moments, folds, scales, strict=True):
+            if scale is not None:
+                _apply(block, group, found, Fold.from_data(data, device), scale)
+        by_target = {
+            target.name: found
+            for group, found in zip(groups, moments, strict=True)
+            for target in group
+        }
+        block.make(block.targets, lambda target: _round(block, target, by_target[target.name]))
 
     def _search(
-        self,
-        block: Block,
-        group: Sequence[Target],
-        moments: _Moments,
-        fold: Fold,
-        config: AwqConfig,
+        self, block: Block, group: Sequence[Target], moments: Moments, fold: Fold
     ) -> Tensor | None:
         """The best scales ``[in]``, or None when none beats plain rounding."""
+        config = block.configs[group[0].name]
+        assert isinstance(config, AwqConfig)
         sample = [_sample(block.weight(target).to(torch.float32)) for target in group]
         together = torch.cat(sample)
         inputs = moments.magnitude.clamp(min=1e-8)
@@ -98,25 +75,44 @@ class AwqCalibrator(BlockCalibrator[AwqConfig]):
             for mix in (0.0, 1.0 - share):
                 scale = inputs.pow(share) / weights.pow(mix)
                 scale = fold.reduce(scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4)
-                square = moments.square / scale.unsqueeze(0) / scale.unsqueeze(1)
-                error = _error(together * scale, square, config)
+                error = _error(together, moments.square, config, scale)
                 if error < best:
                     best, chosen = error, scale
         return chosen
 
-    def _round(self, block: Block, target: Target, moments: _Moments) -> None:
-        config = block.configs[target.name]
-        assert isinstance(config, AwqConfig)
-        stored = block.weight(target)
-        weight = stored.to(torch.float32)
-        share = _clip(weight, moments, config) if config.clip and moments.tokens else None
-        form = make_form(weight, config, stored.dtype, share)
-        loss = None
-        if moments.tokens:
-            error = form.dequantize(torch.float32) - weight
-            energy = (weight @ moments.square).mul_(weight).sum().clamp(min=1e-30)
-            loss = float((error @ moments.square).mul_(error).sum() / energy)
-        block.put(target, form, loss)
+
+def _folds(block: Block, groups: Sequence[Sequence[Target]]) -> list[list[Any] | None]:
+    """Where the inverse of each group's scales can go, as JSON-able data."""
+    found = (find_fold(block, group) for group in groups)
+    return [None if fold is None else fold.to_data() for fold in found]
+
+
+def _apply(
+    block: Block, group: Sequence[Target], moments: Moments, fold: Fold, scale: Tensor
+) -> None:
+    """Divide the giver's output by ``scale``, and multiply the columns that read it."""
+    giver = block.model.get_submodule(fold.module)
+    for local, value in fold.changes(giver, scale).items():
+        block.change(f"{fold.module}.{local}", value)
+    for target in group:
+        weight = block.weight(target)
+        weight.mul_(scale.to(weight.dtype))
+    moments.square.div_(scale.unsqueeze(0)).div_(scale.unsqueeze(1))
+    moments.magnitude.div_(scale)
+
+
+def _round(block: Block, target: Target, moments: Moments) -> tuple[Form, float | None]:
+    config = block.configs[target.name]
+    assert isinstance(config, AwqConfig)
+    stored = block.weight(target)
+    weight = stored.to(torch.float32)
+    share = _clip(weight, moments, config) if config.clip and moments.tokens else None
+    form = make_form(weight, config, stored.dtype, share)
+    if not moments.tokens:
+        return form, None
+    error = form.dequantize(torch.float32) - weight
+    energy = (weight @ moments.square).mul_(weight).sum().clamp(min=1e-30)
+    return form, float((error @ moments.square).mul_(error).sum() / energy)
 
 
 def _sample(weight: Tensor) -> Tensor:
@@ -137,17 +133,18 @@ def _magnitude(weight: Tensor, width: int) -> Tensor:
     return share.reshape(rows, -1)[:, :columns].mean(0).clamp(min=1e-4)
 
 
-def _error(weight: Tensor, square: Tensor, config: AwqConfig) -> float:
-    """Squared output error of rounding ``weight`` to nearest."""
+def _error(weight: Tensor, square: Tensor, config: AwqConfig, scale: Tensor | None = None) -> float:
+    """Squared output error of rounding ``weight`` to nearest, its columns times ``scale``."""
     rows, columns = weight.shape
     width = group_width(config, columns)
-    blocks = weight.reshape(rows, -1, width)
-    scale, zero = ranges(blocks, config)
-    error = (nearest(blocks, scale, zero) - blocks).reshape(rows, columns)
+    blocks = (weight if scale is None else weight * scale).reshape(rows, -1, width)
+    error = (nearest(blocks, *ranges(blocks, config)) - blocks).reshape(rows, columns)
+    if scale is not None:
+        error /= scale
     return float((error @ square).mul_(error).sum())
 
 
-def _clip(weight: Tensor, moments: _Moments, config: AwqConfig) -> Tensor:
+def _clip(weight: Tensor, moments: Moments, config: AwqConfig) -> Tensor:
     """Share of each group's range to keep, ``[out, groups]``, by the error within the group."""
     rows, columns = weight.shape
     width = group_width(config, columns)

@@ -38,6 +38,16 @@ class Fold:
     channels: Tensor
     """int64 ``[in]``: the giver's channel that each input channel follows."""
 
+    def to_data(self) -> list[Any]:
+        """JSON-able data."""
+        return [self.module, self.kind, self.channels.tolist()]
+
+    @classmethod
+    def from_data(cls, data: Sequence[Any], device: torch.device) -> Fold:
+        """What :meth:`to_data` gave."""
+        module, kind, channels = data
+        return cls(module, kind, torch.tensor(channels, dtype=torch.int64, device=device))
+
     def reduce(self, scale: Tensor) -> Tensor:
         """One scale per giver's channel, spread back over the inputs that follow it: ``[in]``."""
         count = int(self.channels.max()) + 1
