@@ -163,13 +163,13 @@ class Codec(ABC, Generic[ConfigT]):
         """
 
     def annotate(self, form: Form, name: str) -> Mapping[str, str]:
-        """Entries for the ``__metadata__`` of the file that ``form`` goes to; ``name`` is its
-        weight's there. What is under ``name`` comes back as :attr:`Target.note`."""
+        """Entries for the ``__metadata__`` of the files; ``name`` is the name of the weight of
+        ``form`` there. What is under ``name`` comes back as :attr:`Target.note`."""
         return {}
 
     def metadata(self, tensors: Sequence[str], notes: Mapping[str, str]) -> Mapping[str, str]:
-        """The whole ``__metadata__`` of a file that holds ``tensors``; ``notes`` is what
-        :meth:`annotate` said of the weights in it."""
+        """The ``__metadata__`` of every file of a checkpoint of ``tensors``; ``notes`` is what
+        :meth:`annotate` said of the weights."""
         return notes
 
     @classmethod

@@ -421,35 +421,32 @@ def test_a_write_that_fails(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_notes_stand_in_the_metadata_of_the_shard_they_belong_to(tmp_path: Path) -> None:
+def test_notes_stand_in_the_metadata_of_every_shard(tmp_path: Path) -> None:
     def metadata(names: Any, notes: Any) -> dict[str, str]:
         return {**notes, "names": json.dumps(list(names))}
 
-    with CheckpointWriter(tmp_path / "out", max_shard_bytes=100, metadata=metadata) as writer:
+    options: dict[str, Any] = {"max_shard_bytes": 100, "metadata": metadata}
+    with CheckpointWriter(tmp_path / "out", metadata_bytes=8000, **options) as writer:
         for name in ("one", "two"):
             writer.add(name, torch.zeros(16))
             writer.note({f"{name}.note": "x" * 3000})
         writer.commit()
-    seen = {}
-    for path in sorted((tmp_path / "out").glob("*.safetensors")):
+    paths = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(paths) == 2
+    for path in paths:
         with safe_open(path, framework="pt") as file:
-            seen[path.name] = file.metadata()
-    assert [sorted(item) for item in seen.values()] == [
-        ["format", "names", "one.note"],
-        ["format", "names", "two.note"],
-    ]
-    assert all(item["format"] == "pt" for item in seen.values())
+            seen = file.metadata()
+        assert sorted(seen) == ["format", "names", "one.note", "two.note"]
+        assert seen["format"] == "pt" and json.loads(seen["names"]) == ["one", "two"]
 
 
-def test_notes_that_fill_a_header_open_a_shard(tmp_path: Path) -> None:
-    def metadata(names: Any, notes: Any) -> dict[str, str]:
-        return {**notes, **dict.fromkeys(names, "plain")}
+def test_more_notes_than_were_foreseen_are_an_error_and_leave_nothing(tmp_path: Path) -> None:
+    def work() -> None:
+        with CheckpointWriter(tmp_path / "out", header_bytes=4096, metadata_bytes=10) as writer:
+            writer.add("one", torch.zeros(16))
+            writer.note({"one.note": "x" * 9000})
+            writer.commit()
 
-    with CheckpointWriter(tmp_path / "out", header_bytes=4096, metadata=metadata) as writer:
-        for index in range(40):
-            writer.add(f"t{index}", torch.zeros(16))
-            writer.note({f"t{index}.weight": "y" * 1000})
-        writer.commit()
-    headers = read_headers(open_source(tmp_path / "out"))
-    assert len(headers.files) > 1 and len(headers.tensors) == 40
-    assert {f"t{index}.weight" for index in range(40)} <= set(headers.metadata)
+    with pytest.raises(QuantmillError):
+        work()
+    assert not list(tmp_path.iterdir())

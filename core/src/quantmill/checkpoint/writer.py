@@ -54,6 +54,7 @@ class CheckpointWriter:
         manifest: Mapping[str, Any] | None = None,
         header_bytes: int = _RESERVED,
         metadata: Metadata | None = None,
+        metadata_bytes: int = 0,
     ) -> None:
         """Nothing is created yet.
 
@@ -63,8 +64,9 @@ class CheckpointWriter:
                 shard of its own.
             manifest: what the manifest says besides versions and files.
             header_bytes: room kept for a shard's header; when it is full, a shard is begun.
-            metadata: makes a shard's ``__metadata__`` of the names of its tensors and of what
-                :meth:`note` was told; without it there is only the framework's mark.
+            metadata: makes the ``__metadata__`` of every shard of the names of all tensors and of
+                what :meth:`note` was told; without it there is only the framework's mark.
+            metadata_bytes: room kept for that.
 
         Raises:
             QuantmillError: ``QM-CKPT-050``, ``folder`` exists and is not empty.
@@ -84,6 +86,8 @@ class CheckpointWriter:
         self._reserved = min(_RESERVED, -(-max(header_bytes, 1) // 4096) * 4096)
         self._about = dict(manifest or {})
         self._metadata = metadata or (lambda names, notes: notes)
+        self._metadata_bytes = max(metadata_bytes, 0)
+        self._notes: dict[str, str] = {}
         # Resolved: a link to an empty folder is not what a folder can be renamed to.
         self._target = self.folder.resolve()
         self._token = f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -155,15 +159,14 @@ class CheckpointWriter:
         self._names[name] = len(self._shards) - 1
 
     def note(self, notes: Mapping[str, str]) -> None:
-        """Add to the ``__metadata__`` of the shard that the last tensor went to."""
-        if notes:
-            self._shards[-1].note(notes)
+        """Add to the ``__metadata__`` that every shard will have."""
+        self._notes.update(notes)
 
     def _open_shard(self, first: str) -> None:
         # The first entry must fit, whatever its name: an escaped character takes up to 12 bytes.
-        reserve = -(-(24 * len(first) + 8192) // 4096) * 4096
+        reserve = max(self._reserved, 24 * len(first) + 2048) + self._metadata_bytes
         path = self._work / f"shard-{self._token}-{len(self._shards)}"
-        self._shards.append(_Shard(path, max(self._reserved, reserve), self._metadata))
+        self._shards.append(_Shard(path, -(-reserve // 4096) * 4096, self._metadata_bytes))
 
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file."""
@@ -214,7 +217,9 @@ class CheckpointWriter:
                 raise QuantmillError(codes.WRITTEN_TWICE(name, cause, _bug()))
         with self._guard():
             self._shards[-1].close()
+            about = {**_FORMAT, **self._metadata(list(self._names), self._notes)}
             for shard, name in zip(self._shards, names, strict=True):
+                shard.seal(about)
                 shard.path.rename(self._work / name)
         if count > 1:
             total = sum(shard.data_bytes for shard in self._shards)
@@ -257,8 +262,6 @@ _SMALL: Final = 1 << 16
 """Shorter tensors of no multiple of ``_ALIGNED`` bytes wait for the end of their shard."""
 _GROWTH: Final = 32
 """Bytes by which an entry grows when its offsets do."""
-_NOTE: Final = 2048
-"""Bytes kept for what is noted of a tensor after it is written."""
 
 
 def _opening(metadata: Mapping[str, str]) -> str:
@@ -268,11 +271,9 @@ def _opening(metadata: Mapping[str, str]) -> str:
 class _Shard:
     """One safetensors file while it grows."""
 
-    def __init__(self, path: Path, reserved: int, metadata: Metadata) -> None:
+    def __init__(self, path: Path, reserved: int, about: int) -> None:
+        """``reserved`` bytes are kept for the header, ``about`` of them for its metadata."""
         self.path = path
-        self._metadata = metadata
-        self._names: list[str] = []
-        self._notes: dict[str, str] = {}
         self._file = path.open("wb")
         self._reserved = reserved
         self._file.truncate(reserved)
@@ -280,7 +281,7 @@ class _Shard:
         self._entries: list[str] = []
         self._odd: list[tuple[int, str, str, tuple[int, ...], bytes]] = []
         self._odd_bytes = 0
-        self._header_bytes = len(_opening(_FORMAT)) + 1
+        self._header_bytes = len(_opening(_FORMAT)) + 1 + about
         self.data_bytes = 0
 
     def _entry(self, name: str, dtype: str, shape: tuple[int, ...], size: int) -> str:
@@ -297,20 +298,10 @@ class _Shard:
         if not self._entries and not self._odd:
             return False
         header = self._header_bytes + len(self._entry(name, dtype, shape, size))
-        header += self._said([name], {}) + _GROWTH + _NOTE
-        return self.data_bytes + self._odd_bytes + size > limit or header > self._reserved - 8
-
-    def note(self, notes: Mapping[str, str]) -> None:
-        self._header_bytes += self._said([], notes)
-        self._notes.update(notes)
-
-    def _said(self, names: list[str], notes: Mapping[str, str]) -> int:
-        """Bytes that ``__metadata__`` grows by, at most."""
-        return len(json.dumps(dict(self._metadata(names, notes))))
+        held = self.data_bytes + self._odd_bytes
+        return held + size > limit or header + _GROWTH > self._reserved - 8
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Tensor, size: int) -> None:
-        self._names.append(name)
-        self._header_bytes += self._said([name], {})
         if size % _ALIGNED and size < _SMALL:
             # Written last, so that they don't misalign what can be mapped.
             memory = (ctypes.c_char * size).from_address(data.data_ptr()) if size else b""
@@ -327,14 +318,23 @@ class _Shard:
         self._entries.append(entry)
 
     def close(self) -> None:
+        """Write what waits; the header is still to come."""
         for _, name, dtype, shape, data in sorted(self._odd, key=lambda item: -item[0]):
             self._entries.append(self._entry(name, dtype, shape, len(data)))
             self._file.write(data)
             self.data_bytes += len(data)
         self._odd.clear()
-        about = {**_FORMAT, **self._metadata(self._names, self._notes)}
+
+    def seal(self, about: Mapping[str, str]) -> None:
+        """Write the header. Metadata that is longer than was foreseen is a bug of a codec."""
         header = (_opening(about) + "".join(self._entries) + "}").encode("ascii")
         room = self._reserved - 8
+        if len(header) > room:
+            raise QuantmillError(
+                codes.WRITE_FAILED(
+                    self.path.name, f"its header has {len(header)} bytes, {room} are kept", _bug()
+                )
+            )
         self._file.seek(0)
         self._file.write(room.to_bytes(8, "little") + header.ljust(room, b" "))
         self._file.close()

@@ -123,14 +123,16 @@ def write_checkpoint(
     # A quantized weight becomes a handful of tensors; an entry takes up to some 200 bytes.
     widest = max((len(codec_of(job, s).suffixes) for s in job.selections.values()), default=7)
     codec = codec_of(job, next(iter(job.selections.values()))) if job.selections else None
-    notes = 0 if codec is None else codec.note_bytes
-    room = len(job.headers.tensors) * (max(7, widest) * 200 + notes)
+    room = len(job.headers.tensors) * max(7, widest) * 200
+    noted = 0 if codec is None else codec.note_bytes
+    notes = sum(noted + 3 * len(name) for name in job.headers.tensors) if noted else 0
     with CheckpointWriter(
         folder,
         max_shard_bytes=max_shard_bytes,
         manifest=manifest,
         header_bytes=room,
         metadata=None if codec is None else codec.metadata,
+        metadata_bytes=notes,
     ) as writer:
         engine(job, CheckpointSink(job, writer))
         writer.write_json("config.json", config)
