@@ -7,6 +7,7 @@ that becomes float where a value of it is used.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -42,15 +43,31 @@ class FormWeight(Tensor):
     """The float weight of a module that holds a form. Shape, dtype and device cost nothing; any
     computation dequantizes it."""
 
-    form: Form
+    _make: Callable[[], Form]
 
     @staticmethod
     def __new__(cls, form: Form, dtype: torch.dtype) -> FormWeight:
         device = next(iter(form.tensors().values())).device
-        like = torch.empty(1, dtype=dtype, device=device).expand(form.shape)
+        return cls.of(lambda: form, form.shape, device, dtype)
+
+    @classmethod
+    def of(
+        cls,
+        make: Callable[[], Form],
+        shape: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> FormWeight:
+        """The weight of a form that is itself made where it is needed."""
+        like = torch.empty(1, dtype=dtype, device=device).expand(tuple(shape))
         made: FormWeight = Tensor._make_subclass(cls, like)
-        made.form = form
+        made._make = make
         return made
+
+    @property
+    def form(self) -> Form:
+        """What it is made of."""
+        return self._make()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

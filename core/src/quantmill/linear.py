@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.backend import Codec, LinearFactory
-from quantmill.embedding import FormEmbedding
+from quantmill.embedding import FormEmbedding, FormWeight
 from quantmill.forms import Form
 from quantmill.kernels import KernelRegistry, Prepared
 from quantmill.targeting.types import Target
@@ -106,6 +106,22 @@ class FormLinear(nn.Module):
     def live_bytes(self) -> int:
         """Bytes of the weight as it lives here."""
         return self._live.nbytes
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight ``[out, in]``, made where a value of it is used; shape, dtype and device
+        cost nothing."""
+        live = self._live
+        tensors = live.tensors if isinstance(live, Prepared) else live.tensors()
+        device = next(iter(tensors.values())).device
+        shape, dtype = (self.out_features, self.in_features), getattr(torch, self._dtype)
+        return FormWeight.of(lambda: self.form, shape, device, dtype)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # Frameworks tie weights by assigning them; a tied form is shared already.
+        if not isinstance(value, FormWeight):
+            raise AttributeError("the weight is quantized: dequantize the model to assign one")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias if self.bias is None else self.bias.to(x.dtype))

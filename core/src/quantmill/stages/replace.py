@@ -14,6 +14,7 @@ from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.linear import FormLinear
 from quantmill.stages.attach import attach_form
+from quantmill.stages.origin import Origin
 from quantmill.stages.quantize import codec_of, factory_of, on_device
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
@@ -94,6 +95,7 @@ class ModelSink:
                 _set(module, "bias", bias)
             return
         new.train(module.training)
+        Origin(self.job, selection, target).mark(new)
         self.model.set_submodule(target.name, new)
         if target.weight_name in self.architecture.tied.values():
             self._shared[target.weight_name] = selection, form
