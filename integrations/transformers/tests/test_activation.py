@@ -52,7 +52,7 @@ def nf4(tmp_path_factory: pytest.TempPathFactory, small: Small) -> Path:
 
 def test_what_is_listed_is_taken_over_and_given_back(nf4: Path) -> None:
     made = activate("bitsandbytes")
-    assert made.quant_methods == ("bitsandbytes",) and made.symbols == (SYMBOL,)
+    assert made.quant_methods == ("bitsandbytes",) and SYMBOL in made.symbols
     assert "bitsandbytes" in str(made) and made == active()
     assert ours(AutoModelForCausalLM.from_pretrained(nf4))
     deactivate()

@@ -2,20 +2,26 @@
 
 What changes, and nothing else:
 
-=========================================================  =====================================
-``transformers.modeling_utils.PreTrainedModel``            its class method ``from_pretrained``
-=========================================================  =====================================
+==========================================================  ====================================
+``transformers.modeling_utils.PreTrainedModel``             its class method ``from_pretrained``
+``peft.tuners.lora.model.LoraModel``                        its static ``_create_new_module``
+==========================================================  ====================================
 
-The new one looks at the ``quantization_config`` of the call and of the checkpoint. Where the
-``quant_method`` is one that was taken over, or one that this transformers can't read, quantmill
-loads the model; every other call goes to the library's own method, unchanged. Auto classes,
-pipelines and ``Trainer`` all come through that method.
+The second one only where PEFT has been imported by the time of :func:`activate` or of a model's
+loading: it gives LoRA to quantmill's linears, and leaves all others to PEFT.
+
+The new ``from_pretrained`` looks at the ``quantization_config`` of the call and of the checkpoint.
+Where the ``quant_method`` is one that was taken over, or one that this transformers can't read,
+quantmill loads the model; every other call goes to the library's own method, unchanged. Auto
+classes and pipelines all come through that method.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,16 +32,28 @@ from typing import TYPE_CHECKING, Any, Final
 from quantmill.findings import QuantmillError, declare
 
 if TYPE_CHECKING:
+    from quantmill.findings import Finding
     from quantmill.host import Host
 
-__all__ = ["TRANSFORMERS_RANGE", "Activation", "activate", "activated", "active", "deactivate"]
+__all__ = [
+    "PEFT_RANGE",
+    "TRANSFORMERS_RANGE",
+    "Activation",
+    "activate",
+    "activated",
+    "active",
+    "deactivate",
+]
 
-WRONG_VERSION = declare("QM-TF-013", "This version of transformers can't be activated")
+WRONG_VERSION = declare("QM-TF-013", "This version of transformers or PEFT can't be activated")
 REPLACED = declare("QM-TF-014", "Something else has replaced what activation changed")
 
 TRANSFORMERS_RANGE: Final = ">=5.0,<6"
 """Versions whose ``from_pretrained`` is known to work as described."""
+PEFT_RANGE: Final = ">=0.19,<1"
+"""Versions of PEFT that call their dispatchers as ours is called."""
 SYMBOL: Final = "transformers.modeling_utils.PreTrainedModel.from_pretrained"
+PEFT_SYMBOL: Final = "peft.tuners.lora.model.LoraModel._create_new_module"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +78,43 @@ class Activation:
 
 
 @dataclass(slots=True)
+class _Replaced:
+    """One attribute of a class that was replaced."""
+
+    symbol: str
+    owner: type
+    original: Any
+    new: Any
+
+    @classmethod
+    def put(cls, symbol: str, owner: type, new: Any) -> _Replaced:
+        name = symbol.rpartition(".")[2]
+        original = owner.__dict__[name]
+        setattr(owner, name, new)
+        return cls(symbol, owner, original, new)
+
+    def undo(self) -> None:
+        name = self.symbol.rpartition(".")[2]
+        if self.owner.__dict__[name] is not self.new:
+            raise QuantmillError(
+                REPLACED(
+                    self.symbol,
+                    "another library has replaced it after quantmill did, so it was left as it is;"
+                    " quantmill takes over no calls any more",
+                    "deactivate in the reverse order of activation",
+                )
+            )
+        setattr(self.owner, name, self.original)
+
+
+@dataclass(slots=True)
 class _State:
     taken: frozenset[str]
     host: Host
-    original: Any
-    """The ``classmethod`` object that was there."""
+    replaced: list[_Replaced]
 
 
+log = logging.getLogger("quantmill_transformers")
 _LOCK = threading.RLock()
 _STATE: _State | None = None
 
@@ -84,7 +132,9 @@ def activate(*quant_methods: str, host: Host | None = None) -> Activation:
             :data:`TRANSFORMERS_RANGE` (``QM-TF-013``).
     """
     global _STATE
-    _check_version()
+    problem = _out_of_range("transformers", TRANSFORMERS_RANGE, SYMBOL, "quantmill.load")
+    if problem is not None:
+        raise QuantmillError(problem)
     from quantmill.host import default_host
     from quantmill_transformers.claims import resolve_names
 
@@ -92,9 +142,10 @@ def activate(*quant_methods: str, host: Host | None = None) -> Activation:
         host = host or (default_host() if _STATE is None else _STATE.host)
         taken = frozenset(resolve_names(quant_methods, host))
         if _STATE is None:
-            _STATE = _State(taken, host, _replace())
+            _STATE = _State(taken, host, [_replace()])
         else:
             _STATE.taken, _STATE.host = _STATE.taken | taken, host
+        _replace_in_peft(_STATE)
         return _describe(_STATE)
 
 
@@ -110,8 +161,14 @@ def deactivate() -> None:
     global _STATE
     with _LOCK:
         state, _STATE = _STATE, None
-        if state is not None:
-            _restore(state.original)
+        problems: list[Finding] = []
+        for item in state.replaced if state is not None else ():
+            try:
+                item.undo()
+            except QuantmillError as error:
+                problems.extend(error.findings)
+        if problems:
+            raise QuantmillError(*problems)
 
 
 def active() -> Activation | None:
@@ -137,23 +194,21 @@ def activated(*quant_methods: str, host: Host | None = None) -> Iterator[Activat
                 _STATE.taken, _STATE.host = before
 
 
-def _check_version() -> None:
+def _out_of_range(name: str, versions: str, symbol: str, instead: str) -> Finding | None:
     from packaging.specifiers import SpecifierSet
 
     try:
-        version = importlib.metadata.version("transformers")
+        version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    if not version or not SpecifierSet(TRANSFORMERS_RANGE).contains(version, prereleases=True):
-        there = f"transformers {version} is installed" if version else "transformers is missing"
-        raise QuantmillError(
-            WRONG_VERSION(
-                "transformers",
-                f"{there}; {SYMBOL} is known to be replaceable in {TRANSFORMERS_RANGE}",
-                f'pip install "transformers{TRANSFORMERS_RANGE}", or call quantmill.load, which'
-                " changes nothing in transformers",
-            )
-        )
+    if version and SpecifierSet(versions).contains(version, prereleases=True):
+        return None
+    there = f"{name} {version} is installed" if version else f"{name} is missing"
+    return WRONG_VERSION(
+        name,
+        f"{there}; {symbol} is known to be replaceable in {versions}",
+        f'pip install "{name}{versions}", or call {instead}, which changes nothing in it',
+    )
 
 
 def _describe(state: _State) -> Activation:
@@ -163,44 +218,51 @@ def _describe(state: _State) -> Activation:
     return Activation(
         tuple(sorted(state.taken & known)),
         tuple(sorted((installed_keys(state.host) | state.taken) - known)),
-        (SYMBOL,),
+        tuple(item.symbol for item in state.replaced),
         importlib.metadata.version("transformers"),
     )
 
 
-def _replace() -> Any:
+def _replace() -> _Replaced:
     from transformers import PreTrainedModel
 
-    original = PreTrainedModel.__dict__["from_pretrained"]
+    original = PreTrainedModel.__dict__["from_pretrained"].__func__
 
-    @functools.wraps(original.__func__)
+    @functools.wraps(original)
     def from_pretrained(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         state = _STATE
         if state is None or not _is_ours(cls, source, kwargs, state):
-            return original.__func__(cls, source, *args, **kwargs)
+            return original(cls, source, *args, **kwargs)
         from quantmill_transformers.pretrained import load_pretrained
 
+        with _LOCK:
+            _replace_in_peft(state)
         return load_pretrained(cls, source, args, kwargs, state.host)
 
-    from_pretrained._quantmill = True  # type: ignore[attr-defined]
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-    return original
+    return _Replaced.put(SYMBOL, PreTrainedModel, classmethod(from_pretrained))
 
 
-def _restore(original: Any) -> None:
-    from transformers import PreTrainedModel
+def _replace_in_peft(state: _State) -> None:
+    """Once PEFT is there. It is never imported for this: who uses it imports it."""
+    module = sys.modules.get("peft.tuners.lora.model")
+    if module is None or any(item.symbol == PEFT_SYMBOL for item in state.replaced):
+        return
+    problem = _out_of_range("peft", PEFT_RANGE, PEFT_SYMBOL, "nothing of it")
+    if problem is not None:
+        log.warning("%s", problem)  # Models load all the same; adapters find no place on them.
+        return
+    original = module.LoraModel.__dict__["_create_new_module"].__func__
 
-    there = PreTrainedModel.__dict__["from_pretrained"]
-    if not getattr(there.__func__, "_quantmill", False):
-        raise QuantmillError(
-            REPLACED(
-                SYMBOL,
-                "another library has replaced it after quantmill did, so it was left as it is;"
-                " quantmill takes over no calls any more",
-                "deactivate in the reverse order of activation",
-            )
-        )
-    PreTrainedModel.from_pretrained = original
+    @functools.wraps(original)
+    def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        from quantmill_transformers.lora import dispatch
+
+        made = None
+        if _STATE is not None:
+            made = dispatch(target, adapter_name, lora_config, **kwargs)
+        return original(lora_config, adapter_name, target, **kwargs) if made is None else made
+
+    state.replaced.append(_Replaced.put(PEFT_SYMBOL, module.LoraModel, staticmethod(create)))
 
 
 def _is_ours(cls: Any, source: Any, kwargs: dict[str, Any], state: _State) -> bool:

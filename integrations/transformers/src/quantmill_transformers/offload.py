@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantmill.checkpoint.reader import TensorReader
+from quantmill.embedding import FormWeight
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
+from quantmill.stages.origin import Origin
 from quantmill.stages.quantize import codec_of, factory_of, member_headers, open_reader
 from quantmill.stages.replace import ModelSink
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
@@ -57,6 +59,15 @@ class OffloadedLinear(nn.Module):
         tensors = {name: tensor.to(device) for name, tensor in self._store().items()}
         dtype = getattr(torch, self._job.plan.dtype)
         return codec_of(self._job, self._selection).decode(tensors, self._target, dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight ``[out, in]``, read and made where a value of it is used."""
+        assert self._job.plan is not None
+        device, dtype = torch.device(self._job.device), getattr(torch, self._job.plan.dtype)
+        return FormWeight.of(
+            lambda: self.form, (self.out_features, self.in_features), device, dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         assert self._job.plan is not None
@@ -140,6 +151,7 @@ class PlacedSink(ModelSink):
             store = self._store(selection, target, form, place)
             kept = None if bias is None else bias.to(device="cpu", dtype=self.dtype)
             new = OffloadedLinear(self.job, selection, target, store, kept)
+            Origin(self.job, selection, target).mark(new)
             self.model.set_submodule(target.name, new.eval())
             return
         if place != self.job.device:
