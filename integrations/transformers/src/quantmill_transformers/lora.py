@@ -75,6 +75,8 @@ class LoraLinear(PeftLinear):
     calibration data; the module that was there before is kept, so that unmerging is exact.
     """
 
+    merged_adapters: list[str]
+
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any
     ) -> None:
