@@ -198,24 +198,21 @@ def test_a_map_that_names_absent_modules_is_refused(copy: Path) -> None:
     assert errors(copy) == ["QM-QUANTO-004"]
 
 
-def test_a_map_that_asks_for_activations_is_refused(copy: Path) -> None:
+def test_a_map_says_which_activations_there_are(copy: Path) -> None:
     path = copy / "quanto_qmap.json"
     table = json.loads(path.read_text())
     table["model.layers.1.mlp.up_proj"]["activations"] = "qint8"
     path.write_text(json.dumps(table))
-    assert errors(copy) == ["QM-QUANTO-010"]
+    plan = quantmill.plan(copy)
+    assert not plan.findings.errors and "int8 activations" in next(iter(plan.methods.values()))
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"model.layers.0.mlp.up_proj": "qint4"}'])
-def test_a_map_that_is_none_is_refused(copy: Path, text: str) -> None:
-    (copy / "quanto_qmap.json").write_text(text)
-    assert errors(copy) == ["QM-QUANTO-003"]
-
-
-def test_activations_that_a_user_asks_for_are_refused(tmp_path: Path) -> None:
+def test_activations_without_calibration_are_refused(tmp_path: Path) -> None:
     source = write_tiny_llama(tmp_path / "float")
-    found = quantmill.plan(source, "quanto-int8:activations=int8").findings.errors
-    assert [item.code for item in found] == ["QM-QUANTO-010"]
+    for method in ("quanto-activations:weights=int8", "quanto:activations=int8"):
+        found = quantmill.plan(source, method).findings.errors
+        assert [item.code for item in found] == ["QM-QUANTO-010"], method
+        assert "activations" in found[0].fix
 
 
 def test_asking_for_what_a_file_holds_is_no_contradiction() -> None:

@@ -32,6 +32,7 @@ from quantmill.forms.convert import not_exact
 from quantmill.forms.fit import Conditions, fit_floats, fit_integers
 from quantmill.targeting.types import Target
 from quantmill_quanto.config import QuantoConfig
+from quantmill_quanto.forms import joined, parted
 
 __all__ = ["QuantoCodec", "abstract_form", "group_size", "grouping_of", "pack", "unpack"]
 
@@ -88,7 +89,7 @@ def abstract_form(
     dtype: torch.dtype,
     values: torch.dtype = torch.int8,
     shift: torch.dtype | None = None,
-) -> Form:
+) -> Affine | ScaledFloat:
     """A form on the meta device.
 
     Args:
@@ -121,6 +122,8 @@ class QuantoCodec(Codec[QuantoConfig]):
 
     def encode(self, form: Form) -> dict[str, Tensor]:
         assert isinstance(form, Affine | ScaledFloat) and isinstance(form.scale, Tensor)
+        form, active = parted(form)
+        assert isinstance(form.scale, Tensor)
         scale = form.scale.reshape(-1, 1)
         if isinstance(form, Affine) and form.codes.bits < 8:
             stored = self._encode_packed(form, scale)
@@ -128,8 +131,9 @@ class QuantoCodec(Codec[QuantoConfig]):
             data = form.values if isinstance(form, ScaledFloat) else form.codes.data
             # The peer scales a single row as a whole tensor.
             stored = {_BYTES: data, _SCALE: scale.reshape(()) if form.shape[0] == 1 else scale}
-        for name in _ACTIVATIONS:
-            stored[name] = torch.ones((), dtype=scale.dtype, device=scale.device)
+        for name, value in zip(_ACTIVATIONS, active, strict=True):
+            one = torch.ones((), dtype=scale.dtype, device=scale.device)
+            stored[name] = one if value is None else value
         return stored
 
     def _encode_packed(self, form: Affine, scale: Tensor) -> dict[str, Tensor]:
@@ -146,7 +150,15 @@ class QuantoCodec(Codec[QuantoConfig]):
         return {_PACKED: packed, _SCALE: scale, _SHIFT: shift}
 
     def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
-        _check_activations(tensors, target)
+        form = self._decode(tensors, target, dtype)
+        if self.config.activations is None:
+            _check_activations(tensors, target)
+            return form
+        return joined(form, _active(tensors, target))
+
+    def _decode(
+        self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype
+    ) -> Affine | ScaledFloat:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         bits, size = self._measure(shapes, target)
         shape = (target.out_features, target.in_features)
@@ -213,6 +225,20 @@ class QuantoCodec(Codec[QuantoConfig]):
     ) -> Form | None:
         if _BYTES not in headers and _PACKED not in headers:
             return None
+        form = self._describe(headers, target, dtype)
+        if self.config.activations is None:
+            return form
+        scales = [
+            torch.empty(headers[name].shape, dtype=_FLOATS[headers[name].dtype], device="meta")
+            if name in headers and headers[name].dtype in _FLOATS
+            else None
+            for name in _ACTIVATIONS
+        ]
+        return joined(form, (scales[0], scales[1]))
+
+    def _describe(
+        self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
+    ) -> Affine | ScaledFloat:
         shapes = {name: tuple(item.shape) for name, item in headers.items()}
         bits, size = self._measure(shapes, target)
         scale = _FLOATS.get(headers[_SCALE].dtype)
@@ -292,6 +318,21 @@ def _fit_integers(
     )
 
 
+def _active(tensors: Mapping[str, Tensor], target: Target) -> tuple[Tensor | None, Tensor | None]:
+    """Scales of inputs and outputs."""
+    for name in _ACTIVATIONS:
+        value = tensors.get(name)
+        if value is None:
+            raise _refuse(target, f"{name} is missing, and its activations are quantized")
+        if value.numel() != 1 or value.dtype not in _FLOATS.values():
+            raise _refuse(target, f"{name} is {value.dtype} {list(value.shape)}, not one float")
+        if not 0 < float(value) < float("inf"):
+            raise _refuse(target, f"{name} is {float(value)}, not finite and positive")
+    # A scale of 1 is what modules without quantized activations have.
+    found = [None if float(tensors[name]) == 1.0 else tensors[name] for name in _ACTIVATIONS]
+    return found[0], found[1]
+
+
 def _check_activations(tensors: Mapping[str, Tensor], target: Target) -> None:
     for name in _ACTIVATIONS:
         value = tensors.get(name)
@@ -299,7 +340,7 @@ def _check_activations(tensors: Mapping[str, Tensor], target: Target) -> None:
             raise QuantmillError(
                 SCALED_ACTIVATIONS(
                     target.name,
-                    f"its {name} is {value.tolist()}; activations are not quantized here",
-                    "quantize its weights only, from the float model",
+                    f"its {name} is {value.tolist()}, and its config has no activations",
+                    "say in the config which activations it has: int8 or float8",
                 )
             )

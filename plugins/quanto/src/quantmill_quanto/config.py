@@ -11,7 +11,7 @@ from quantmill.config import MethodConfig
 from quantmill.targeting.dialects import from_transformers_skip
 from quantmill.targeting.types import Rule
 
-__all__ = ["QMAP", "QuantoConfig", "plain", "rules"]
+__all__ = ["QMAP", "QuantoConfig", "is_active", "is_plain", "plain", "rules"]
 
 QMAP = "quanto_qmap.json"
 """Optimum-quanto's map: module to the types of its weights and activations."""
@@ -24,7 +24,8 @@ class QuantoConfig(MethodConfig):
     """``int8`` and ``float8`` have a scale per row; ``int4`` and ``int2`` one per group of 128
     columns (or fewer, to divide the row), with a shift."""
     activations: Literal["int8", "float8"] | None = None
-    """Not supported; a config that sets it is refused before anything is loaded."""
+    """8-bit inputs and outputs of the linears, by stored scales: read, and made by the method
+    ``quanto-activations``, which calibrates."""
     modules_to_not_convert: list[str] | None = None
     """Modules to keep float, in addition to the defaults."""
     mixed: list[Literal["int8", "int4", "int2", "float8"]] | None = None
@@ -41,6 +42,11 @@ class QuantoConfig(MethodConfig):
     def bits(self) -> int:
         """Bits per weight."""
         return _bits(self.weights)
+
+    @property
+    def top(self) -> float:
+        """The largest code of activations."""
+        return 448.0 if self.activations == "float8" else 127.0
 
     @property
     def packed_bits(self) -> list[int]:
@@ -66,9 +72,11 @@ class QuantoConfig(MethodConfig):
         return data
 
     def extra_files(self, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        entry = {"weights": f"q{self.weights}", "activations": "none"}
-        if self.weights == "float8":
-            entry["weights"] = "qfloat8_e4m3fn"
+        names = {"int8": "qint8", "float8": "qfloat8_e4m3fn", None: "none"}
+        entry = {
+            "weights": names.get(self.weights, f"q{self.weights}"),
+            "activations": names[self.activations],
+        }
         return {QMAP: dict.fromkeys(self.quantized, entry)} if self.quantized else {}
 
     def keeping(self, modules: Sequence[str]) -> QuantoConfig:
@@ -76,7 +84,18 @@ class QuantoConfig(MethodConfig):
         return self.model_copy(update={"modules_to_not_convert": names or None})
 
     def summary(self) -> str:
-        return f"{self.weights} weights"
+        inputs = f", {self.activations} activations" if self.activations else ""
+        return f"{self.weights} weights{inputs}"
+
+
+def is_active(raw: Mapping[str, Any]) -> bool:
+    """Whether a config asks for quantized activations."""
+    return plain(raw.get("activations")) is not None
+
+
+def is_plain(raw: Mapping[str, Any]) -> bool:
+    """Whether it asks for weights only."""
+    return not is_active(raw)
 
 
 def _bits(weights: str) -> int:

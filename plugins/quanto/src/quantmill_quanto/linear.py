@@ -1,16 +1,25 @@
-"""``QLinear``: the core's linear under the name by which Quanto's users know it."""
+"""``QLinear``: the core's linear under the name by which Quanto's users know it.
+
+Where activations are quantized, inputs and outputs are rounded by their stored scales. Codes of
+inputs are exact in 16 bits, so the product is a kernel's, times the scale.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from quantmill.backend import Codec
+from quantmill.forms import Affine, Form, ScaledFloat
+from quantmill.kernels import KernelRegistry
 from quantmill.linear import FormLinear, FormLinearFactory
+from quantmill_quanto.forms import joined, parted
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
 
-    from quantmill.forms import Form
     from quantmill.targeting.types import Target
 
 __all__ = ["QLinear", "QLinearFactory"]
@@ -18,6 +27,74 @@ __all__ = ["QLinear", "QLinearFactory"]
 
 class QLinear(FormLinear):
     """A linear whose ``state_dict`` is the layout on disk: weight._data, weight._scale, ...."""
+
+    def __init__(
+        self,
+        form: Form,
+        bias: Tensor | None,
+        codec: Codec[Any],
+        kernels: KernelRegistry,
+        dtype: str = "bfloat16",
+    ) -> None:
+        super().__init__(form, bias, codec, kernels, dtype)
+        self.activations: str | None = codec.config.activations
+
+    def _hold(self, form: Form) -> None:
+        assert isinstance(form, Affine | ScaledFloat)
+        # Kernels know the plain form: the scales wait here.
+        plain, self._scales = parted(form)
+        super()._hold(plain)
+
+    @property
+    def form(self) -> Form:
+        """The form this module computes with, and the scales of its activations."""
+        form = super().form
+        assert isinstance(form, Affine | ScaledFloat)
+        return joined(form, self._scales)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the weight as it lives here."""
+        return super().live_bytes + sum(s.nbytes for s in self._scales if s is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = self._scales
+        if self.activations is None or (before is None and after is None):
+            return super().forward(x)
+        result = x
+        if before is not None:
+            result = _Rounded.apply(x, before.to(torch.float32), self.activations)
+        result = self.product(result).to(torch.float32)
+        if before is not None:
+            result = result * before.to(torch.float32)
+        if self.bias is not None:
+            result = result + self.bias.to(torch.float32)
+        if after is not None:
+            wide = after.to(torch.float32)
+            result = _Rounded.apply(result, wide, self.activations) * wide
+        return result.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.activations is None else f"{text}, activations={self.activations}"
+
+
+class _Rounded(torch.autograd.Function):
+    """Codes of activations for a scale; gradients pass straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, kind: str) -> Tensor:
+        ctx.scale = scale
+        codes = x.to(torch.float32) / scale
+        if kind == "float8":
+            codes = codes.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+        else:
+            codes = torch.round(codes).clamp(-128.0, 127.0)
+        return codes.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return (grads[0] / ctx.scale).to(grads[0].dtype), None, None
 
 
 class QLinearFactory(FormLinearFactory):
@@ -27,3 +104,8 @@ class QLinearFactory(FormLinearFactory):
         self, target: Target, form: Form, bias: Tensor | None, compute_dtype: torch.dtype
     ) -> nn.Module:
         return QLinear(form, bias, self.codec, self.kernels, self.dtype)
+
+    def resident_bytes(self, form: Form) -> int:
+        assert isinstance(form, Affine | ScaledFloat)
+        plain, scales = parted(form)
+        return super().resident_bytes(plain) + sum(s.nbytes for s in scales if s is not None)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantmill.job import Job
 
 QUANTMILL_API = 1
+_METHODS = ("quanto", "quanto-activations")
 
 
 def _preset(weights: str, summary: str, bits: float) -> Preset:
@@ -55,6 +56,35 @@ def quantmill_methods() -> Sequence[Method]:
             ),
         ),
         Method(
+            name="quanto-activations",
+            summary="Quanto with 8-bit activations, whose scales come from calibration",
+            config="quantmill_quanto.config:QuantoConfig",
+            quantizer="quantmill_quanto.quantizer:QuantoQuantizer",
+            codec="quantmill_quanto.codec:QuantoCodec",
+            linear="quantmill_quanto.linear:QLinearFactory",
+            calibrator="quantmill_quanto.calibrator:QuantoCalibrator",
+            quant_methods=("quanto",),
+            capabilities=Capabilities(
+                calibrated=True,
+                prequantized=True,
+                serialisable=True,
+                trainable=True,
+                dequantizable=True,
+                devices=("cpu", "cuda"),
+                target_kinds=("linear",),
+                bits=(2, 4, 8),
+            ),
+            presets=tuple(
+                Preset(
+                    f"quanto-{weights}-a8",
+                    {"weights": weights, "activations": "int8"},
+                    f"{weights} weights, int8 activations",
+                    bits,
+                )
+                for weights, bits in (("int8", 8.0), ("int4", 4.2))
+            ),
+        ),
+        Method(
             name="bitnet",
             summary="BitNet b1.58 checkpoints: ternary weights, int8 activations, read",
             config="quantmill_quanto.bitnet:BitnetConfig",
@@ -82,9 +112,17 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             quant_methods=("quanto",),
             method="quanto",
             rules="quantmill_quanto.config:rules",
+            accepts="quantmill_quanto.config:is_plain",
             # The package's own files have a map in place of a quantization_config.
             detect="quantmill_quanto.qmap:detect",
             signs=("quanto_qmap.json",),
+        ),
+        ConfigReader(
+            name="quanto-activations",
+            quant_methods=("quanto",),
+            method="quanto-activations",
+            rules="quantmill_quanto.config:rules",
+            accepts="quantmill_quanto.config:is_active",
         ),
         ConfigReader(
             name="bitnet",
@@ -102,11 +140,11 @@ def quantmill_codecs() -> Sequence[CodecRegistration]:
 
 @hookimpl
 def quantmill_validators() -> Sequence[Validator]:
-    return [Validator("quanto", "quantmill_quanto.qmap:check", methods=("quanto",))]
+    return [Validator("quanto", "quantmill_quanto.qmap:check", methods=_METHODS)]
 
 
 @hookimpl
 def quantmill_stage_finished(job: Job, stage: str) -> None:
     # The map names what was quantized, which a config that is asked for extra files can't know.
-    if stage == "validate" and any(s.method.name == "quanto" for s in job.selections.values()):
+    if stage == "validate" and any(s.method.name in _METHODS for s in job.selections.values()):
         resolve("quantmill_quanto.qmap:note_targets")(job)

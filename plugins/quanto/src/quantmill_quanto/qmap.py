@@ -22,7 +22,7 @@ __all__ = ["check", "detect", "note_targets"]
 
 BAD_MAP = declare("QM-QUANTO-003", "A quanto map can't be read")
 ABSENT = declare("QM-QUANTO-004", "A quanto map names modules that the checkpoint does not hold")
-ACTIVATIONS = declare("QM-QUANTO-010", "Quantized activations are asked for")
+ACTIVATIONS = declare("QM-QUANTO-010", "Quantized activations and calibration go together")
 _MOST = 64 << 20
 _SHOWN = 5
 
@@ -73,11 +73,17 @@ def check(job: Job) -> Iterator[Finding]:
     """What a config or a map asks for and can't have."""
     for selection in job.selections.values():
         config = selection.config
-        if isinstance(config, QuantoConfig) and config.activations is not None:
+        if not isinstance(config, QuantoConfig) or job.prequantized:
+            continue
+        calibrates = selection.method.capabilities.calibrated
+        if (config.activations is not None) != calibrates:
             yield ACTIVATIONS(
                 "activations",
-                f"activations={config.activations!r}; only weights are quantized here",
-                "leave activations out, or quantize the float model anew without them",
+                f"activations={config.activations!r} and the method is {selection.method.name}:"
+                " scales of activations come from calibration, and only they need it",
+                "take quanto-activations with activations=int8 and calibration data"
+                if not calibrates
+                else "set activations to int8 or float8, or take quanto",
             )
     if not job.prequantized:
         return

@@ -13,6 +13,7 @@ from quantmill.forms import Affine, Codes, Form, ScaledFloat
 from quantmill.targeting.types import Target
 from quantmill_quanto.codec import abstract_form, group_size, grouping_of
 from quantmill_quanto.config import QuantoConfig
+from quantmill_quanto.forms import joined
 
 __all__ = ["QuantoQuantizer"]
 
@@ -34,7 +35,7 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
 
     def abstract(self, target: Target, dtype: torch.dtype) -> Form:
         bits = self.config.bits
-        return abstract_form(
+        form = abstract_form(
             (target.out_features, target.in_features),
             bits,
             None if bits == 8 else group_size(target.in_features),
@@ -42,11 +43,20 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
             dtype,
             _FLOAT8 if self.config.weights == "float8" else torch.int8,
         )
+        if self.config.activations is None:
+            return form
+        one = torch.empty((), dtype=_taken(dtype), device="meta")
+        return joined(form, (one, one.clone()))
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
-        return self._bytes(weight) if self.config.bits == 8 else self._packed(weight)
+        form = self._bytes(weight) if self.config.bits == 8 else self._packed(weight)
+        if self.config.activations is None:
+            return form
+        # Without data: as if they were not quantized.
+        one = torch.ones((), dtype=_taken(weight.dtype), device=self.device)
+        return joined(form, (one, one.clone()))
 
-    def _bytes(self, weight: WeightSource) -> Form:
+    def _bytes(self, weight: WeightSource) -> Affine | ScaledFloat:
         rows, columns = weight.shape
         real = self.config.weights == "float8"
         kind = _FLOAT8 if real else torch.int8
@@ -68,7 +78,7 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
             return ScaledFloat(data, scale, grouping, dtype=weight.dtype)
         return Affine(Codes(data, 8, (rows, columns), "i8"), scale, grouping, dtype=weight.dtype)
 
-    def _packed(self, weight: WeightSource) -> Form:
+    def _packed(self, weight: WeightSource) -> Affine:
         rows, columns = weight.shape
         bits, dtype = self.config.bits, _taken(weight.dtype)
         size = group_size(columns) or columns
