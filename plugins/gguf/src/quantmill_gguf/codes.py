@@ -14,7 +14,6 @@ __all__ = [
     "IMPORTANCE",
     "METADATA",
     "MISSING_KEY",
-    "MIXED_TYPES",
     "NOT_FINITE",
     "NOT_GGUF",
     "NO_BLOCKS",
@@ -53,12 +52,6 @@ MISSING_KEY = declare("QM-GGUF-021", "A GGUF file lacks metadata that its archit
 BAD_VALUE = declare("QM-GGUF-022", "A metadata value of a GGUF file can't be right")
 UNSUPPORTED = declare("QM-GGUF-023", "A GGUF file uses something that can't be loaded yet")
 BAD_TENSOR = declare("QM-GGUF-024", "A quantized weight of a GGUF file contradicts the model")
-MIXED_TYPES = declare(
-    "QM-GGUF-025",
-    "A weight is made of tensors of several types and is decoded",
-    Severity.WARNING,
-    fallback=True,
-)
 NO_BLOCKS = declare("QM-GGUF-030", "The rows of a weight don't fill a type's blocks")
 UNKNOWN_MIX = declare("QM-GGUF-031", "A mix or type that was asked for does not exist")
 NOT_FINITE = declare("QM-GGUF-032", "A weight can't be quantized to finite blocks")

@@ -31,7 +31,7 @@ class Parameter:
     entry: Entry
     shape: tuple[int, ...]
     type_name: str
-    """ggml's name of the type of its tensors."""
+    """ggml's name of its type: of the blocks if it is packed, of the floats if not."""
     packed: bool
     """Given as quantized rows."""
 
@@ -78,58 +78,36 @@ def describe(
     config = family.read(keys, tensors)
     parameters: dict[str, Parameter] = {}
     used = set(TABLES)
-    findings: list[Finding] = []
     for entry in (*family.older(config, tensors), *family.entries(config)):
-        there = [item for item in entry.tensors if item in tensors]
-        if not there or entry.parameter in parameters:
+        tensor = tensors.get(entry.tensor)
+        if tensor is None or entry.parameter in parameters:
             continue
-        used.update(there)
-        if len(there) != len(entry.tensors):
-            lost = ", ".join(item for item in entry.tensors if item not in tensors)
-            cause = f"it lacks {lost}, which {entry.parameter} is made of"
-            raise QuantmillError(codes.BAD_TENSOR(file, cause, _AGAIN))
-        parameters[entry.parameter] = _parameter(entry, tensors, file, findings)
+        used.add(entry.tensor)
+        parameters[entry.parameter] = _parameter(entry, tensor, file)
     rest = [item for item in tensors if item not in used]
-    return HfModel(config, parameters, rest, findings)
+    return HfModel(config, parameters, rest)
 
 
-def _parameter(
-    entry: Entry, tensors: Mapping[str, GgufTensor], file: str, findings: list[Finding]
-) -> Parameter:
-    parts = [tensors[item] for item in entry.tensors]
-    shapes = [item.shape for item in parts]
-
+def _parameter(entry: Entry, tensor: GgufTensor, file: str) -> Parameter:
     def refuse(cause: str) -> QuantmillError:
-        where = f"{file}: {entry.tensors[0]}"
+        where = f"{file}: {entry.tensor}"
         return QuantmillError(codes.BAD_TENSOR(where, cause, _AGAIN))
 
-    shape: tuple[int, ...] | None = shapes[0]
+    shape = tensor.shape
     if entry.part is not None:
-        if len(shapes[0]) < 2 or entry.part >= shapes[0][0]:
-            raise refuse(f"it is {list(shapes[0])}, and slice {entry.part} of it is needed")
-        shape = shapes[0][1:]
-    elif len(parts) > 1:
-        shape = entry.join.shape(shapes)
-    if shape is None:
-        raise refuse(f"{', '.join(map(str, shapes))} don't fit together to {entry.parameter}")
+        if len(shape) < 2 or entry.part >= shape[0]:
+            raise refuse(f"it is {list(shape)}, and slice {entry.part} of it is needed")
+        shape = shape[1:]
     problem = entry.move.problem(shape)
     if problem:
         raise refuse(f"it is {list(shape)}, and {problem}")
-    types = {item.type.name for item in parts}
-    first = parts[0].type
-    quantized = any(not item.type.plain for item in parts)
-    packed = quantized and entry.move.packed and len(shape) > 1 and entry.part is None
-    if quantized and not packed and len(shape) == 1 and not entry.move.plain:
-        raise refuse(f"it is {first.name}, and a vector that is moved must be plain")
-    if packed and len(types) > 1:
-        packed = False
-        cause = f"it is made of {' and '.join(sorted(types))}, which don't join"
-        fix = "quantize these to one type; it is decoded to float"
-        findings.append(codes.MIXED_TYPES(entry.parameter, cause, fix))
+    quantized = not tensor.type.plain
+    packed = quantized and entry.move.packed and len(shape) == 2
+    if quantized and not packed and len(shape) < 2 and not entry.move.plain:
+        raise refuse(f"it is {tensor.type.name}, and a vector that is moved must be plain")
     if not packed:
         shape = entry.move.shape(shape)
-    plain = {item.type.plain for item in parts}
-    kind = first.name if packed else (plain.pop() if len(plain) == 1 else "") or "F32"
+    kind = tensor.type.name if packed else tensor.type.plain or "F32"
     return Parameter(entry, shape, kind, packed)
 
 

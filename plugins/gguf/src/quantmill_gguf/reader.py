@@ -34,10 +34,10 @@ _PAGES_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One tensor of the headers: what it is made of, and where that lies."""
+    """One tensor of the headers, and where it lies."""
 
-    files: tuple[GgufFile, ...]
-    tensors: tuple[GgufTensor, ...]
+    file: GgufFile
+    tensor: GgufTensor
     parameter: Parameter | None = None
     """None for a tensor that is none of the model's: it is given as it is."""
     packed: bool = False
@@ -47,6 +47,16 @@ class _Item:
     def plain(self) -> bool:
         """Its elements lie in the file in their order."""
         return self.parameter is None or self.parameter.entry.plain
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First and last row of it in the tensor; a vector is one."""
+        part = None if self.parameter is None else self.parameter.entry.part
+        shape = self.tensor.shape
+        if part is None:
+            return 0, math.prod(shape[:-1])
+        each = math.prod(shape[1:-1])
+        return part * each, (part + 1) * each
 
 
 class GgufSource:
@@ -139,12 +149,12 @@ class GgufReader:
         """The same; pages of the file where it needs neither decoding nor reordering: writes
         do not reach the file."""
         header, item = self.headers.tensors[name], self._items[name]
-        whole = item.packed or bool(item.tensors[0].type.plain)
+        whole = item.packed or bool(item.tensor.type.plain)
         dtype = torch_dtype(header.dtype, name)
-        aligned = item.tensors[0].start % dtype.itemsize == 0
-        if item.plain and whole and aligned and not item.files[0].big_endian:
-            self._touch(item.tensors[0].nbytes)
-            raw = self._bytes(item, 0, 0, _rows(item.tensors[0]))
+        aligned = header.start % dtype.itemsize == 0
+        if item.plain and whole and aligned and not item.file.big_endian:
+            self._touch(header.nbytes)
+            raw = self._bytes(item, *item.rows)
             return raw.reshape(-1).view(dtype).reshape(header.shape)
         return self.tensor(name)
 
@@ -161,11 +171,12 @@ class GgufReader:
             flat.copy_(values[start_elem : start_elem + total])
             return
         width = header.shape[-1] if header.shape else 1
+        base = item.rows[0]
         while done < total:
             row, skip = divmod(start_elem + done, width)
             rows = max(1, _ROWS_BYTES // (4 * max(1, width)))
             last = min(row + rows, -(-(start_elem + total) // width))
-            values = self._values(item, 0, row, last, dtype).reshape(-1)
+            values = self._values(item, base + row, base + last, dtype).reshape(-1)
             count = min(values.numel() - skip, total - done)
             flat[done : done + count] = values[skip : skip + count]
             done += count
@@ -181,10 +192,10 @@ class GgufReader:
             for start in range(0, header.shape[0], rows):
                 yield start, whole[start : start + rows]
             return
-        dtype = torch_dtype(header.dtype)
+        dtype, base = torch_dtype(header.dtype), item.rows[0]
         for start in range(0, header.shape[0], rows):
             stop = min(header.shape[0], start + rows)
-            yield start, self._values(item, 0, start, stop, dtype)
+            yield start, self._values(item, base + start, base + stop, dtype)
 
     # -- from the files ------------------------------------------------------------------------
 
@@ -213,70 +224,59 @@ class GgufReader:
         for made in self._maps.values():
             made.madvise(mmap.MADV_DONTNEED)
 
-    def _bytes(self, item: _Item, index: int, first: int, last: int) -> Tensor:
+    def _bytes(self, item: _Item, first: int, last: int) -> Tensor:
         """Rows of a tensor as they lie in the file: uint8 ``[rows, row bytes]``, no copy."""
         import torch
 
-        tensor = item.tensors[index]
+        tensor = item.tensor
         columns = tensor.shape[-1] if tensor.shape else 1
         width = tensor.type.row_bytes(columns)
         if (last - first) * width == 0:
             return torch.empty(last - first, width, dtype=torch.uint8)
         flat = torch.frombuffer(
-            self._map(item.files[index]),
+            self._map(item.file),
             dtype=torch.uint8,
             count=(last - first) * width,
             offset=tensor.start + first * width,
         )
         return flat.view(last - first, width)
 
-    def _rows(self, item: _Item, index: int, first: int, last: int) -> Tensor:
+    def _rows(self, item: _Item, first: int, last: int) -> Tensor:
         """The same in little-endian order."""
         from quantmill_gguf.byteorder import swapped
 
-        raw = self._bytes(item, index, first, last)
+        raw = self._bytes(item, first, last)
         self._touch(raw.numel())
-        return swapped(raw, item.tensors[index].type) if item.files[index].big_endian else raw
+        return swapped(raw, item.tensor.type) if item.file.big_endian else raw
 
-    def _values(self, item: _Item, index: int, first: int, last: int, dtype: Any) -> Tensor:
+    def _values(self, item: _Item, first: int, last: int, dtype: Any) -> Tensor:
         """Rows ``[rows, columns]`` of a tensor, decoded unless they are given as bytes."""
         import torch
 
         from quantmill_gguf.types import TYPES
         from quantmill_gguf.types.plain import PlainType
 
-        raw = self._rows(item, index, first, last)
+        raw = self._rows(item, first, last)
         if item.packed:
             return raw
-        tensor = item.tensors[index]
+        tensor = item.tensor
         kind = TYPES.get(tensor.type.name)
         if kind is None:
             cause = f"{tensor.name} is {tensor.type.name}, whose decoder is not written yet"
             fix = "quantize the model to another type"
-            raise QuantmillError(codes.UNSUPPORTED(item.files[index].path.name, cause, fix))
+            raise QuantmillError(codes.UNSUPPORTED(item.file.path.name, cause, fix))
         if isinstance(kind, PlainType):
             return kind.values(raw).to(dtype)
         return torch.empty(0, dtype=dtype) if raw.numel() == 0 else kind.decode(raw).to(dtype)
 
     def _made(self, item: _Item, dtype: Any) -> Tensor:
-        """A parameter out of its tensors."""
+        """A parameter whose tensor is moved."""
         assert item.parameter is not None
-        entry = item.parameter.entry
-        parts = []
-        for index, tensor in enumerate(item.tensors):
-            values = self._values(item, index, 0, _rows(tensor), dtype)
-            last = values.shape[-1] if tensor.shape else 1
-            parts.append(values.reshape(*tensor.shape[:-1], last))
-        whole = parts[0] if len(parts) == 1 else entry.join.join(parts)
-        if entry.part is not None:
-            whole = whole[entry.part]
-        moved = entry.move.read_rows(whole) if item.packed else entry.move.read(whole)
-        return moved.contiguous()
-
-
-def _rows(tensor: GgufTensor) -> int:
-    """Rows of a tensor of any shape; a vector is one."""
-    return math.prod(tensor.shape[:-1])
+        values = self._values(item, *item.rows, dtype)
+        shape = item.tensor.shape if item.parameter.entry.part is None else item.tensor.shape[1:]
+        whole = values.reshape(*shape[:-1], values.shape[-1] if shape else 1)
+        move = item.parameter.entry.move
+        return (move.read_rows(whole) if item.packed else move.read(whole)).contiguous()
 
 
 def read(path: Path) -> CheckpointHeaders:
@@ -304,16 +304,21 @@ def headers_of(files: list[GgufFile], path: Path) -> CheckpointHeaders:
     source = GgufSource(path, files)
     headers: dict[str, TensorHeader] = {}
     for name, found in model.parameters.items():
-        parts = tuple(tensors[item] for item in found.entry.tensors)
-        item = _Item(tuple(owners[part.name] for part in parts), parts, found, found.packed)
+        tensor, file = tensors[found.entry.tensor], owners[found.entry.tensor]
+        item = _Item(file, tensor, found, found.packed)
         dtype, shape, shown_name = found.type_name, found.shape, name
         if found.packed:
             shown_name = f"{name}.{found.type_name}"
-            dtype, shape = "U8", (*shape[:-1], parts[0].type.row_bytes(shape[-1]))
-        # Of several tensors, the first says where; together they say how much.
-        stop = parts[0].start + sum(part.nbytes for part in parts)
+            dtype, shape = "U8", (*shape[:-1], tensor.type.row_bytes(shape[-1]))
+        width = tensor.type.row_bytes(tensor.shape[-1] if tensor.shape else 1)
+        first, last = item.rows
         headers[shown_name] = TensorHeader(
-            shown_name, dtype, shape, item.files[0].path.name, parts[0].start, stop
+            shown_name,
+            dtype,
+            shape,
+            file.path.name,
+            tensor.start + first * width,
+            tensor.start + last * width,
         )
         source.items[shown_name] = item
     for name in model.rest:
@@ -348,7 +353,7 @@ def _add_as_it_is(
     headers[name] = TensorHeader(
         name, dtype, shape, file.path.name, tensor.start, tensor.start + tensor.nbytes
     )
-    source.items[name] = _Item((file,), (tensor,), None, packed)
+    source.items[name] = _Item(file, tensor, None, packed)
 
 
 def _table(file: GgufFile, name: str) -> bytes:

@@ -70,7 +70,7 @@ class Falcon(Family):
                 for local in ("weight", "bias"):
                     yield Entry(
                         f"{self.prefix}.{index}.{name}.{local}",
-                        (f"blk.{index}.{tensor}.{local}",),
+                        f"blk.{index}.{tensor}.{local}",
                     )
 
     def complete(self, config: dict[str, Any], keys: Keys, tensors: Tensors) -> None:

@@ -12,85 +12,29 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from quantmill_gguf.architectures.moves import Move
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quantmill_gguf.architectures.keys import Keys
     from quantmill_gguf.container import GgufTensor
 
-__all__ = ["DECODER", "Entry", "Family", "Field", "Join", "both", "experts", "layers"]
+__all__ = ["DECODER", "Entry", "Family", "Field", "both", "experts", "layers"]
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, "GgufTensor"]
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
-    """How several tensors of a file make one parameter: the axis is the parameter's.
-
-    ``concat``: one after the other; ``interleave``: in turns; ``stack``: along a new first axis;
-    ``pairs``: two and two one after the other, and those along a new first axis.
-    """
-
-    kind: str = "concat"
-    axis: int = 0
-
-    def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-        """Of the parameter, or None when the tensors don't fit together."""
-        first, axis = shapes[0], self.axis
-        if self.kind == "pairs":
-            alike = len(shapes) % 2 == 0 and all(item == first for item in shapes)
-            return (len(shapes) // 2, 2 * first[0], *first[1:]) if alike and first else None
-        if self.kind == "stack":
-            return (len(shapes), *first) if all(item == first for item in shapes) else None
-        others = [(*item[:axis], *item[axis + 1 :]) for item in shapes]
-        if len(first) <= axis or any(item != others[0] for item in others):
-            return None
-        if self.kind == "interleave" and any(item != first for item in shapes):
-            return None
-        return (*first[:axis], sum(item[axis] for item in shapes), *first[axis + 1 :])
-
-    def join(self, tensors: list[Tensor]) -> Tensor:
-        """The parameter; for quantized rows too."""
-        import torch
-
-        if self.kind == "concat":
-            return torch.cat(tensors, dim=self.axis)
-        if self.kind == "stack":
-            return torch.stack(tensors)
-        if self.kind == "pairs":
-            wide = torch.stack(tensors)
-            return wide.reshape(wide.shape[0] // 2, 2 * wide.shape[1], *wide.shape[2:])
-        return torch.stack(tensors, dim=self.axis + 1).flatten(self.axis, self.axis + 1)
-
-    def split(self, tensor: Tensor, count: int) -> list[Tensor]:
-        """The inverse, of ``count`` equal parts."""
-        if self.kind == "stack":
-            return list(tensor.unbind(0))
-        if self.kind == "concat":
-            return list(tensor.chunk(count, dim=self.axis))
-        wide = tensor.unflatten(self.axis, (-1, count))
-        return list(wide.unbind(self.axis + 1))
-
-
-@dataclass(frozen=True, slots=True)
 class Entry:
-    """One parameter of the model and what it is in a file."""
+    """One parameter of the model and the tensor that it is in a file."""
 
     parameter: str
-    tensors: tuple[str, ...]
-    """Names in the file, in order."""
+    tensor: str
     move: Move = field(default_factory=Move)
-    """Done to the parameter as a whole, after joining."""
-    join: Join = field(default_factory=Join)
     part: int | None = None
-    """The parameter is one slice of the tensor."""
-    optional: bool = False
-    """A file may lack it, and the model has it all the same: it is written only if it is there."""
+    """The parameter is one slice of the tensor: one expert's matrix, one head's norm."""
 
     @property
     def plain(self) -> bool:
-        """The parameter lies in the file as it is."""
-        return len(self.tensors) == 1 and self.move.plain and self.part is None
+        """The parameter's elements lie in the file as they do in the model, in one piece."""
+        return self.move.plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +67,7 @@ def both(tensor: str, module: str, move: Move | None = None) -> Iterator[Entry]:
     """Entries of a module's weight and bias."""
     for local in ("weight", "bias"):
         made = move if move is not None else Move()
-        yield Entry(f"{module}.{local}", (f"{tensor}.{local}",), made)
+        yield Entry(f"{module}.{local}", f"{tensor}.{local}", made)
 
 
 def layers(
@@ -141,15 +85,21 @@ def layers(
 
 
 def experts(
-    count: int, module: str = "mlp.experts", prefix: str = "model.layers"
+    config: Config,
+    number: int,
+    leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    module: str = "mlp.experts",
+    prefix: str = "model.layers",
 ) -> Iterator[Entry]:
-    """Entries of experts stacked into two parameters: gate and up, and down."""
-    for index in range(count):
-        tensor = f"blk.{index}.ffn"
-        name = f"{prefix}.{index}.{module}"
-        pair = (f"{tensor}_gate_exps.weight", f"{tensor}_up_exps.weight")
-        yield Entry(f"{name}.gate_up_proj", pair, join=Join("concat", 1))
-        yield Entry(f"{name}.down_proj", (f"{tensor}_down_exps.weight",))
+    """Entries of ``number`` experts in every block: files stack them, each kind of matrix in one
+    tensor; to transformers each matrix has a name (``leaves``: of gate, up and down)."""
+    for index in range(int(config["num_hidden_layers"])):
+        for part, leaf in zip(("gate", "up", "down"), leaves, strict=True):
+            for local in ("weight", "bias"):
+                tensor = f"blk.{index}.ffn_{part}_exps.{local}"
+                for expert in range(number):
+                    name = f"{prefix}.{index}.{module}.{expert}.{leaf}.{local}"
+                    yield Entry(name, tensor, part=expert)
 
 
 class Family:

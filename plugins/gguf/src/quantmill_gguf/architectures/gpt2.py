@@ -49,10 +49,9 @@ class GPT2(Family):
 
     def entries(self, config: Config) -> Iterator[Entry]:
         for entry in super().entries(config):
-            tensor = entry.tensors[0]
-            part, _, local = tensor.removeprefix("blk.").partition(".")[2].rpartition(".")
+            part, _, local = entry.tensor.removeprefix("blk.").partition(".")[2].rpartition(".")
             if part in _LINEARS and local == "weight":
-                yield Entry(entry.parameter, entry.tensors, Transposed())
+                yield Entry(entry.parameter, entry.tensor, Transposed())
             else:
                 yield entry
 

@@ -10,7 +10,6 @@ from quantmill_gguf.architectures.family import (
     Entry,
     Family,
     Field,
-    Join,
     Tensors,
     experts,
 )
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
     from quantmill_gguf.architectures.keys import Keys
 
 __all__ = ["Decoder", "Llama"]
+
+
+_LEAVES = ("w1", "w3", "w2")
+"""Mixtral's names of an expert's gate, up and down."""
 
 
 class Decoder(Family):
@@ -102,26 +105,20 @@ class Llama(Decoder):
         for entry in super().entries(config):
             if ".mlp." not in entry.parameter:
                 yield entry
-        count = int(config["num_hidden_layers"])
-        for index in range(count):
+        for index in range(int(config["num_hidden_layers"])):
             gate = f"model.layers.{index}.mlp.gate.weight"
-            yield Entry(gate, (f"blk.{index}.ffn_gate_inp.weight",))
-        yield from experts(count)
+            yield Entry(gate, f"blk.{index}.ffn_gate_inp.weight")
+        yield from experts(config, int(config["num_local_experts"]), _LEAVES)
 
     def older(self, config: Config, tensors: Tensors) -> Iterator[Entry]:
         """Experts as files of 2023 have them: one matrix each."""
         if config["model_type"] != "mixtral" or "blk.0.ffn_gate.0.weight" not in tensors:
             return
-        number = int(config["num_local_experts"])
         for index in range(int(config["num_hidden_layers"])):
-            name = f"model.layers.{index}.mlp.experts"
-            each = [
-                tuple(f"blk.{index}.ffn_{part}.{n}.weight" for n in range(number))
-                for part in ("gate", "up", "down")
-            ]
-            pairs = tuple(item for pair in zip(each[0], each[1], strict=True) for item in pair)
-            yield Entry(f"{name}.gate_up_proj", pairs, join=Join("pairs"))
-            yield Entry(f"{name}.down_proj", each[2], join=Join("stack"))
+            for expert in range(int(config["num_local_experts"])):
+                for part, leaf in zip(("gate", "up", "down"), _LEAVES, strict=True):
+                    name = f"model.layers.{index}.mlp.experts.{expert}.{leaf}.weight"
+                    yield Entry(name, f"blk.{index}.ffn_{part}.{expert}.weight")
 
     def complete(self, config: dict[str, Any], keys: Keys, tensors: Tensors) -> None:
         super().complete(config, keys, tensors)

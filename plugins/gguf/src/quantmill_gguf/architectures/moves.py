@@ -40,6 +40,10 @@ class Move:
         """The parameter's shape, from the tensor's."""
         return shape
 
+    def file_shape(self, shape: Shape) -> Shape:
+        """The tensor's shape, from the parameter's."""
+        return shape
+
     def problem(self, shape: Shape) -> str:
         """Why a tensor of ``shape`` can't be moved so; empty if it can."""
         return ""
@@ -185,6 +189,9 @@ class Transposed(Move):
     def shape(self, shape: Shape) -> Shape:
         return (*shape[:-2], shape[-1], shape[-2])
 
+    def file_shape(self, shape: Shape) -> Shape:
+        return self.shape(shape)
+
     def read(self, tensor: Tensor) -> Tensor:
         return tensor.transpose(-1, -2).contiguous()
 
@@ -201,6 +208,9 @@ class Squeezed(Move):
 
     def shape(self, shape: Shape) -> Shape:
         return (*shape[: self.axis], 1, *shape[self.axis :])
+
+    def file_shape(self, shape: Shape) -> Shape:
+        return (*shape[: self.axis], *shape[self.axis + 1 :])
 
     def read(self, tensor: Tensor) -> Tensor:
         return tensor.unsqueeze(self.axis)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from quantmill_gguf.architectures.family import DECODER, Config, Entry, Field, Tensors, experts
 from quantmill_gguf.architectures.llama import Decoder
@@ -59,17 +59,16 @@ class Qwen3(Decoder):
 class _Experts(Decoder):
     """Experts in every block."""
 
-    expert_fields: ClassVar[tuple[Field, ...]]
-
     def entries(self, config: Config) -> Iterator[Entry]:
         for entry in super().entries(config):
             if ".mlp." not in entry.parameter:
                 yield entry
-        count = int(config["num_hidden_layers"])
-        for index in range(count):
+        for index in range(int(config["num_hidden_layers"])):
             gate = f"model.layers.{index}.mlp.gate.weight"
-            yield Entry(gate, (f"blk.{index}.ffn_gate_inp.weight",))
-        yield from experts(count)
+            yield Entry(gate, f"blk.{index}.ffn_gate_inp.weight")
+        # The library has had two names for it.
+        number = config.get("num_experts") or config.get("num_local_experts")
+        yield from experts(config, int(number or 0))
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from super().problems(config)
@@ -102,11 +101,11 @@ class Qwen2Moe(_Experts):
         for index in range(int(config["num_hidden_layers"])):
             name, tensor = f"model.layers.{index}.mlp", f"blk.{index}.ffn"
             # The gate is a vector in the file.
-            shared = (f"{tensor}_gate_inp_shexp.weight",)
+            shared = f"{tensor}_gate_inp_shexp.weight"
             yield Entry(f"{name}.shared_expert_gate.weight", shared, Squeezed(0))
             for part in ("gate", "up", "down"):
                 yield Entry(
-                    f"{name}.shared_expert.{part}_proj.weight", (f"{tensor}_{part}_shexp.weight",)
+                    f"{name}.shared_expert.{part}_proj.weight", f"{tensor}_{part}_shexp.weight"
                 )
 
     def complete(self, config: dict[str, Any], keys: Keys, tensors: Tensors) -> None:

@@ -37,7 +37,7 @@ class StableLm(Decoder):
                 for head in range(int(config[key])):
                     yield Entry(
                         f"model.layers.{index}.self_attn.{part}_layernorm.norms.{head}.weight",
-                        (f"blk.{index}.attn_{part}_norm.weight",),
+                        f"blk.{index}.attn_{part}_norm.weight",
                         part=head,
                     )
 
