@@ -56,7 +56,7 @@ def make_job(
     Raises:
         QuantmillError: the source or METHOD can't be read.
     """
-    from quantmill.checkpoint.containers import open_checkpoint
+    from quantmill.checkpoint.containers import container_for, open_checkpoint
     from quantmill.checkpoint.headers import CheckpointHeaders
     from quantmill.stages.select import detect, parse_method
 
@@ -73,6 +73,7 @@ def make_job(
     _check_device(str(device))
     headers = source if isinstance(source, CheckpointHeaders) else open_checkpoint(source, host)
     detect(headers, host)
+    output = options.get("output")
     return Job(
         host=host,
         headers=headers,
@@ -80,6 +81,7 @@ def make_job(
         device=local_device(str(device)) if options.get("share") else str(device),
         dtype=name,
         options=Options(**options),
+        container=None if output is None else container_for(output, host),
         progress=progress,
         findings=Findings(headers.findings),
     )
@@ -121,9 +123,12 @@ def plan(
     allow_unmatched: bool = False,
     strict: bool = False,
     max_memory: Mapping[str, int] | None = None,
+    output: str | Path | None = None,
     host: Host | None = None,
 ) -> Plan:
     """What would happen to every module, in exact bytes. Reads headers, never weights.
+
+    With ``output`` it is planned how :func:`quantize` would write that folder or file.
 
     Problems are in ``plan.findings``; :meth:`Plan.raise_errors` raises the errors among them.
 
@@ -141,6 +146,7 @@ def plan(
         allow_unmatched=allow_unmatched,
         strict=strict,
         max_memory=max_memory,
+        output=None if output is None else str(output),
         planning=True,
     )
     return prepare(job)
@@ -280,7 +286,7 @@ def quantize(
     allow_unmatched: bool = False,
     strict: bool = False,
     non_finite: str = "error",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int | None = None,
     calibration: Any = None,
     samples: int = 128,
     length: int = 512,
@@ -290,6 +296,10 @@ def quantize(
     host: Host | None = None,
 ) -> WriteReport:
     """Quantize a checkpoint into a new folder, streaming; the folder appears when it is complete.
+
+    Where ``output`` ends like a file of a registered format (``.gguf``), that is what is written.
+    Files of a folder have at most ``max_shard_bytes`` of tensors, 5 GB by default; such a file is
+    split only if it is given.
 
     Calibrated methods take ``calibration`` as :func:`load` does; such a job can be interrupted
     and goes on, with the same bytes in the end, when it is called again in the same way. Started

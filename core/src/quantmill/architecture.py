@@ -60,6 +60,11 @@ class Architecture(ABC):
         """Torch name of the dtype the checkpoint was made for (``bfloat16``)."""
         return None
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The config with what it leaves to its class filled in, where somebody knows it."""
+        return {}
+
     def module_prefix(self, module: ModuleInfo) -> str:
         """The module's name in the checkpoint, which may differ from its name in the model."""
         for local, parameter in module.parameters.items():
@@ -139,6 +144,10 @@ class HeaderArchitecture(Architecture):
     def default_dtype(self) -> str | None:
         value = self._headers.config.get("dtype") or self._headers.config.get("torch_dtype")
         return str(value).removeprefix("torch.") if value else None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self._headers.config
 
     def findings(self) -> list[Finding]:
         return [

@@ -11,23 +11,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
 
     from quantmill.calibration.block import Block
     from quantmill.checkpoint.headers import TensorHeader
+    from quantmill.checkpoint.reader import TensorReader
     from quantmill.config import MethodConfig
     from quantmill.findings import Finding
     from quantmill.forms import Form
+    from quantmill.job import Job, Selection
     from quantmill.kernels import KernelRegistry
-    from quantmill.targeting.types import Target
+    from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
 __all__ = [
     "BlockCalibrator",
     "Codec",
+    "ContainerWriter",
     "Fit",
     "LinearFactory",
     "NonFiniteWeight",
@@ -197,6 +202,60 @@ class Codec(ABC, Generic[ConfigT]):
     ) -> Form | None:
         """The form on the meta device as the headers tell it, or None when these tensors are not
         of this layout (a float weight, for example)."""
+
+
+class ContainerWriter(ABC):
+    """Writes a whole model into one file: what a :class:`~quantmill.registrations.Container` names.
+
+    It is a sink of the engine, and a context manager: whatever ends the context before
+    :meth:`commit` leaves nothing behind.
+    """
+
+    def __init__(self, job: Job, path: Path, max_file_bytes: int | None = None) -> None:
+        """``job.plan`` stands. A model of more than ``max_file_bytes`` is split over files, if
+        the format knows how; None for one file."""
+        self.job = job
+        self.path = path
+        self.max_file_bytes = max_file_bytes
+
+    @classmethod
+    def check(cls, job: Job) -> Iterable[Finding]:
+        """Why the file can't hold what ``job.plan`` makes; called in validation."""
+        return ()
+
+    @classmethod
+    def kept(cls, job: Job, module: ModuleInfo, parameter: ParameterInfo) -> tuple[str, int] | None:
+        """Dtype (or the format's own name of a type) and bytes of a tensor that is not quantized;
+        None where it is stored as it is in the source. Called while planning."""
+        return None
+
+    @abstractmethod
+    def __enter__(self) -> Self:
+        """Open the file under a temporary name."""
+
+    @abstractmethod
+    def __exit__(self, *exc: object) -> None:
+        """Remove what was not committed."""
+
+    @abstractmethod
+    def put_form(
+        self, selection: Selection, target: Target, form: Form, bias: Tensor | None
+    ) -> None:
+        """Write a quantized target, with the module's bias if it has one."""
+
+    @abstractmethod
+    def put_tensor(
+        self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader
+    ) -> None:
+        """Write a tensor that stays float."""
+
+    @abstractmethod
+    def commit(self) -> list[Path]:
+        """Finish; the files appear under their names and are returned.
+
+        Raises:
+            QuantmillError: something is missing, or it can't be written.
+        """
 
 
 class LinearFactory(ABC, Generic[ConfigT]):

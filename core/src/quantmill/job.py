@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quantmill.kernels import KernelRegistry
     from quantmill.planning import Plan
     from quantmill.processes import Processes
-    from quantmill.registrations import Method
+    from quantmill.registrations import Container, Method
 
 __all__ = ["Job", "Options", "Request", "Selection"]
 
@@ -83,7 +83,7 @@ class Options:
     dequantize: bool = False
     """Load a quantized checkpoint as a float model."""
     output: str | None = None
-    """Folder to be written, for the disk space check."""
+    """Folder or file to be written, for the disk space check."""
     calibration: Any = None
     """Calibration data: see :func:`quantmill.calibration.data.read_calibration`."""
     samples: int = 128
@@ -120,6 +120,8 @@ class Job:
     stored_targets: dict[str, str] | None = None
     """Module (its name in the checkpoint) to label, when the checkpoint holds several methods."""
     architecture: Architecture | None = field(default=None, repr=False)
+    container: Container | None = None
+    """File format that is written; None for a folder, or for a model in memory."""
     plan: Plan | None = field(default=None, repr=False)
     _kernels: KernelRegistry | None = field(default=None, repr=False)
     _processes: Processes | None = field(default=None, repr=False)

@@ -275,3 +275,7 @@ class Container:
     tokenizer: ImportString | None = None
     """``tokenizer(path) -> object | None``: the tokenizer in the file."""
     requirements: tuple[Requirement, ...] = ()
+    write: ImportString | None = None
+    """A subclass of :class:`quantmill.backend.ContainerWriter`; without one files are read only."""
+    methods: tuple[str, ...] = ()
+    """Names of the methods whose weights a file can hold."""

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
     from quantmill.host import Host
     from quantmill.registrations import Container
 
-__all__ = ["container_of", "open_checkpoint"]
+__all__ = ["container_for", "container_of", "open_checkpoint"]
 
 
 def container_of(spec: str | Path | Any, host: Host) -> Container | None:
     """The registered file format that ``spec`` is an existing file of, or None."""
     if not isinstance(spec, str | Path) or not Path(spec).is_file():
         return None
-    name = Path(spec).name.lower()
+    return container_for(spec, host)
+
+
+def container_for(path: str | Path, host: Host) -> Container | None:
+    """The registered file format that a file of this name would have, or None."""
+    name = Path(path).name.lower()
     for container in host.containers:
         if name.endswith(container.suffixes) and not missing_requirements(container.requirements):
             return container

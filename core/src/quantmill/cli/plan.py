@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens of key-value cache, for --memory.",
 )
+@click.option(
+    "--output",
+    type=click.Path(),
+    callback=not_empty,
+    help="Plan how this folder or file would be written: a file's format may store what stays"
+    " float in another dtype.",
+)
 @click.option("--all", "everything", is_flag=True, help="Every module, not one row per kind.")
 @JSON
 def command(
@@ -61,7 +68,7 @@ def _refuse_with_memory(method: str | None, everything: bool, options: dict[str,
     """What a comparison of every method would silently ignore."""
     if method is not None:
         raise click.UsageError("--memory compares every installed method: leave METHOD out")
-    names = ("skip", "include", "allow_unmatched", "strict")
+    names = ("skip", "include", "allow_unmatched", "strict", "output")
     ignored = [f"--{name.replace('_', '-')}" for name in names if options[name]]
     if everything:
         ignored.append("--all")

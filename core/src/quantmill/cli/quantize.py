@@ -33,10 +33,8 @@ from quantmill.cli.output import print_json, progress_bar, show_findings, size
 @click.option(
     "--max-shard",
     callback=memory_bytes,
-    default="5GB",
-    show_default=True,
     metavar="SIZE",
-    help="Most bytes of tensors in one file.",
+    help="Most bytes of tensors in one file. [default: 5GB in a folder, no limit in a file]",
 )
 @calibration_options
 @QUIET
@@ -45,12 +43,15 @@ def command(
     source: str,
     output: str,
     method: str,
-    max_shard: int,
+    max_shard: int | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Quantize SOURCE with METHOD into the new folder OUTPUT, streaming."""
+    """Quantize SOURCE with METHOD into the new folder or file OUTPUT, streaming.
+
+    An OUTPUT that ends like a file of a known format (.gguf) is written as such.
+    """
     import quantmill
     from quantmill.processes import first_process
 

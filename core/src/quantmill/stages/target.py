@@ -178,11 +178,13 @@ class _Planner:
             )
             yield self._kept(module, Decision(module.name, "keep", None, why, "method"))
             return
-        rest = sum(
-            _bytes(parameter)
+        others = [
+            parameter
             for local, parameter in module.parameters.items()
             if local not in {item.parameter for item in targets}
-        )
+        ]
+        rest = sum(_bytes(parameter) for parameter in others)
+        rest_after = sum(self._written(module, item)[1] for item in others if item.sources)
         for index, target in enumerate(targets):
             self.job.findings.extend(quantizer.check(target))
             form, after, memory, working = self._measure(selection, quantizer, target)
@@ -199,7 +201,7 @@ class _Planner:
                 origin=decision.origin,
                 parameters=target.weights,
                 bytes_before=before + extra,
-                bytes_after=after + extra,
+                bytes_after=after + (rest_after if index == 0 else 0),
                 bytes_memory=memory + extra,
                 working_bytes=working,
                 target=target,
@@ -317,13 +319,18 @@ class _Planner:
         weight = module.parameters.get("weight")
         shape = weight.shape if weight is not None else ()
         tied = self.architecture.tied
-        count = before = memory = 0
+        count = before = after = memory = 0
+        form = weight.dtype if weight is not None else ""
         for parameter in module.parameters.values():
             if parameter.name in tied or not parameter.sources:
                 continue
             elements = _numel(parameter.shape)
             count += elements
             before += _bytes(parameter)
+            stored, size = self._written(module, parameter)
+            after += size
+            if parameter is weight:
+                form = stored
             memory += elements * self._live_itemsize(module, parameter)
         return ModulePlan(
             name=module.name,
@@ -331,14 +338,25 @@ class _Planner:
             shape=tuple(shape),
             action=decision.action,
             method=None,
-            form=weight.dtype if weight is not None else "",
+            form=form,
             reason=decision.reason,
             origin=decision.origin,
             parameters=count,
             bytes_before=before,
-            bytes_after=before,
+            bytes_after=after,
             bytes_memory=memory,
         )
+
+    def _written(self, module: ModuleInfo, parameter: ParameterInfo) -> tuple[str, int]:
+        """Dtype and bytes of a tensor that stays float, in what is written."""
+        container = self.job.container
+        if container is not None and container.write is not None:
+            answer: tuple[str, int] | None = resolve(container.write).kept(
+                self.job, module, parameter
+            )
+            if answer is not None:
+                return answer
+        return parameter.dtype, _bytes(parameter)
 
     def _live_itemsize(self, module: ModuleInfo, parameter: ParameterInfo) -> int:
         if parameter.dtype not in ("F32", "F16", "BF16", "F64"):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from quantmill.findings import Finding, Severity, declare
-from quantmill.job import Job
+from quantmill.job import Job, Selection
 from quantmill.registrations import resolve
 from quantmill.requirements import missing_requirements
 
@@ -19,6 +19,7 @@ DEVICE_UNSUPPORTED = declare("QM-DEVICE-002", "The method can't compute on this 
 DEVICE_TOO_OLD = declare("QM-DEVICE-003", "The device's compute capability is too low")
 OUT_OF_MEMORY = declare("QM-MEMORY-001", "The model does not fit into the memory there is")
 NO_SPACE = declare("QM-DISK-001", "The output does not fit on the disk")
+OUTPUT_EXISTS = declare("QM-DISK-002", "The file to be written is there already")
 NOT_SERIALISABLE = declare("QM-METHOD-001", "The method can't be written to a checkpoint")
 NEEDS_CALIBRATION = declare("QM-METHOD-002", "The method needs calibration data")
 CALIBRATION_NOTE = declare("QM-METHOD-006", "The method will need calibration data", Severity.INFO)
@@ -48,6 +49,7 @@ def core_findings(job: Job) -> Iterator[Finding]:
     yield from _methods(job)
     yield from _memory(job)
     yield from _disk(job)
+    yield from _container(job)
     used = {item.method.name for item in job.selections.values()}
     for validator in job.host.validators:
         if not validator.methods or used & set(validator.methods):
@@ -110,12 +112,8 @@ def _methods(job: Job) -> Iterator[Finding]:
                 f"{item.method.name} quantizes with calibration data only",
                 "give a text: --calibration FILE, or calibration= in Python",
             )
-        if job.options.output and not able.serialisable:
-            yield NOT_SERIALISABLE(
-                item.label,
-                f"{item.method.name} has no disk layout",
-                "choose a serialisable method: see `quantmill doctor`",
-            )
+        if job.options.output:
+            yield from _writable(job, item)
         for requirement, there in missing_requirements(item.method.requirements):
             if requirement.optional:
                 wanted = f"{requirement.distribution}{requirement.versions}"
@@ -130,6 +128,36 @@ def _methods(job: Job) -> Iterator[Finding]:
             "the source's weights are quantized, and quantizing them again would add error",
             "give the float checkpoint as the source",
         )
+
+
+def _writable(job: Job, item: Selection) -> Iterator[Finding]:
+    """Whether a method's weights can be written to what the output is."""
+    name, output = item.method.name, str(job.options.output)
+    if job.container is not None:
+        if job.container.write is None:
+            cause = f"files of {job.container.name} are only read here"
+            yield NOT_SERIALISABLE(item.label, cause, "name a folder as the output")
+        elif name not in job.container.methods:
+            others = ", ".join(job.container.methods)
+            cause = f"a file of {job.container.name} can't hold what {name} makes"
+            fix = f"take {others}, or name a folder as the output"
+            yield NOT_SERIALISABLE(item.label, cause, fix)
+    elif not item.method.capabilities.serialisable:
+        fix = "choose a serialisable method: see `quantmill doctor`"
+        for container in job.host.containers:
+            if container.write is not None and name in container.methods:
+                fix = f"name a file as the output: {output}{container.suffixes[0]}"
+        yield NOT_SERIALISABLE(item.label, f"{name} has no disk layout for a folder", fix)
+
+
+def _container(job: Job) -> Iterator[Finding]:
+    if job.container is None or job.container.write is None or not job.options.output:
+        return
+    if Path(job.options.output).exists():
+        cause = "there is a file or folder of this name"
+        yield OUTPUT_EXISTS(job.options.output, cause, "choose a new name, or remove it")
+    found: Iterable[Finding] = resolve(job.container.write).check(job)
+    yield from found
 
 
 def available_memory(device: str) -> int | None:

@@ -18,6 +18,7 @@ from quantmill.checkpoint.writer import CheckpointWriter
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.planning import Plan
+from quantmill.registrations import resolve
 from quantmill.stages.quantize import Sink, codec_of, run
 from quantmill.stages.table import stored_config
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
@@ -30,6 +31,7 @@ class WriteReport:
     """A checkpoint that was written."""
 
     folder: Path
+    """Or the file, of a format that holds a whole model in one."""
     files: dict[str, int]
     plan: Plan
     seconds: float
@@ -58,6 +60,9 @@ class WriteReport:
             "losses": {name: dict(found) for name, found in self.losses.items()},
             "plan": self.plan.to_dict(),
         }
+
+
+_SHARD = 5 * 10**9
 
 
 class CheckpointSink:
@@ -103,14 +108,23 @@ class CheckpointSink:
 
 
 def write_checkpoint(
-    job: Job, folder: Path, max_shard_bytes: int, engine: Callable[[Job, Sink], None] = run
+    job: Job, folder: Path, max_shard_bytes: int | None, engine: Callable[[Job, Sink], None] = run
 ) -> WriteReport:
     """Carry out ``job.plan`` into ``folder``, which appears only when all of it is written.
 
-    ``engine`` sends everything to a sink: the streaming one, or one that calibrates.
+    Where ``job.container`` says so it is a file. Without ``max_shard_bytes`` a folder's files
+    have at most 5 GB, and a file is not split. ``engine`` sends everything to a sink: the
+    streaming one, or one that calibrates.
     """
     start = perf_counter()
     assert job.plan is not None and job.architecture is not None
+    if job.container is not None:
+        assert job.container.write is not None
+        with resolve(job.container.write)(job, folder, max_shard_bytes) as sink:
+            engine(job, sink)
+            paths = sink.commit()
+        sizes = {path.name: path.stat().st_size for path in paths}
+        return WriteReport(folder, sizes, job.plan, perf_counter() - start)
     config = dict(job.headers.config)
     stored = config["quantization_config"] = stored_config(job)
     if job.dtype:
@@ -128,7 +142,7 @@ def write_checkpoint(
     notes = sum(noted + 3 * len(name) for name in job.headers.tensors) if noted else 0
     with CheckpointWriter(
         folder,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=max_shard_bytes or _SHARD,
         manifest=manifest,
         header_bytes=room,
         metadata=None if codec is None else codec.metadata,

@@ -123,7 +123,7 @@ def _one(
     ]
     winner = _winner(module, deciding, findings)
     options = _options(winner, configured)
-    if module.tied_to is not None:
+    if module.tied_to is not None and not _shareable(module, winner, kinds):
         if winner is not None and winner.action != "skip" and winner.origin == "user":
             findings.add(
                 TIED_INCLUDED(name, f"it shares its weight with {module.tied_to}", "leave it out")
@@ -137,6 +137,14 @@ def _one(
     outcome = "keep" if winner.action == "skip" else "quantize"
     reason = winner.reason or f"pattern {winner.pattern}"
     return Decision(name, outcome, winner.method, reason, winner.origin, winner, options)  # type: ignore[arg-type]
+
+
+def _shareable(module: ModuleInfo, winner: Rule | None, kinds: Collection[str]) -> bool:
+    """Whether a tied weight is to be quantized: an embedding that has the storage, included by a
+    rule, of a method that computes with it in both places."""
+    if winner is None or winner.action == "skip" or module.kind != "embedding":
+        return False
+    return bool(module.parameters["weight"].sources) and {"embedding", "linear"} <= set(kinds)
 
 
 def _came_later(rule: Rule, configured: Rule | None) -> bool:

@@ -162,6 +162,11 @@ class TransformersArchitecture(Architecture):
         return next((_FLOATS[dtype] for dtype in stored if dtype in _FLOATS), None)
 
     @property
+    def settings(self) -> Mapping[str, Any]:
+        values: Mapping[str, Any] = self.config.to_dict()
+        return values
+
+    @property
     def tied(self) -> Mapping[str, str]:
         return self.ties.mapping
 

@@ -8,6 +8,7 @@ __all__ = [
     "ALIGNMENT",
     "BAD_TENSOR",
     "BAD_VALUE",
+    "CANT_EXPORT",
     "COUNT",
     "DIMENSIONS",
     "DUPLICATE",
@@ -16,6 +17,7 @@ __all__ = [
     "MISSING_KEY",
     "NOT_FINITE",
     "NOT_GGUF",
+    "NOT_QUANTIZED",
     "NO_BLOCKS",
     "OFFSET",
     "OVERLAP",
@@ -24,6 +26,7 @@ __all__ = [
     "STRING",
     "TRUNCATED",
     "TYPE",
+    "UNEVEN",
     "UNKNOWN_ARCHITECTURE",
     "UNKNOWN_MIX",
     "UNREADABLE",
@@ -52,6 +55,9 @@ MISSING_KEY = declare("QM-GGUF-021", "A GGUF file lacks metadata that its archit
 BAD_VALUE = declare("QM-GGUF-022", "A metadata value of a GGUF file can't be right")
 UNSUPPORTED = declare("QM-GGUF-023", "A GGUF file uses something that can't be loaded yet")
 BAD_TENSOR = declare("QM-GGUF-024", "A quantized weight of a GGUF file contradicts the model")
+CANT_EXPORT = declare("QM-GGUF-040", "A model can't be written to a GGUF file")
+UNEVEN = declare("QM-GGUF-041", "Parts of one tensor would have different types")
+NOT_QUANTIZED = declare("QM-GGUF-042", "A weight that was planned quantized stayed float")
 NO_BLOCKS = declare("QM-GGUF-030", "The rows of a weight don't fill a type's blocks")
 UNKNOWN_MIX = declare("QM-GGUF-031", "A mix or type that was asked for does not exist")
 NOT_FINITE = declare("QM-GGUF-032", "A weight can't be quantized to finite blocks")

@@ -13,6 +13,9 @@ from quantmill.targeting.types import Rule
 __all__ = ["GgufConfig", "rules"]
 
 TypeName = Literal[
+    "F32",
+    "F16",
+    "BF16",
     "Q4_0",
     "Q4_1",
     "Q5_0",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from quantmill.hookspecs import hookimpl
 from quantmill.registrations import (
@@ -12,7 +13,12 @@ from quantmill.registrations import (
     Container,
     Method,
     Preset,
+    resolve,
 )
+
+if TYPE_CHECKING:
+    from quantmill.job import Job
+    from quantmill.targeting.types import Rule
 
 QUANTMILL_API = 1
 
@@ -70,4 +76,18 @@ def quantmill_codecs() -> Sequence[CodecRegistration]:
 
 @hookimpl
 def quantmill_containers() -> Sequence[Container]:
-    return [Container("gguf", (".gguf",), "quantmill_gguf.reader:read")]
+    return [
+        Container(
+            "gguf",
+            (".gguf",),
+            "quantmill_gguf.reader:read",
+            write="quantmill_gguf.export:GgufExport",
+            methods=("gguf",),
+        )
+    ]
+
+
+@hookimpl
+def quantmill_target(job: Job) -> Iterable[Rule]:
+    rules: Iterable[Rule] = resolve("quantmill_gguf.planning:rules")(job)
+    return rules

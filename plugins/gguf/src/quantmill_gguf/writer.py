@@ -85,8 +85,8 @@ def _kind_of(value: Any) -> str:
 class GgufWriter:
     """Writes one file, as a context manager.
 
-    Tensors come in the order of ``tensors``, each whole or by parts. The file appears under its
-    name when the block ends without an exception::
+    Tensors come in the order of ``tensors``, each whole or by parts (:meth:`write`), or in any
+    order (:meth:`put`). The file appears under its name when the block ends without an exception::
 
         with GgufWriter(path, metadata, specs) as writer:
             writer.write(raw)
@@ -112,7 +112,10 @@ class GgufWriter:
         self._stream: IO[bytes] | None = None
         self._temporary = ""
         self._index = 0
-        self._within = 0
+        self._places: dict[str, tuple[int, TensorSpec]] = {}
+        """Byte offset in the data, and the tensor, by name."""
+        self._done = {item.name: 0 for item in self.tensors}
+        self._size = 0
         metadata = dict(metadata)
         if alignment != ALIGNMENT:
             metadata["general.alignment"] = alignment
@@ -162,7 +165,9 @@ class GgufWriter:
             parts += [self._text(spec.name), self._pack("I", len(spec.shape))]
             parts.append(self._pack("Q", *reversed(spec.shape)))
             parts.append(self._pack("I", spec.info.number) + self._pack("Q", offset))
+            self._places[spec.name] = offset, spec
             offset += nbytes + -nbytes % self._alignment
+        self._size = offset
         header = b"".join(parts)
         return header + bytes(-len(header) % self._alignment)
 
@@ -174,28 +179,36 @@ class GgufWriter:
             self._stream = os.fdopen(descriptor, "wb")
             self._stream.write(self._header)
         except OSError as error:
-            self._discard()
+            self.discard()
             raise self._failed(error) from error
         return self
 
     def write(self, raw: Tensor) -> None:
         """The next little-endian bytes, uint8 of any shape: whole blocks of one tensor."""
-        if self._stream is None or self._index >= len(self.tensors):
+        if self._index >= len(self.tensors):
             raise ValueError("no tensor is to be written")
         spec = self.tensors[self._index]
+        self.put(spec.name, raw, self._done[spec.name])
+        if self._done[spec.name] == spec.nbytes:
+            self._index += 1
+
+    def put(self, name: str, raw: Tensor, at: int = 0) -> None:
+        """The same for any tensor, from byte ``at`` of it on; each byte is written once."""
+        if self._stream is None:
+            raise ValueError("the file is not open")
+        start, spec = self._places[name]
         data = raw.detach().to("cpu", torch.uint8).contiguous().reshape(-1)
-        if self._within + data.numel() > spec.nbytes or data.numel() % spec.info.size:
-            raise ValueError(f"{spec.name} takes {spec.nbytes - self._within} more bytes")
+        if at + data.numel() > spec.nbytes or data.numel() % spec.info.size:
+            raise ValueError(f"{spec.name} takes {spec.nbytes - at} more bytes")
         if self._order == ">":
             data = swapped(data, spec.info)
         try:
             if data.numel():
                 # The tensor's own memory: neither a copy nor NumPy is needed.
-                self._stream.write((ctypes.c_char * data.numel()).from_address(data.data_ptr()))
-            self._within += data.numel()
-            if self._within == spec.nbytes:
-                self._stream.write(bytes(-spec.nbytes % self._alignment))
-                self._index, self._within = self._index + 1, 0
+                memory = (ctypes.c_char * data.numel()).from_address(data.data_ptr())
+                self._stream.seek(len(self._header) + start + at)
+                self._stream.write(memory)
+            self._done[name] += data.numel()
         except OSError as error:
             raise self._failed(error) from error
 
@@ -205,14 +218,26 @@ class GgufWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._stream is not None
         if kind is not None:
-            self._discard()
+            self.discard()
             return
-        if self._index < len(self.tensors):
-            self._discard()
-            raise ValueError(f"{self.tensors[self._index].name} was not written")
+        self.finish()
+        self.publish()
+
+    def finish(self) -> None:
+        """Complete the file under its temporary name.
+
+        Raises:
+            QuantmillError: it can't be written.
+            ValueError: a tensor is not complete.
+        """
+        assert self._stream is not None
+        for spec in self.tensors:
+            if self._done[spec.name] != spec.nbytes:
+                self.discard()
+                raise ValueError(f"{spec.name} was not written")
         try:
+            self._stream.truncate(len(self._header) + self._size)
             self._stream.flush()
             os.fsync(self._stream.fileno())
             self._stream.close()
@@ -220,17 +245,31 @@ class GgufWriter:
             mask = os.umask(0)
             os.umask(mask)
             Path(self._temporary).chmod(0o666 & ~mask)
-            Path(self._temporary).replace(self.path)
         except OSError as problem:
-            self._discard()
+            self.discard()
             raise self._failed(problem) from problem
 
-    def _discard(self) -> None:
+    def publish(self) -> None:
+        """Give the finished file its name.
+
+        Raises:
+            QuantmillError: it can't be renamed.
+        """
+        try:
+            Path(self._temporary).replace(self.path)
+            self._temporary = ""
+        except OSError as problem:
+            self.discard()
+            raise self._failed(problem) from problem
+
+    def discard(self) -> None:
+        """Remove what is there under the temporary name."""
         if self._stream is not None:
             with contextlib.suppress(OSError):
                 self._stream.close()
         if self._temporary:
             Path(self._temporary).unlink(missing_ok=True)
+            self._temporary = ""
 
     def _failed(self, error: OSError) -> QuantmillError:
         cause = f"it can't be written: {error.strerror or error}"
