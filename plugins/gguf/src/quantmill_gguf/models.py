@@ -5,6 +5,7 @@ The families are in :mod:`quantmill_gguf.architectures`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -78,7 +79,15 @@ def describe(
     config = family.read(keys, tensors)
     parameters: dict[str, Parameter] = {}
     used = set(TABLES)
-    for entry in (*family.older(config, tensors), *family.entries(config)):
+    left = _most(tensors)
+    for entry in itertools.chain(family.older(config, tensors), family.entries(config)):
+        left -= 1
+        if left < 0:
+            # A count in the metadata is absurd: do not count to it.
+            cause = (
+                f"its metadata speaks of more layers or experts than {len(tensors)} tensors hold"
+            )
+            raise QuantmillError(codes.BAD_VALUE(file, cause, _AGAIN))
         tensor = tensors.get(entry.tensor)
         if tensor is None or entry.parameter in parameters:
             continue
@@ -86,6 +95,16 @@ def describe(
         parameters[entry.parameter] = _parameter(entry, tensor, file)
     rest = [item for item in tensors if item not in used]
     return HfModel(config, parameters, rest)
+
+
+def _most(tensors: Mapping[str, GgufTensor]) -> int:
+    """More parameters than these tensors can be."""
+    slices = sum(
+        min(item.shape[0], item.numel)
+        for name, item in tensors.items()
+        if len(item.shape) > 1 and ("_exps." in name or "_norm." in name)
+    )
+    return 4096 + 64 * len(tensors) + 8 * slices
 
 
 def _parameter(entry: Entry, tensor: GgufTensor, file: str) -> Parameter:

@@ -159,6 +159,9 @@ class Family:
         for item in self.fields:
             default = config.get(item.default) if isinstance(item.default, str) else item.default
             config[item.name] = keys.read(item.key, item.kind, default)
+        count = config[self.layer_key]
+        if count > len(tensors):
+            raise keys.refuse("block_count", count, f"a number of blocks of {len(tensors)} tensors")
         config |= keys.common(tensors)
         self.complete(config, keys, tensors)
         config["architectures"] = [self.class_of(config)]
