@@ -40,9 +40,14 @@ class WriteReport:
 
     @classmethod
     def of(cls, job: Job, folder: Path, seconds: float) -> WriteReport:
-        """What ``job`` wrote into ``folder``."""
+        """What ``job`` wrote into ``folder``, which may be a file, or the name of a split one."""
         assert job.plan is not None
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        paths = [folder]
+        if folder.is_dir():
+            paths = sorted(folder.iterdir())
+        elif not folder.exists():
+            paths = sorted(folder.parent.glob(f"{folder.stem}-*-of-*{folder.suffix}"))
+        files = {path.name: path.stat().st_size for path in paths}
         return cls(folder, files, job.plan, seconds, job.state.get("losses", {}))
 
     @property
@@ -122,9 +127,8 @@ def write_checkpoint(
         assert job.container.write is not None
         with resolve(job.container.write)(job, folder, max_shard_bytes) as sink:
             engine(job, sink)
-            paths = sink.commit()
-        sizes = {path.name: path.stat().st_size for path in paths}
-        return WriteReport(folder, sizes, job.plan, perf_counter() - start)
+            sink.commit()
+        return WriteReport.of(job, folder, perf_counter() - start)
     config = dict(job.headers.config)
     stored = config["quantization_config"] = stored_config(job)
     if job.dtype:
