@@ -7,6 +7,7 @@ from quantmill.findings import Severity, declare
 __all__ = [
     "ALIGNMENT",
     "BAD_TENSOR",
+    "BAD_TOKENIZER",
     "BAD_VALUE",
     "CANT_EXPORT",
     "COUNT",
@@ -19,6 +20,7 @@ __all__ = [
     "NOT_GGUF",
     "NOT_QUANTIZED",
     "NO_BLOCKS",
+    "NO_TOKENIZER",
     "OFFSET",
     "OVERLAP",
     "REQUANTIZED",
@@ -56,6 +58,10 @@ BAD_VALUE = declare("QM-GGUF-022", "A metadata value of a GGUF file can't be rig
 UNSUPPORTED = declare("QM-GGUF-023", "A GGUF file uses something that can't be loaded yet")
 BAD_TENSOR = declare("QM-GGUF-024", "A quantized weight of a GGUF file contradicts the model")
 CANT_EXPORT = declare("QM-GGUF-040", "A model can't be written to a GGUF file")
+NO_TOKENIZER = declare(
+    "QM-GGUF-043", "A model that is written to a GGUF file has no tokenizer", Severity.WARNING
+)
+BAD_TOKENIZER = declare("QM-GGUF-044", "A tokenizer can't be written to a GGUF file, or read")
 UNEVEN = declare("QM-GGUF-041", "Parts of one tensor would have different types")
 NOT_QUANTIZED = declare("QM-GGUF-042", "A weight that was planned quantized stayed float")
 NO_BLOCKS = declare("QM-GGUF-030", "The rows of a weight don't fill a type's blocks")

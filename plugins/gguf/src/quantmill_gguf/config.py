@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from quantmill.config import MethodConfig
+from quantmill.findings import QuantmillError
 from quantmill.targeting.types import Rule
+from quantmill_gguf.mixes import fallback, mix_named
 
 __all__ = ["GgufConfig", "rules"]
 
@@ -36,13 +38,29 @@ TypeName = Literal[
 ]
 
 
+_DEFAULT = "Q8_0"
+
+
 class GgufConfig(MethodConfig):
     """What can be asked for, and what stands in a file's header."""
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"type"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset(
+        {"mix", "type", "output_type", "embedding_type", "imatrix", "pre_tokenizer"}
+    )
 
-    type: TypeName = "Q8_0"
-    """ggml's name of the type that weights are quantized to. A stored tensor says its own."""
+    mix: str | None = None
+    """A mix of llama.cpp's, such as ``Q4_K_M``: a type for most weights, better ones for some."""
+    type: TypeName | None = None
+    """ggml's name of the one type that weights are quantized to, without a mix's choices and
+    fallbacks. A stored tensor says its own."""
+    output_type: TypeName | None = None
+    """Of the output head, and of an embedding that serves as one; a mix's choice without it."""
+    embedding_type: TypeName | None = None
+    """Of the token embedding."""
+    imatrix: str | None = None
+    """Path of an importance matrix, as llama.cpp writes it."""
+    pre_tokenizer: str | None = None
+    """llama.cpp's name of the pre-tokenizer, where it can't be told from tokenizer.json."""
     version: int | None = None
     """Of the file that was read."""
     byte_order: Literal["little", "big"] = "little"
@@ -59,10 +77,27 @@ class GgufConfig(MethodConfig):
         own = {key: data.pop(key) for key in list(data) if "." in key}
         if own:
             data["metadata"] = {**data.get("metadata", {}), **own}
-        name = data.get("type")
-        if isinstance(name, str):
-            data["type"] = name.upper()
+        for key in ("type", "output_type", "embedding_type"):
+            if isinstance(data.get(key), str):
+                data[key] = data[key].upper()
         return data
+
+    @field_validator("mix")
+    @classmethod
+    def _known_mix(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            return mix_named(value).name
+        except QuantmillError as error:
+            finding = error.findings[0]
+            raise ValueError(f"{finding.cause}; {finding.fix}") from None
+
+    def type_for(self, columns: int) -> str:
+        """The type of a weight with rows of ``columns``, where no rule says another one."""
+        if self.type is not None or self.mix is None:
+            return self.type or _DEFAULT
+        return fallback(mix_named(self.mix).base, columns)
 
     def to_checkpoint(self) -> dict[str, Any]:
         return {"quant_method": "gguf", **super().to_checkpoint()}
@@ -70,7 +105,7 @@ class GgufConfig(MethodConfig):
     def summary(self) -> str:
         if self.types:
             return ", ".join(f"{name} x{count}" for name, count in self.types.items())
-        return self.type
+        return self.mix if self.mix is not None and self.type is None else self.type or _DEFAULT
 
 
 def rules(config: GgufConfig, origin: str) -> list[Rule]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quantmill.findings import Finding
-from quantmill_gguf.types.sizes import PLAIN
+from quantmill_gguf import codes
+from quantmill_gguf.config import GgufConfig
+from quantmill_gguf.mixes import MIXES, mix_named
+from quantmill_gguf.vocab.write import Files, Vocabulary, VocabularyError, vocabulary_of
 
 if TYPE_CHECKING:
     from quantmill.job import Job
@@ -18,27 +22,6 @@ __all__ = ["metadata_of", "metadata_problems"]
 
 _QUANTIZATION_VERSION: Final = 2
 """Of ggml's block formats."""
-_FILE_TYPES: Final = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q8_0": 7,
-    "Q5_0": 8,
-    "Q5_1": 9,
-    "Q2_K": 10,
-    "Q3_K": 12,
-    "Q4_K": 15,
-    "Q5_K": 17,
-    "Q6_K": 18,
-    "IQ4_NL": 25,
-    "IQ4_XS": 30,
-    "BF16": 32,
-    "TQ1_0": 36,
-    "TQ2_0": 37,
-    "MXFP4": 38,
-}
-"""``general.file_type`` by the type that most matrices have; llama.cpp shows it, no more."""
 
 
 def metadata_of(
@@ -55,14 +38,48 @@ def metadata_of(
     kinds: dict[str, str | int] = {}
     for key, value in layout.family.write(layout.config).items():
         found[f"{arch}.{key}"] = value
-    found["general.file_type"] = _file_type(layout, types)
+    found["general.file_type"] = _file_type(job, layout, types)
     found["general.quantization_version"] = _QUANTIZATION_VERSION
+    vocabulary = _vocabulary(job, layout)
+    if isinstance(vocabulary, Vocabulary):
+        return found | vocabulary.metadata(), kinds | vocabulary.kinds
     return found, kinds
 
 
 def metadata_problems(job: Job, layout: Layout) -> Iterable[Finding]:
     """What is wrong with the tokenizer, or missing."""
-    return ()
+    found = _vocabulary(job, layout)
+    where = job.headers.source.describe()
+    if found is None:
+        yield codes.NO_TOKENIZER(
+            where,
+            "it has neither tokenizer.json nor tokenizer.model: the file will have no vocabulary",
+            "llama.cpp needs one: add the tokenizer's files to the folder",
+        )
+    elif isinstance(found, VocabularyError):
+        yield codes.BAD_TOKENIZER(where, found.cause, found.fix)
+
+
+def _vocabulary(job: Job, layout: Layout) -> Vocabulary | VocabularyError | None:
+    """The tokenizer of the source, read once."""
+    state = job.state["gguf"]
+    if "vocabulary" not in state:
+        source = job.headers.source
+
+        def read(name: str) -> bytes | None:
+            there = source.exists(name)
+            return source.read(name, 0, source.size(name)) if there else None
+
+        pre = None
+        for item in job.selections.values():
+            if isinstance(item.config, GgufConfig):
+                pre = pre or item.config.pre_tokenizer
+        try:
+            state["vocabulary"] = vocabulary_of(Files(read), layout.config, pre)
+        except VocabularyError as error:
+            state["vocabulary"] = error
+    found: Vocabulary | VocabularyError | None = state["vocabulary"]
+    return found
 
 
 def _name(job: Job) -> str:
@@ -70,13 +87,17 @@ def _name(job: Job) -> str:
     return Path(name).name or "model"
 
 
-def _file_type(layout: Layout, types: Mapping[str, str]) -> int:
+def _file_type(job: Job, layout: Layout, types: Mapping[str, str]) -> int:
+    """llama.cpp shows it and computes nothing with it: of the mix, or else of the type that most
+    weights have."""
+    for item in job.selections.values():
+        config = item.config
+        if isinstance(config, GgufConfig) and config.mix is not None and config.type is None:
+            return mix_named(config.mix).file_type
     elements: Counter[str] = Counter()
     for name, planned in layout.tensors.items():
-        size = 1
-        for extent in planned.shape:
-            size *= extent
-        if types[name] not in PLAIN or len(planned.shape) > 1:
-            elements[types[name]] += size
+        if len(planned.shape) > 1:
+            elements[types[name]] += math.prod(planned.shape)
     most = elements.most_common(1)
-    return _FILE_TYPES.get(most[0][0], 0) if most else 0
+    by_base = {mix.base: mix.file_type for mix in MIXES.values()}
+    return by_base.get(most[0][0], 0) if most else 0

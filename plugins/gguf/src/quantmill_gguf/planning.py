@@ -6,52 +6,103 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from quantmill.targeting.types import Rule
-from quantmill_gguf.layout import FLOAT32, Layout, layout_of
+from quantmill.targeting.patterns import parse
+from quantmill.targeting.types import ModuleInfo, Rule
+from quantmill_gguf.config import GgufConfig
+from quantmill_gguf.layout import FLOAT32, Layout, Planned, layout_of
+from quantmill_gguf.mixes import MixOptions, ModelFacts, choose, mix_named
 
 if TYPE_CHECKING:
     from quantmill.job import Job
 
-__all__ = ["rules"]
+__all__ = ["mixed_types", "pattern_of", "rules"]
+
+_ORIGIN = "plugin:gguf"
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def rules(job: Job) -> Iterable[Rule]:
-    """What llama.cpp quantizes, and what it keeps."""
+    """What llama.cpp quantizes, to which types, and what it keeps."""
     mine = [item for item in job.selections.values() if item.method.name == "gguf"]
     if not mine or job.prequantized or job.architecture is None:
         return []
     layout = layout_of(job)
-    return list(_rules(layout, job))
+    main = next(iter(job.selections.values()))
+    if layout.family is None:
+        return list(_unknown(job))
+    if isinstance(main.config, GgufConfig) and main.config.type is None:
+        return list(_mixed(layout, job, main.config))
+    return list(_uniform(layout, job))
 
 
-def _rules(layout: Layout, job: Job) -> Iterator[Rule]:
+def _matrices(layout: Layout, job: Job) -> Iterator[tuple[ModuleInfo, Planned]]:
     assert job.architecture is not None
-    origin = "plugin:gguf"
-    quantized, kept = [], []
     for module in job.architecture.modules:
         weight = module.parameters.get("weight")
         planned = None if weight is None else layout.tensor_of(weight.name)
-        if planned is None:
-            if layout.family is None and module.kind == "embedding":
-                kept.append(module.name)  # Nobody knows what it is for.
-        elif len(planned.shape) > 1 and planned.kept != "F32":
-            quantized.append(module.name)
-        elif len(planned.shape) > 1 and _is_float32(planned.name):
-            kept.append(module.name)
-        elif len(planned.shape) > 1:
-            quantized.append(module.name)
+        if planned is not None and len(planned.shape) > 1:
+            yield module, planned
+
+
+def _unknown(job: Job) -> Iterator[Rule]:
+    """A model that llama.cpp does not know: its linears only."""
+    assert job.architecture is not None
+    kept = [item.name for item in job.architecture.modules if item.kind == "embedding"]
+    if kept:
+        yield Rule(pattern_of(kept), "skip", _ORIGIN, reason="it is looked up", optional=True)
+
+
+def _uniform(layout: Layout, job: Job) -> Iterator[Rule]:
+    """One type for all that is computed with."""
+    kept: list[str] = []
+    quantized: list[str] = []
+    for module, planned in _matrices(layout, job):
+        (kept if planned.name.endswith(FLOAT32) else quantized).append(module.name)
+    yield from _split(quantized, kept)
+
+
+def _split(quantized: Sequence[str], kept: Sequence[str]) -> Iterator[Rule]:
     if quantized:
         why = "llama.cpp quantizes it"
-        yield Rule(pattern_of(quantized), "include", origin, reason=why, optional=True)
+        yield Rule(pattern_of(quantized), "include", _ORIGIN, reason=why, optional=True)
     if kept:
-        why = "llama.cpp keeps it in float32" if layout.family else "it is looked up, not computed"
-        yield Rule(pattern_of(kept), "skip", origin, reason=why, optional=True)
+        why = "llama.cpp does not quantize it"
+        yield Rule(pattern_of(kept), "skip", _ORIGIN, reason=why, optional=True)
 
 
-def _is_float32(name: str) -> bool:
-    return name.endswith(FLOAT32)
+def _mixed(layout: Layout, job: Job, config: GgufConfig) -> Iterator[Rule]:
+    """The types of a mix."""
+    types = mixed_types(layout, config)
+    assert job.architecture is not None
+    depth = 1 + max((m.layer for m in job.architecture.modules if m.layer is not None), default=-1)
+    own = [parse(pattern) for pattern in job.assigned]
+    kept: list[str] = []
+    by_type: dict[str, list[str]] = {}
+    for module, planned in _matrices(layout, job):
+        chosen = types[planned.name]
+        if chosen == planned.kept:
+            kept.append(module.name)
+        elif not any(pattern.matches(module, depth) for pattern in own):
+            by_type.setdefault(chosen, []).append(module.name)
+    yield from _split([name for names in by_type.values() for name in names], kept)
+    for chosen, names in by_type.items():
+        yield Rule(pattern_of(names), "configure", _ORIGIN, options={"type": chosen}, optional=True)
+
+
+def mixed_types(layout: Layout, config: GgufConfig) -> dict[str, str]:
+    """The type of every tensor of a layout, as the config's mix has it."""
+    assert layout.family is not None
+    arch = layout.family.arch
+    keys = {f"{arch}.{key}": value for key, value in layout.family.write(layout.config).items()}
+    facts = ModelFacts.of({"general.architecture": arch, **keys})
+    options = MixOptions(
+        importance=config.imatrix is not None,
+        output=config.output_type,
+        embedding=config.embedding_type,
+    )
+    tensors = [(item.name, item.shape, item.kept) for item in layout.tensors.values()]
+    return choose(mix_named(config.mix or "Q8_0"), facts, tensors, options)
 
 
 def pattern_of(names: Iterable[str]) -> str:

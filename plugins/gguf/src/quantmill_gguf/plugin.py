@@ -23,8 +23,32 @@ if TYPE_CHECKING:
 QUANTMILL_API = 1
 
 
-def _preset(name: str, bits: float, summary: str) -> Preset:
-    return Preset(f"gguf-{name.lower()}", {"type": name}, summary, bits)
+_MIXES = {
+    "BF16": (16.0, "bfloat16, for a file without loss"),
+    "F16": (16.0, "float16"),
+    "F32": (32.0, "float32"),
+    "Q8_0": (8.5, "8 bits, blocks of 32"),
+    "Q6_K": (6.5625, "6 bits"),
+    "Q5_K_M": (5.5, "5 bits, 6 where errors cost most"),
+    "Q5_K_S": (5.5, "5 bits"),
+    "Q5_1": (6.0, "5 bits and a minimum, blocks of 32"),
+    "Q5_0": (5.5, "5 bits, blocks of 32"),
+    "Q4_K_M": (4.5, "4 bits, 6 where errors cost most"),
+    "Q4_K_S": (4.5, "4 bits"),
+    "Q4_1": (5.0, "4 bits and a minimum, blocks of 32"),
+    "Q4_0": (4.5, "4 bits, blocks of 32"),
+    "IQ4_NL": (4.5, "4 bits of an uneven grid, blocks of 32"),
+    "IQ4_XS": (4.25, "4 bits of an uneven grid"),
+    "Q3_K_L": (3.4375, "3 bits, 5 where errors cost most"),
+    "Q3_K_M": (3.4375, "3 bits, 4 and 5 where errors cost most"),
+    "Q3_K_S": (3.4375, "3 bits"),
+    "Q2_K": (2.625, "2 bits, 3 and 4 where errors cost most"),
+    "Q2_K_S": (2.625, "2 bits"),
+    "MXFP4_MOE": (4.25, "4-bit floats for experts, 8 bits for the rest"),
+    "TQ1_0": (1.6875, "ternary, packed tightest: for models trained so"),
+    "TQ2_0": (2.0625, "ternary: for models trained so"),
+}
+"""Nominal bits and a summary of the mixes of llama.cpp that can be written."""
 
 
 @hookimpl
@@ -32,7 +56,7 @@ def quantmill_methods() -> Sequence[Method]:
     return [
         Method(
             name="gguf",
-            summary="GGUF: the block types of llama.cpp, read packed; plain types quantized",
+            summary="GGUF: the block types and mixes of llama.cpp, read packed and written",
             config="quantmill_gguf.config:GgufConfig",
             quantizer="quantmill_gguf.quantizer:GgufQuantizer",
             codec="quantmill_gguf.codec:GgufCodec",
@@ -44,14 +68,11 @@ def quantmill_methods() -> Sequence[Method]:
                 dequantizable=True,
                 devices=("cpu", "cuda"),
                 target_kinds=("linear", "conv1d", "embedding"),
-                bits=(2, 4, 5, 8),
+                bits=(2, 3, 4, 5, 6, 8, 16, 32),
             ),
-            presets=(
-                _preset("Q8_0", 8.5, "8 bits, blocks of 32"),
-                _preset("Q5_1", 6.0, "5 bits and a minimum, blocks of 32"),
-                _preset("Q5_0", 5.5, "5 bits, blocks of 32"),
-                _preset("Q4_1", 5.0, "4 bits and a minimum, blocks of 32"),
-                _preset("Q4_0", 4.5, "4 bits, blocks of 32"),
+            presets=tuple(
+                Preset(f"gguf-{name.lower()}", {"mix": name}, summary, bits)
+                for name, (bits, summary) in _MIXES.items()
             ),
         )
     ]
@@ -81,6 +102,7 @@ def quantmill_containers() -> Sequence[Container]:
             "gguf",
             (".gguf",),
             "quantmill_gguf.reader:read",
+            tokenizer="quantmill_gguf.tokenizer:load_tokenizer",
             write="quantmill_gguf.export:GgufExport",
             methods=("gguf",),
         )

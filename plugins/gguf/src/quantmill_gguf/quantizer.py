@@ -25,7 +25,7 @@ class GgufQuantizer(Quantizer[GgufConfig]):
     """Rounds to nearest, block by block."""
 
     def abstract(self, target: Target, dtype: torch.dtype) -> Form:
-        info = BY_NAME[self.config.type]
+        info = BY_NAME[self.config.type_for(target.in_features)]
         # Blocks are whole: where they are not, check() has refused the target.
         columns = -(-target.in_features // info.block) * info.block
         raw = torch.empty(
@@ -34,7 +34,7 @@ class GgufQuantizer(Quantizer[GgufConfig]):
         return _form(raw, info.name, target, dtype)
 
     def check(self, target: Target) -> Iterator[Finding]:
-        info = BY_NAME[self.config.type]
+        info = BY_NAME[self.config.type_for(target.in_features)]
         if target.in_features % info.block:
             yield codes.NO_BLOCKS(
                 target.name,
@@ -44,7 +44,7 @@ class GgufQuantizer(Quantizer[GgufConfig]):
             )
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
-        info = BY_NAME[self.config.type]
+        info = BY_NAME[self.config.type_for(target.in_features)]
         columns = target.in_features
         raw = torch.empty(
             target.out_features, info.row_bytes(columns), dtype=torch.uint8, device=self.device

@@ -1,0 +1,308 @@
+"""Tokenizers into files and back: the same ids for all kinds of text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantmill.findings import QuantmillError
+from quantmill_gguf.container import GgufFile
+from quantmill_gguf.tokenizer import load_tokenizer
+from quantmill_gguf.vocab.splits import PRE, name_of, steps_of
+from quantmill_gguf.vocab.write import Files, VocabularyError, vocabulary_of
+from quantmill_gguf.writer import GgufWriter
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+from tokenizers import (  # noqa: E402
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+TEXTS = [
+    "Hello world! It's 2024, isn't it? I'VE seen 1234567 of them.",
+    "  two spaces,   three, and a tab\there\n\n new lines \r\n end  ",
+    "Größe, naïve café, Ελληνικά, русский, 中文字符, 日本語, 한국어, ไทย",
+    "emoji 🚀🦙 and \u200d joiners, combining e\u0301, 3 33 333 3333",
+    "def f(x):\n    return x**2 + 1  # comment <|user|> <think> end",
+    "",
+    " ",
+    "a",
+]
+CORPUS = [*TEXTS, *(f"the {word} of number {n}" for n in range(50) for word in ("cat", "house"))]
+SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
+
+
+def byte_level(name: str) -> Any:
+    """A byte-level BPE that cuts as llama.cpp's ``name`` does."""
+    pre = PRE[name]
+    made = Tokenizer(models.BPE(ignore_merges=pre.whole))
+    parts: list[Any] = []
+    for step in pre.steps:
+        if step[0] == "split":
+            parts.append(pre_tokenizers.Split(Regex(step[1]), behavior="isolated"))
+        elif step[0] == "digits":
+            parts.append(pre_tokenizers.Digits(individual_digits=step[1] == "each"))
+        elif step[0] == "punctuation":
+            parts.append(pre_tokenizers.Punctuation(behavior="contiguous"))
+        else:
+            parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    if name == "gpt-2":
+        parts = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    made.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    made.add_tokens([AddedToken("<think>", normalized=False)])
+    return made
+
+
+def spm(prefix: bool) -> Any:
+    """A SentencePiece-like BPE, of tokenizer.json alone."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    first = [normalizers.Prepend("\u2581")] if prefix else []
+    made.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "\u2581")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<|user|>"],
+        limit_alphabet=60,
+        show_progress=False,
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    # The trainer takes bytes for special tokens; they are plain pieces.
+    data = json.loads(made.to_str())
+    data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].startswith("<0x")]
+    made = Tokenizer.from_str(json.dumps(data))
+    undo = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*undo, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return made
+
+
+def unigram() -> Any:
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "\u2581")]
+    )
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    made.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
+    )
+    return made
+
+
+def word_piece() -> Any:
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300,
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+        show_progress=False,
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return made
+
+
+MADE: dict[str, Any] = {
+    **{f"bytes-{name}": (lambda name=name: byte_level(name)) for name in PRE},
+    "spm": lambda: spm(True),
+    "spm-without-prefix": lambda: spm(False),
+    "unigram": unigram,
+    "word-piece": word_piece,
+}
+
+
+def files_of(folder: Path) -> Files:
+    def read(name: str) -> bytes | None:
+        path = folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    return Files(read)
+
+
+def written(folder: Path, config: dict[str, Any], **options: Any) -> Path:
+    found = vocabulary_of(files_of(folder), config, **options)
+    assert found is not None
+    metadata = {"general.architecture": "llama", **found.metadata()}
+    path = folder / "v.gguf"
+    with GgufWriter(path, metadata, [], kinds=found.kinds):
+        pass
+    return path
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_tokenizer_comes_back_with_the_same_ids(kind: str, tmp_path: Path) -> None:
+    made = MADE[kind]()
+    made.save(str(tmp_path / "tokenizer.json"))
+    path = written(tmp_path, {"vocab_size": made.get_vocab_size() + 7})
+    back = load_tokenizer(path)
+    assert len(back) == made.get_vocab_size() + 7
+    for text in TEXTS:
+        ids = made.encode(text).ids
+        assert back(text)["input_ids"] == ids, text
+        if "word" not in kind and "unigram" not in kind:
+            assert back.decode(ids, skip_special_tokens=True) == made.decode(ids), text
+    if kind.startswith("bytes-"):
+        name = GgufFile.open(path).metadata["tokenizer.ggml.pre"]
+        assert name == kind.removeprefix("bytes-")
+
+
+def test_settings_beside_tokenizer_json_are_kept(tmp_path: Path) -> None:
+    made = byte_level("qwen2")
+    made.save(str(tmp_path / "tokenizer.json"))
+    settings = {
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<|user|>",
+        "chat_template": [
+            {"name": "default", "template": "{{ messages }}"},
+            {"name": "tools", "template": "{{ tools }}"},
+        ],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    back = load_tokenizer(written(tmp_path, {}))
+    assert (back.bos_token, back.eos_token, back.unk_token) == ("<s>", "</s>", "<unk>")
+    assert back.pad_token == "<|user|>"
+    assert back.chat_template == {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    metadata = GgufFile.open(tmp_path / "v.gguf").metadata
+    types = list(metadata["tokenizer.ggml.token_type"])
+    assert types[:4] == [3, 3, 3, 3] and types[-1] == 4 and types[4] == 1
+
+
+def test_ids_come_from_the_config_where_no_file_names_them(tmp_path: Path) -> None:
+    byte_level("gpt-2").save(str(tmp_path / "tokenizer.json"))
+    back = load_tokenizer(written(tmp_path, {"bos_token_id": 1, "eos_token_id": [2, 3]}))
+    assert (back.bos_token, back.eos_token) == ("<s>", "</s>")
+
+
+def test_a_cut_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> None:
+    made = byte_level("gpt-2")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("x+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(VocabularyError, match="no pre-tokenizer"):
+        vocabulary_of(files_of(tmp_path), {})
+    assert vocabulary_of(files_of(tmp_path), {}, pre="default") is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda d: d["model"].update(type="WordLevel"), "kind"),
+        (lambda d: d["model"].update(merges=["a"]), "no pair"),
+        (lambda d: d.update(normalizer={"type": "Lowercase"}), "changed"),
+        (lambda d: d["added_tokens"].append({"id": 1 << 30, "content": "x"}), "id"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(change: Any, cause: str, tmp_path: Path) -> None:
+    data = json.loads(byte_level("gpt-2").to_str())
+    change(data)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(VocabularyError, match=cause):
+        vocabulary_of(files_of(tmp_path), {})
+
+
+def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:
+    byte_level("gpt-2").save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(VocabularyError, match="vocabulary 10"):
+        vocabulary_of(files_of(tmp_path), {"vocab_size": 10})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"tokenizer.ggml.model": "rwkv"},
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "never-heard-of"},
+        {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"},
+        {"tokenizer.ggml.model": "llama"},
+        {"tokenizer.ggml.model": "t5"},
+    ],
+)
+def test_a_damaged_vocabulary_is_named(metadata: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+    tokens: dict[str, Any] = {"tokenizer.ggml.tokens": ["a", "b"]}
+    if "pre" in str(metadata):
+        tokens["tokenizer.ggml.merges"] = ["a c"]
+    with GgufWriter(path, {**metadata, **tokens}, []):
+        pass
+    with pytest.raises(QuantmillError, match=r"QM-GGUF-0(23|44)"):
+        load_tokenizer(path)
+
+
+def test_scores_come_from_tokenizer_model(tmp_path: Path) -> None:
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("\u2581a", -1.5, 1), ("<0x41>", 0.0, 6)]
+
+    def field(number: int, wire: int, body: bytes) -> bytes:
+        return bytes([number << 3 | wire]) + body
+
+    def text(value: bytes) -> bytes:
+        return bytes([len(value)]) + value
+
+    import struct
+
+    model = b"".join(
+        field(
+            1,
+            2,
+            text(
+                field(1, 2, text(piece.encode()))
+                + field(2, 5, struct.pack("<f", score))
+                + field(3, 0, bytes([kind]))
+            ),
+        )
+        for piece, score, kind in pieces
+    ) + field(2, 2, text(field(3, 0, b"\x02")))
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    found = vocabulary_of(files_of(tmp_path), {"vocab_size": 6})
+    assert found is not None and found.model == "llama"
+    assert found.tokens == ["<unk>", "<s>", "\u2581a", "<0x41>", "[PAD4]", "[PAD5]"]
+    assert found.types == [2, 3, 1, 6, 5, 5] and found.scores is not None
+    assert found.scores[2] == -1.5 and found.more["tokenizer.ggml.add_space_prefix"] is True
+    (tmp_path / "tokenizer.model").write_bytes(model[:-3])
+    with pytest.raises(VocabularyError):
+        vocabulary_of(files_of(tmp_path), {})
+
+
+def test_names_are_found_by_structure() -> None:
+    data = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ],
+    }
+    steps = steps_of(data)
+    assert steps is not None and name_of(steps, False) == "smollm"
+    assert name_of(steps, True) is None
+    assert steps_of({"type": "Whitespace"}) is None
