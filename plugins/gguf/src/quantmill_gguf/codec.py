@@ -32,6 +32,7 @@ _PLAIN_TYPES: dict[str, tuple[int, Zeros, str]] = {
 }
 """Types that hold forms of other layouts, the smallest first: bits, zero points, packing."""
 _PREFIX = "weight."
+_FLOATS = ("F32", "F16", "BF16")
 
 
 def type_of(form: Form) -> str:
@@ -72,10 +73,10 @@ def _signature(form: Form) -> tuple[object, ...]:
 
 
 class GgufCodec(Codec[GgufConfig]):
-    """Every block type of ggml that can be decoded."""
+    """Every block type of ggml that can be decoded, and floats that were made of wider ones."""
 
     suffixes: ClassVar[tuple[str, ...]] = tuple(
-        f"{_PREFIX}{name}" for name in BY_NAME if name not in PLAIN
+        f"{_PREFIX}{name}" for name in BY_NAME if name not in PLAIN or name in _FLOATS
     )
 
     def encode(self, form: Form) -> dict[str, Tensor]:
