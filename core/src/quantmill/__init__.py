@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         quantize,
         quantize_module,
     )
+    from quantmill.converting import convert
     from quantmill.findings import Finding, FindingsError, QuantmillError, Severity
     from quantmill.fitting import fits
     from quantmill.host import Host, default_host
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "convert": "quantmill.converting",
     "dequantize": "quantmill.api",
     "fits": "quantmill.fitting",
     "inspect": "quantmill.inspection",
@@ -51,6 +53,7 @@ __all__ = [
     "QuantmillError",
     "Severity",
     "__version__",
+    "convert",
     "default_host",
     "dequantize",
     "fits",

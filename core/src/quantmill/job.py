@@ -93,6 +93,9 @@ class Options:
     seed: int = 0
     share: bool = True
     """Under ``torchrun``, share the work with the other processes, which run the same job."""
+    exact: bool = False
+    """Forms come from another checkpoint as they are: nothing is quantized, and no calibration
+    data are needed."""
     planning: bool = False
     """Only a plan is asked for: that calibration data is needed is worth knowing, no error."""
 

@@ -22,6 +22,11 @@ class OverlayReader:
         self._changed = changed
 
     @property
+    def changed(self) -> Mapping[str, Tensor]:
+        """The tensors that are answered from memory."""
+        return self._changed
+
+    @property
     def headers(self) -> CheckpointHeaders:
         """Those of the checkpoint."""
         return self._reader.headers

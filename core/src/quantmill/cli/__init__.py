@@ -18,6 +18,7 @@ from quantmill.findings import QuantmillError
 __all__ = ["main"]
 
 COMMANDS = {
+    "convert": "Convert a checkpoint to another format, without loss where one exists.",
     "doctor": "What this environment can do, and what is missing.",
     "eval": "Perplexity and KL divergence on a text.",
     "generate": "Continue a prompt.",

@@ -21,7 +21,15 @@ from quantmill.forms.codes import Codes
 from quantmill.forms.grouping import Blocks, Channel, Flat, Group, Grouping, PerTensor
 from quantmill.forms.scaled_float import ScaledFloat
 
-__all__ = ["not_exact", "regroup", "scaled_float_to_codebook", "to_codebook", "to_unsigned"]
+__all__ = [
+    "group_words",
+    "kind_words",
+    "not_exact",
+    "regroup",
+    "scaled_float_to_codebook",
+    "to_codebook",
+    "to_unsigned",
+]
 
 NOT_EXACT = declare("QM-FORM-001", "A conversion between forms would change values")
 
@@ -29,6 +37,29 @@ NOT_EXACT = declare("QM-FORM-001", "A conversion between forms would change valu
 def not_exact(what: str, cause: str) -> QuantmillError:
     """The error that says why ``what`` can't be converted without changing values."""
     return QuantmillError(NOT_EXACT(what, cause, "requantize: quantize the dequantized weight"))
+
+
+_KINDS = {
+    "affine": "codes on an even grid",
+    "codebook": "codes of a table",
+    "scaled_float": "narrow floats",
+}
+
+
+def kind_words(form: Form) -> str:
+    """What a form holds, in words for messages."""
+    return _KINDS.get(form.kind, f"blocks of a kind of their own ({form.kind})")
+
+
+def group_words(grouping: Grouping) -> str:
+    """What shares a scale, in words for messages."""
+    if isinstance(grouping, Group):
+        return f"{grouping.size} columns"
+    if isinstance(grouping, Blocks):
+        return f"{grouping.rows} x {grouping.columns} weights"
+    if isinstance(grouping, Channel):
+        return "a row" if grouping.axis == 0 else "a column"
+    return "the whole weight" if isinstance(grouping, PerTensor) else f"weights by {grouping.kind}"
 
 
 def to_unsigned(form: Affine) -> Affine:
@@ -101,7 +132,9 @@ def regroup(form: AnyForm, grouping: Grouping) -> AnyForm:
     spread = _spreading(old, grouping, shape)
     if spread is None:
         raise not_exact(
-            form.kind, f"groups {grouping} do not lie within groups {old} of {list(shape)}"
+            form.kind,
+            f"one scale belongs to {group_words(old)}, and the layout has one for"
+            f" {group_words(grouping)}",
         )
     changes: dict[str, Any] = {"scale": spread(form.scale), "grouping": grouping}
     if isinstance(offset, Tensor):

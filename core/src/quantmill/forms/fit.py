@@ -24,7 +24,7 @@ from quantmill.findings import QuantmillError
 from quantmill.forms.affine import Affine
 from quantmill.forms.base import Form, value_of
 from quantmill.forms.codes import Codes
-from quantmill.forms.convert import not_exact, regroup
+from quantmill.forms.convert import group_words, kind_words, not_exact, regroup
 from quantmill.forms.grouping import Blocks, Channel, Flat, Group, Grouping, Strided
 from quantmill.forms.scaled_float import ScaledFloat
 
@@ -147,7 +147,7 @@ def fit_floats(
     """
     seen = seen if seen is not None else Conditions()
     if not isinstance(form, ScaledFloat):
-        raise not_exact(form.kind, f"it is {form.kind}, and the layout holds narrow floats")
+        raise not_exact(form.kind, f"it holds {kind_words(form)}, the layout narrow floats")
     plain = ScaledFloat(form.values, form.scale, form.grouping, form.dtype)
     _drop_extras(form, plain, seen)
     if plain.values.dtype not in values:
@@ -156,7 +156,7 @@ def fit_floats(
         plain = replace(plain, scale=_flat_scale(plain.scale))
     if grouping is not None and grouping != plain.grouping:
         plain = regroup(plain, grouping)
-        seen.note(f"scales are repeated for groups {_words(grouping)}")
+        seen.note(f"scales are repeated for {group_words(grouping)}")
     return replace(plain, scale=fit_scale(_tensor(plain.scale), scales, seen))
 
 
@@ -198,14 +198,6 @@ def _list(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _words(grouping: Grouping) -> str:
-    if isinstance(grouping, Group):
-        return f"of {grouping.size} columns"
-    if isinstance(grouping, Blocks):
-        return f"of {grouping.rows} x {grouping.columns}"
-    return {"channel": "of one row"}.get(grouping.kind, f"by {grouping.kind}")
-
-
 def _tensor(value: object) -> Tensor:
     assert isinstance(value, Tensor)
     return value
@@ -234,7 +226,7 @@ def _drop_extras(form: Form, plain: Form, seen: Conditions) -> None:
 def _even(form: Form, seen: Conditions) -> Affine:
     """An affine form without subclass, nested scales and constant factor."""
     if not isinstance(form, Affine):
-        raise not_exact(form.kind, f"it is {form.kind}, and the layout holds an even grid")
+        raise not_exact(form.kind, f"it holds {kind_words(form)}, the layout codes on an even grid")
     if len(form.shape) != 2:
         raise not_exact("affine", f"it has the shape {list(form.shape)}, and is no matrix")
     even = Affine(

@@ -25,7 +25,16 @@ from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 if TYPE_CHECKING:
     from quantmill.forms import Form
 
-__all__ = ["Sink", "StreamedWeight", "keep_non_finite", "open_reader", "run", "run_modules"]
+__all__ = [
+    "Sink",
+    "StreamedWeight",
+    "cast",
+    "decode_stored",
+    "keep_non_finite",
+    "open_reader",
+    "run",
+    "run_modules",
+]
 
 NOT_FINITE = declare("QM-WEIGHT-001", "A weight holds NaN or infinity")
 NOT_FINITE_KEPT = declare(
@@ -34,6 +43,7 @@ NOT_FINITE_KEPT = declare(
     Severity.WARNING,
     fallback=True,
 )
+OVERFLOW = declare("QM-WEIGHT-003", "A value does not fit into the asked dtype")
 BLOCK_BYTES = 4 << 20
 """Bytes of a row block; two are in memory. So small, it stays in a processor's cache."""
 DEVICE_BLOCK_BYTES = 32 << 20
@@ -295,12 +305,7 @@ def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: 
     assert architecture is not None and job.plan is not None
     dtype = getattr(torch, job.plan.dtype)
     if job.prequantized:
-        codec = codec_of(job, selection)
-        members = member_headers(architecture.module_prefix(target.module), codec, job.headers)
-        tensors: Mapping[str, Tensor] = {
-            name: _resident(reader, header, job.device) for name, header in members.items()
-        }
-        form = codec.decode(tensors, target, dtype)
+        form = decode_stored(job, reader, target, selection)
     else:
         cast = dtype if job.dtype is not None else None
         weight = StreamedWeight(reader, target, architecture, torch.device(job.device), cast)
@@ -314,6 +319,39 @@ def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: 
     bias = _bias(job, reader, target)
     sink.put_form(selection, target, form, bias)
     return True
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``tensor`` in another float dtype.
+
+    Raises:
+        QuantmillError: a finite value is beyond the dtype's largest.
+    """
+    made = tensor.to(dtype)
+    # Of the dtypes of weights only this one has a shorter range than its fellows.
+    if dtype == torch.float16 and tensor.dtype != dtype and not bool(torch.isfinite(made).all()):
+        beyond = tensor[torch.isfinite(tensor) & ~torch.isfinite(made)]
+        if beyond.numel():
+            value = float(beyond.abs().max())
+            raise QuantmillError(
+                OVERFLOW(name, f"a value of {value:.4g} is beyond float16", "take bfloat16")
+            )
+    return made
+
+
+def decode_stored(job: Job, reader: TensorReader, target: Target, selection: Selection) -> Form:
+    """The form of a target that the checkpoint holds quantized, on the job's device.
+
+    Raises:
+        QuantmillError: its tensors can't be read, or contradict each other.
+    """
+    assert job.architecture is not None and job.plan is not None
+    codec = codec_of(job, selection)
+    members = member_headers(job.architecture.module_prefix(target.module), codec, job.headers)
+    tensors: Mapping[str, Tensor] = {
+        name: _resident(reader, header, job.device) for name, header in members.items()
+    }
+    return codec.decode(tensors, target, getattr(torch, job.plan.dtype))
 
 
 def keep_non_finite(job: Job, error: NonFiniteWeight, shape: tuple[int, ...]) -> None:

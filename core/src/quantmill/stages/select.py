@@ -33,7 +33,14 @@ from quantmill.stages.table import is_table, read_table
 if TYPE_CHECKING:
     from quantmill.checkpoint.headers import CheckpointHeaders
 
-__all__ = ["OWN_KEYS", "add_selection", "detect", "parse_method", "select"]
+__all__ = [
+    "OWN_KEYS",
+    "add_selection",
+    "detect",
+    "make_selection",
+    "parse_method",
+    "select",
+]
 
 UNKNOWN_METHOD = declare("QM-SELECT-001", "No installed plugin has this method")
 UNREADABLE_METHOD = declare("QM-SELECT-002", "METHOD can't be read")
@@ -231,7 +238,7 @@ def select(job: Job) -> dict[str, Selection]:
             return _several(job, stored)
         if stored:
             name, config = configure(job, stored, "checkpoint")
-            job.checkpoint_config = _selection(job, name, config, "checkpoint")
+            job.checkpoint_config = make_selection(job, name, config, "checkpoint")
         request = job.request
         if request.raw is None:
             if job.checkpoint_config is None:
@@ -245,7 +252,7 @@ def select(job: Job) -> dict[str, Selection]:
             main = job.checkpoint_config
         else:
             name, config = configure(job, request.raw, "user", method=request.method)
-            main = _selection(job, name, config, request.label or name)
+            main = make_selection(job, name, config, request.label or name)
             if job.checkpoint_config is not None:
                 written = {k: v for k, v in request.raw.items() if k not in request.implied}
                 main = merge(job, job.checkpoint_config, main, written)
@@ -253,7 +260,7 @@ def select(job: Job) -> dict[str, Selection]:
         job.assigned = {}
         for pattern, part in request.assign.items():
             part_name, part_config = configure(job, part.raw or {}, "user", method=part.method)
-            made = _selection(job, part_name, part_config, part.label or part_name)
+            made = make_selection(job, part_name, part_config, part.label or part_name)
             job.assigned[pattern] = add_selection(job, made)
         return job.selections
 
@@ -284,12 +291,17 @@ def _several(job: Job, raw: Mapping[str, Any]) -> dict[str, Selection]:
     methods, job.stored_targets = read_table(raw)
     for label, config in methods.items():
         name, typed = configure(job, config, "checkpoint")
-        job.selections[label] = _selection(job, name, typed, label)
+        job.selections[label] = make_selection(job, name, typed, label)
     job.checkpoint_config = next(iter(job.selections.values()))
     return job.selections
 
 
-def _selection(job: Job, name: str, config: MethodConfig, label: str) -> Selection:
+def make_selection(job: Job, name: str, config: MethodConfig, label: str) -> Selection:
+    """The registered method that carries out ``name`` with ``config``, as the plugins select it.
+
+    Raises:
+        QuantmillError: two plugins select differently, or a library is missing.
+    """
     answers = job.host.hook.quantmill_select(job=job, name=name)
     distinct = {answer.method.name: answer for answer in answers}
     if len(distinct) > 1:

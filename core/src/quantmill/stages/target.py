@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from quantmill.checkpoint.headers import TensorHeader
     from quantmill.forms import Form
 
-__all__ = ["core_rules", "make_plan"]
+__all__ = [
+    "as_float",
+    "core_rules",
+    "decisions_for",
+    "describe_form",
+    "encoded_bytes",
+    "make_plan",
+]
 
 TENSORS_OUTRANK = declare(
     "QM-TARGET-101",
@@ -66,34 +73,21 @@ def _user_rules(request: Request, job: Job) -> Iterator[Rule]:
         yield Rule(pattern, "assign", "user", method=label, reason=f"you assigned {label}")
 
 
-def make_plan(job: Job) -> Plan:
+def make_plan(job: Job, decided: Mapping[str, Decision] | None = None) -> Plan:
     """Decide for every module and count its bytes; fills ``job.architecture`` and ``job.plan``.
 
     Findings (unmatched patterns, ragged shapes, missing tensors) go to ``job.findings``.
+    ``decided`` holds decisions by module that were made elsewhere, in the place of the rules'.
     """
     with job.stage("target"):
         architecture = job.architecture or open_architecture(job.host, job.headers, job.dtype)
         job.architecture = architecture
         job.findings.extend(architecture.findings())
         modules = list(architecture.modules)
-        kinds = {
-            kind
-            for item in job.selections.values()
-            for kind in item.method.capabilities.target_kinds
-        }
-        if job.selections:
-            rules = [rule for answer in job.host.hook.quantmill_target(job=job) for rule in answer]
-            decisions, findings = decide(
-                [_as_float(item) for item in modules] if job.prequantized else modules,
-                rules,
-                kinds=kinds,
-                allow_unmatched=job.options.allow_unmatched,
-            )
-            job.findings.extend(findings)
-            decisions = [_configured(job, item) for item in decisions]
+        if decided is not None:
+            decisions = [decided[item.name] for item in modules]
         else:
-            why = "no method was asked for"
-            decisions = [Decision(item.name, "keep", None, why, "user") for item in modules]
+            decisions = decisions_for(job, modules)
         planner = _Planner(job)
         plans = [
             part
@@ -114,7 +108,26 @@ def make_plan(job: Job) -> Plan:
         return job.plan
 
 
-def _as_float(module: ModuleInfo) -> ModuleInfo:
+def decisions_for(job: Job, modules: list[ModuleInfo]) -> list[Decision]:
+    """What the rules say of each module, in order; findings go to ``job.findings``."""
+    if not job.selections:
+        why = "no method was asked for"
+        return [Decision(item.name, "keep", None, why, "user") for item in modules]
+    kinds = {
+        kind for item in job.selections.values() for kind in item.method.capabilities.target_kinds
+    }
+    rules = [rule for answer in job.host.hook.quantmill_target(job=job) for rule in answer]
+    decisions, findings = decide(
+        [as_float(item) for item in modules] if job.prequantized else modules,
+        rules,
+        kinds=kinds,
+        allow_unmatched=job.options.allow_unmatched,
+    )
+    job.findings.extend(findings)
+    return [_configured(job, item) for item in decisions]
+
+
+def as_float(module: ModuleInfo) -> ModuleInfo:
     """A stored quantized weight is as much a target as the float one it stands for."""
     weight = module.parameters.get("weight")
     if weight is None or weight.dtype in FLOAT_DTYPES:
@@ -224,7 +237,7 @@ class _Planner:
             form = quantizer.abstract(target, dtype)
             self._cache[key] = (
                 describe_form(form),
-                _encoded_bytes(codec_of(self.job, selection), form),
+                encoded_bytes(codec_of(self.job, selection), form),
                 factory_of(self.job, selection).resident_bytes(form),
                 quantizer.working_bytes(target, dtype),
             )
@@ -301,7 +314,7 @@ class _Planner:
     ) -> None:
         """Tensors of a quantized module without those that belong to them are no float module."""
         weight = module.parameters.get("weight")
-        if weight is None or not targets_of(_as_float(module)):
+        if weight is None or not targets_of(as_float(module)):
             return
         if weight.sources and weight.dtype in FLOAT_DTYPES:
             return
@@ -392,7 +405,8 @@ def describe_form(form: Form) -> str:
     return text + (", nested" if traits.get("nested") else "")
 
 
-def _encoded_bytes(codec: Codec[Any], form: Form) -> int:
+def encoded_bytes(codec: Codec[Any], form: Form) -> int:
+    """Bytes of a form's tensors on disk; it may be on the meta device."""
     return sum(t.numel() * t.element_size() for t in codec.encode(form).values())
 
 

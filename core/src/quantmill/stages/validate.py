@@ -99,13 +99,14 @@ def _methods(job: Job) -> Iterator[Finding]:
                 "load the float checkpoint and quantize it on the fly",
             )
         makes = able.on_the_fly or able.calibrated
-        if not job.prequantized and not makes:
+        anew = not job.prequantized and not job.options.exact
+        if anew and not makes:
             yield READ_ONLY(
                 item.label,
                 f"{item.method.name} is a format that is read and not made",
                 "take a method that quantizes: see `quantmill doctor`",
             )
-        elif not job.prequantized and not able.on_the_fly and job.options.calibration is None:
+        elif anew and not able.on_the_fly and job.options.calibration is None:
             code = CALIBRATION_NOTE if job.options.planning else NEEDS_CALIBRATION
             yield code(
                 item.label,

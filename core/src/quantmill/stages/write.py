@@ -19,7 +19,7 @@ from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.planning import Plan
 from quantmill.registrations import resolve
-from quantmill.stages.quantize import Sink, codec_of, run
+from quantmill.stages.quantize import Sink, cast, codec_of, run
 from quantmill.stages.table import stored_config
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
@@ -100,7 +100,7 @@ class CheckpointSink:
             tensor = reader.tensor(source)
             stored = torch_dtype(reader.headers.tensors[source].dtype)
             if self.job.dtype and stored.is_floating_point and not module.keep_float:
-                tensor = tensor.to(getattr(torch, self.job.dtype))
+                tensor = cast(tensor, getattr(torch, self.job.dtype), source)
             if source not in self.written:
                 self.writer.add(source, tensor)
                 self.written.add(source)
@@ -129,13 +129,15 @@ def write_checkpoint(
             engine(job, sink)
             sink.commit()
         return WriteReport.of(job, folder, perf_counter() - start)
-    config = dict(job.headers.config)
-    stored = config["quantization_config"] = stored_config(job)
+    config = {k: v for k, v in job.headers.config.items() if k != "quantization_config"}
+    stored = stored_config(job) if job.selections else {}
+    if stored:
+        config["quantization_config"] = stored
     if job.dtype:
         config["dtype"] = job.dtype
-    text = json.dumps(config["quantization_config"], sort_keys=True)
+    text = json.dumps(stored, sort_keys=True)
     manifest = {
-        "method": ", ".join(job.selections),
+        "method": ", ".join(job.selections) or "float",
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     # A quantized weight becomes a handful of tensors; an entry takes up to some 200 bytes.

@@ -31,7 +31,7 @@ from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError
 from quantmill.forms import Affine, Channel, Codebook, Codes, Flat, Form, value_of
-from quantmill.forms.convert import not_exact
+from quantmill.forms.convert import kind_words, not_exact
 from quantmill.targeting.types import FLOAT_DTYPES, Target
 from quantmill_bnb.config import BLOCK_SIZES, STORAGES, BnbConfig
 from quantmill_bnb.state import BAD_STATE, NESTED_BLOCK, State, StateError
@@ -319,11 +319,11 @@ class BnbCodec(Codec[BnbConfig]):
 
     @classmethod
     def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
-        eight = isinstance(form, Affine)
-        for name in ("load_in_4bit", "load_in_8bit"):
-            if wanted.get(name) is (eight is (name == "load_in_4bit")):
-                raise not_exact(target.name, f"it is {form.kind}, and {name} is {wanted[name]}")
-        if isinstance(form, Affine):
+        if wanted.get("load_in_8bit") and not isinstance(form, Affine):
+            raise not_exact(
+                target.name, f"it holds {kind_words(form)}, the layout 8-bit codes on an even grid"
+            )
+        if isinstance(form, Affine) and not wanted.get("load_in_4bit"):
             same = form.codes.packing == "i8" and form.grouping == Channel(0)
             if not same or form.factor != 1.0 / 127.0 or form.offset is not None:
                 raise not_exact(
@@ -371,7 +371,7 @@ def _fit_four_bit(form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
         or not isinstance(form.grouping, Flat)
         or form.grouping.size not in BLOCK_SIZES
     ):
-        raise not_exact(target.name, f"it is {form.kind}, and neither NF4 nor FP4")
+        raise not_exact(target.name, f"it holds {kind_words(form)}, the layout codes of NF4 or FP4")
     nested = isinstance(form.scale, Codebook)
     wish = wanted.get("bnb_4bit_use_double_quant", nested)
     options = {

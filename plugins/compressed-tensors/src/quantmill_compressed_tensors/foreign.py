@@ -21,7 +21,7 @@ from quantmill.forms import (
     PerTensor,
     ScaledFloat,
 )
-from quantmill.forms.convert import not_exact
+from quantmill.forms.convert import kind_words, not_exact
 from quantmill.forms.fit import Conditions, fit_floats, fit_integers, is_symmetric
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.config import CompressedConfig
@@ -143,7 +143,9 @@ def _fit_floats(
     grouping: Grouping | None = None
     if args is not None:
         if args.type != "float":
-            raise not_exact("scaled_float", f"it is FP8, and {args.words} is asked for")
+            raise not_exact(
+                "scaled_float", f"it holds narrow floats, and {args.words} is asked for"
+            )
         grouping = {"channel": Channel(0), "tensor": PerTensor()}.get(args.means)
         if args.means == "block" and args.block is not None:
             grouping = Blocks(*args.block)
@@ -172,7 +174,9 @@ def _fit_integers(
     size = None
     if args is not None:
         if args.type != "int" or args.means not in ("group", "channel"):
-            raise not_exact(form.kind, f"it is {form.kind}, and {args.words} is asked for")
+            raise not_exact(
+                form.kind, f"it holds {kind_words(form)}, and {args.words} is asked for"
+            )
         size = args.group_size if args.means == "group" else target.in_features
     plain = group is not None and group.stores_as != "pack-quantized"
     even = fit_integers(
