@@ -30,11 +30,17 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _live(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> Form | Prepared:
-    """The form as the best kernel for one row wants it: decoding is what a layout is made for."""
-    choice = kernels.choose("matmul", form.kind, form.traits(), device=device, dtype=dtype, rows=1)
-    if choice is None or choice.kernel.prepare is None:
-        return form
-    return Prepared.of(choice.kernel, form)
+    """The form as the best kernel for one row wants it: decoding is what a layout is made for.
+
+    A form in a foreign layout becomes one of the core's kinds only if a kernel asks for that.
+    """
+    regular = form.regular_facts()
+    for kind, traits in ((form.kind, form.traits()), *([] if regular is None else [regular])):
+        choice = kernels.choose("matmul", kind, traits, device=device, dtype=dtype, rows=1)
+        if choice is not None:
+            wanted = form if kind == form.kind else form.regular()
+            return wanted if choice.kernel.prepare is None else Prepared.of(choice.kernel, wanted)
+    return form
 
 
 def _ways(
@@ -64,8 +70,33 @@ def _ways(
             rows=rows,
             layout=layout,
         )
-        ways.append((rows, None if choice is None else choice.load()))
+        ways.append(
+            (
+                rows,
+                _through_floats(kernels, live, device, dtype) if choice is None else choice.load(),
+            )
+        )
     return tuple(ways)
+
+
+def _through_floats(
+    kernels: KernelRegistry, live: Form | Prepared, device: str, dtype: torch.dtype
+) -> Callable[..., Tensor] | None:
+    """Where nothing multiplies with a form: a kernel that dequantizes it, if there is one."""
+    if isinstance(live, Prepared):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    choice = kernels.choose(
+        "dequantize", live.kind, live.traits(), device=device, dtype=name, layout=""
+    )
+    if choice is None:
+        return None
+    made = choice.load()
+
+    def matmul(x: Tensor, form: Form, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(x, made(form, x.dtype), bias)
+
+    return matmul
 
 
 class FormLinear(nn.Module):

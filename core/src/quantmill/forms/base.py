@@ -54,6 +54,10 @@ class Form(ABC):
         none. For forms that hold a foreign layout until it is computed with."""
         return self
 
+    def regular_facts(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Kind and traits of :meth:`regular` without making it; None where that is the form."""
+        return None
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same form with every tensor (nested ones too) replaced by ``function(tensor)``."""
         changes: dict[str, Any] = {}

@@ -113,7 +113,7 @@ class ModelSink:
                 new = embedding_for(self.job, selection, module, form, stored=False)
             elif type(module) is nn.Linear:
                 new = FormLinear(
-                    form.regular(),
+                    form,
                     module.bias,
                     codec_of(self.job, selection),
                     self.job.kernels,

@@ -150,10 +150,8 @@ class GgufCodec(Codec[GgufConfig]):
             raise _refuse(
                 target, f"{name} bytes {list(shape)} don't make the model's [{rows}, {columns}]"
             )
-        if target.kind == "embedding":
-            # Looked up row by row: it stays as it lies in the file.
-            return RawForm(raw, name, dtype)
-        return TYPES[name].form(raw, dtype)
+        # As it lies in the file: whoever wants one of the core's forms asks for it.
+        return RawForm(raw, name, dtype)
 
 
 def _only(members: Mapping[str, T], target: Target) -> tuple[str, T]:

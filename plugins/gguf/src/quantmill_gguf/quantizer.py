@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding
@@ -15,7 +14,7 @@ from quantmill.targeting.types import Target
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
 from quantmill_gguf.encode import encode
-from quantmill_gguf.types import TYPES, RawForm
+from quantmill_gguf.types import RawForm
 from quantmill_gguf.types.sizes import BY_NAME
 
 __all__ = ["GgufQuantizer"]
@@ -31,7 +30,7 @@ class GgufQuantizer(Quantizer[GgufConfig]):
         raw = torch.empty(
             target.out_features, info.row_bytes(columns), dtype=torch.uint8, device="meta"
         )
-        return _form(raw, info.name, target, dtype)
+        return RawForm(raw, info.name, dtype)
 
     def check(self, target: Target) -> Iterator[Finding]:
         info = BY_NAME[self.config.type_for(target.in_features)]
@@ -56,11 +55,4 @@ class GgufQuantizer(Quantizer[GgufConfig]):
                 raw[start : start + block.shape[0]] = encode(
                     info.name, work, name=weight.name, kernels=self.kernels
                 )
-        return _form(raw, info.name, target, weight.dtype)
-
-
-def _form(raw: Tensor, name: str, target: Target, dtype: torch.dtype) -> Form:
-    # An embedding is looked up row by row: its bytes stay together.
-    if target.kind == "embedding":
-        return RawForm(raw, name, dtype)
-    return TYPES[name].form(raw, dtype)
+        return RawForm(raw, info.name, weight.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -48,9 +49,21 @@ class RawForm(Form):
 
         return TYPES[self.type_name].form(self.data, self.dtype)
 
+    def regular_facts(self) -> tuple[str, Mapping[str, Any]] | None:
+        return _regular_facts(self.type_name)
+
     def traits(self) -> Mapping[str, Any]:
         return {
             "table": self.type_name,
             "grouping": "group",
             "group_size": BY_NAME[self.type_name].block,
         }
+
+
+@cache
+def _regular_facts(type_name: str) -> tuple[str, Mapping[str, Any]] | None:
+    from quantmill_gguf.types import TYPES
+
+    info = BY_NAME[type_name]
+    form = TYPES[type_name].form(torch.zeros(1, info.size, dtype=torch.uint8))
+    return None if isinstance(form, RawForm) else (form.kind, form.traits())
