@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quantmill.fitting import fits
     from quantmill.host import Host, default_host
     from quantmill.inspection import inspect
+    from quantmill.saving import save
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _PUBLIC = {
     "plan": "quantmill.api",
     "quantize": "quantmill.api",
     "quantize_module": "quantmill.api",
+    "save": "quantmill.saving",
     "Finding": "quantmill.findings",
     "FindingsError": "quantmill.findings",
     "QuantmillError": "quantmill.findings",
@@ -64,6 +66,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_module",
+    "save",
 ]
 
 

@@ -208,3 +208,53 @@ def test_nothing_is_left_after_a_weight_that_is_not_finite(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "hf")
     assert refused(tmp_path / "hf", tmp_path / "x.gguf") == {"QM-WEIGHT-001"}
     assert refused(tmp_path / "hf", tmp_path / "x.gguf", non_finite="keep") == {"QM-GGUF-042"}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-tied", "gpt2", "falcon-40b"])
+def test_a_loaded_model_is_saved_with_the_same_bytes(
+    folder: Any, name: str, tmp_path: Path
+) -> None:
+    source, _ = folder(name)
+    first, again, direct = (tmp_path / f"{n}.gguf" for n in ("first", "again", "direct"))
+    quantmill.quantize(source, first, "gguf-q4_0")
+    quantmill.save(quantmill.load(first), again)
+    quantmill.save(quantmill.load(source, "gguf-q4_0"), direct)
+    one, *others = (GgufFile.open(path) for path in (first, again, direct))
+    for other in others:
+        assert one.tensors.keys() == other.tensors.keys()
+        for key, tensor in one.tensors.items():
+            there = other.tensors[key]
+            assert tensor.type == there.type and tensor.shape == there.shape
+            assert one.data[tensor.start : tensor.stop] == other.data[there.start : there.stop], key
+
+
+def test_a_trained_norm_is_saved(folder: Any, tmp_path: Path) -> None:
+    source, _ = folder("qwen3")
+    model: Any = quantmill.load(source, "gguf-q8_0")
+    model.model.norm.weight.data.fill_(3.0)
+    quantmill.save(model, tmp_path / "t.gguf")
+    back: Any = quantmill.load(tmp_path / "t.gguf", dtype="float32")
+    assert torch.equal(back.model.norm.weight, torch.full((64,), 3.0))
+
+
+def test_what_can_not_be_saved_is_refused(folder: Any, tmp_path: Path) -> None:
+    source, _ = folder("qwen3")
+    with pytest.raises(QuantmillError, match="QM-SAVE-001"):
+        quantmill.save(make("qwen3"), tmp_path / "x.gguf")
+    model = quantmill.load(source, "gguf-q8_0")
+    with pytest.raises(QuantmillError, match="QM-SAVE-002"):
+        quantmill.save(model, tmp_path / "x.bin")
+
+
+def test_the_types_of_a_mix_are_those_of_llama_cpp(tmp_path: Path) -> None:
+    config = transformers.Qwen3Config(
+        **{**_HEADS, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    )
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "hf")
+    quantmill.quantize(tmp_path / "hf", tmp_path / "m.gguf", "gguf-q4_k_m")
+    file = GgufFile.open(tmp_path / "m.gguf")
+    types = {name: item.type.name for name, item in file.tensors.items()}
+    assert types["output.weight"] == "Q6_K" and types["token_embd.weight"] == "Q4_K"
+    assert types["blk.0.attn_v.weight"] == "Q4_K" and types["blk.3.ffn_down.weight"] == "Q6_K"
+    assert types["blk.0.attn_output.weight"] == "Q5_0" and types["output_norm.weight"] == "F32"
+    assert file.metadata["general.file_type"] == 15

@@ -150,6 +150,16 @@ def on_device(reader: TensorReader, name: str, device: torch.device) -> Tensor:
     return out
 
 
+def planned_form(job: Job, selection: Selection, target: Target, dtype: torch.dtype) -> Form | None:
+    """The form that a planned target has or will have, on the meta device."""
+    assert job.architecture is not None
+    if not job.prequantized:
+        return quantizer_of(job, selection).abstract(target, dtype)
+    codec = codec_of(job, selection)
+    members = member_headers(job.architecture.module_prefix(target.module), codec, job.headers)
+    return codec.describe(members, target, dtype)
+
+
 def quantizer_of(job: Job, selection: Selection) -> Quantizer[Any]:
     """The quantizer of a selection, one per job."""
     made: Quantizer[Any] = _cached(

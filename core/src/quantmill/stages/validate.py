@@ -12,7 +12,7 @@ from quantmill.job import Job, Selection
 from quantmill.registrations import resolve
 from quantmill.requirements import missing_requirements
 
-__all__ = ["available_memory", "core_findings", "validate"]
+__all__ = ["available_memory", "container_findings", "core_findings", "validate"]
 
 DEVICE_UNKNOWN = declare("QM-DEVICE-001", "The device does not exist here")
 DEVICE_UNSUPPORTED = declare("QM-DEVICE-002", "The method can't compute on this device")
@@ -49,7 +49,7 @@ def core_findings(job: Job) -> Iterator[Finding]:
     yield from _methods(job)
     yield from _memory(job)
     yield from _disk(job)
-    yield from _container(job)
+    yield from container_findings(job)
     used = {item.method.name for item in job.selections.values()}
     for validator in job.host.validators:
         if not validator.methods or used & set(validator.methods):
@@ -151,7 +151,8 @@ def _writable(job: Job, item: Selection) -> Iterator[Finding]:
         yield NOT_SERIALISABLE(item.label, f"{name} has no disk layout for a folder", fix)
 
 
-def _container(job: Job) -> Iterator[Finding]:
+def container_findings(job: Job) -> Iterator[Finding]:
+    """Why the file that ``job`` is to write can't be, or can't hold what it makes."""
     if job.container is None or job.container.write is None or not job.options.output:
         return
     if Path(job.options.output).exists():

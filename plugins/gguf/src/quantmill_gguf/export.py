@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantmill.backend import ContainerWriter
 from quantmill.findings import Finding, QuantmillError
-from quantmill.stages.quantize import quantizer_of
+from quantmill.stages.quantize import planned_form
 from quantmill_gguf import codes
 from quantmill_gguf.codec import type_of
 from quantmill_gguf.layout import Layout, Planned, layout_of, nbytes
@@ -54,7 +54,9 @@ def types_of(job: Job, layout: Layout) -> dict[str, str]:
             continue
         selection = job.selections[entry.method]
         dtype = getattr(torch, job.plan.dtype)
-        made = type_of(quantizer_of(job, selection).abstract(entry.target, dtype))
+        form = planned_form(job, selection, entry.target, dtype)
+        assert form is not None
+        made = type_of(form)
         parts[planned.name] = parts.get(planned.name, 0) + 1
         if given.setdefault(planned.name, made) != made:
             raise _uneven(planned.name, f"some of it would be {made}, some {given[planned.name]}")

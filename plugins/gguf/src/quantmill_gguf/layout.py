@@ -84,8 +84,9 @@ def _layout(job: Job) -> Layout:
     entries = {item.parameter: item for item in family.entries(config)}
     tied = architecture.tied
     for module in architecture.modules:
-        for parameter in module.parameters.values():
-            if not parameter.sources or parameter.name in tied:
+        for local, parameter in module.parameters.items():
+            quantized = job.prequantized and f"{module.name}.{local}" == parameter.name
+            if (not parameter.sources and not quantized) or parameter.name in tied:
                 continue
             entry = entries.get(parameter.name)
             if entry is None:

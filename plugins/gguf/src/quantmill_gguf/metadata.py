@@ -12,6 +12,7 @@ from quantmill.findings import Finding
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
 from quantmill_gguf.mixes import MIXES, mix_named
+from quantmill_gguf.reader import GgufSource
 from quantmill_gguf.vocab.write import Files, Vocabulary, VocabularyError, vocabulary_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def metadata_of(
         found[f"{arch}.{key}"] = value
     found["general.file_type"] = _file_type(job, layout, types)
     found["general.quantization_version"] = _QUANTIZATION_VERSION
+    if isinstance(job.headers.source, GgufSource):
+        # A file's tokenizer goes on as it is.
+        first = job.headers.source.files[0]
+        kept = {k: v for k, v in first.metadata.items() if k.startswith("tokenizer.")}
+        return found | kept, kinds | {key: first.kinds[key] for key in kept}
     vocabulary = _vocabulary(job, layout)
     if isinstance(vocabulary, Vocabulary):
         return found | vocabulary.metadata(), kinds | vocabulary.kinds
@@ -48,6 +54,8 @@ def metadata_of(
 
 def metadata_problems(job: Job, layout: Layout) -> Iterable[Finding]:
     """What is wrong with the tokenizer, or missing."""
+    if isinstance(job.headers.source, GgufSource):
+        return
     found = _vocabulary(job, layout)
     where = job.headers.source.describe()
     if found is None:
