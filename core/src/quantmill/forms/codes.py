@@ -26,7 +26,7 @@ from torch import Tensor
 
 __all__ = ["Codes"]
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 18
 """Codes converted at a time: the temporaries are wider than the codes."""
 
 
@@ -136,6 +136,8 @@ def _period(bits: int) -> tuple[int, int]:
 
 
 def _pack_dense(flat: Tensor, bits: int) -> Tensor:
+    if bits in (1, 2, 4, 8):
+        return _pack_whole(flat, bits)
     codes, size = _period(bits)
     out = torch.empty((flat.numel() * bits + 7) // 8, dtype=torch.uint8, device=flat.device)
     step = _CHUNK // codes * codes
@@ -153,6 +155,29 @@ def _pack_dense(flat: Tensor, bits: int) -> Tensor:
         packed = packed.to(torch.uint8).reshape(-1)[: out.numel() - where]
         out[where : where + packed.numel()] = packed
     return out
+
+
+def _pack_whole(flat: Tensor, bits: int) -> Tensor:
+    """Codes of which whole ones fill a byte, without leaving bytes."""
+    codes = 8 // bits
+    if flat.numel() % codes:
+        flat = torch.cat([flat, flat.new_zeros(-flat.numel() % codes)])
+    if codes == 1:
+        return flat.clone()
+    if flat.storage_offset() % codes:
+        flat = flat.clone()
+    if bits == 1:
+        parts = flat.reshape(-1, codes)
+        packed = parts[:, 0].clone()
+        for index in range(1, codes):
+            packed |= parts[:, index] << (bits * index)
+        return packed
+    # Codes of a byte as one number, each moved down to its place: their bytes' other bits are 0.
+    words = flat.view(torch.int16 if bits == 4 else torch.int32)
+    packed = words.clone()
+    for index in range(1, codes):
+        packed |= words >> ((8 - bits) * index)
+    return packed.to(torch.uint8)
 
 
 def _unpack_dense(data: Tensor, bits: int, count: int) -> Tensor:

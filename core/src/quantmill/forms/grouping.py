@@ -81,6 +81,11 @@ class Channel(Grouping):
         view[self.axis] = shape[self.axis]
         return values.reshape(view)
 
+    def reduce(self, tensor: Tensor, how: str) -> Tensor:
+        others = [axis for axis in range(tensor.ndim) if axis != self.axis % tensor.ndim]
+        result: Tensor = getattr(tensor, how)(dim=others) if others else tensor
+        return result
+
     def cut(self, values: Tensor, shape: tuple[int, ...], first: int, last: int) -> Tensor | None:
         return values[first:last] if self.axis == 0 else values
 

@@ -25,7 +25,6 @@ Microscaling Formats 1.0, and compressed-tensors 0.20.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -33,8 +32,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quantmill.backend import NonFiniteWeight, WeightSource
+from quantmill.backend import WeightSource
 from quantmill.findings import QuantmillError, declare
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Codebook, Codes, Group, PerTensor, ScaledFloat, register_table
 from quantmill.forms.convert import not_exact
 from quantmill.targeting.types import Target
@@ -279,27 +279,25 @@ def quantize_fp4(form: StoredFp4, weight: WeightSource, device: torch.device) ->
     size = STYLES[form.style].group
     form = form.map_tensors(lambda item: torch.empty_like(item, device=device))
     whole = None
-    if form.whole is not None:
-        top = torch.zeros((), dtype=torch.float32, device=device)
-        for start, rows in weight.row_blocks():
-            top = torch.maximum(top, _absmax(rows, weight, start, rows.shape[1]).amax())
-        whole = torch.where(top > 0, 448.0 * 6.0 / top, torch.ones_like(top)).reshape(1)
     parts = []
-    for start, rows in weight.row_blocks():
-        most = _absmax(rows, weight, start, size)
-        if whole is None:
-            exponent = torch.frexp(most * (8.0 / 7.0))[1] - 3
-            power = torch.where(most > 0, exponent, torch.zeros_like(exponent)).clamp(-127, 127)
-            scale = (power + 127).to(torch.uint8).view(E8M0)
-            wide = scale.to(torch.float32)
-        else:
-            scale = (most / 6.0 * whole).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
-            wide = scale.to(torch.float32) / whole
-        parts.append(scale.view(torch.uint8))
-        tiles = rows.to(torch.float32).unflatten(1, (-1, size)) / wide.unsqueeze(2)
-        packed = Codes.pack(nearest(tiles), 4, "dense").data
-        begin = start * form.shape[1] // 2
-        form.codes.data[begin : begin + packed.numel()] = packed
+    with FiniteCheck(weight.name) as finite:
+        if form.whole is not None:
+            top = torch.zeros((), dtype=torch.float32, device=device)
+            for start, rows in weight.row_blocks():
+                most = _absmax(rows.to(torch.float32), rows.shape[1])
+                finite.look(rows, start * rows.shape[1], maxima=most)
+                top = torch.maximum(top, most.amax())
+            whole = torch.where(top > 0, 448.0 * 6.0 / top, torch.ones_like(top)).reshape(1)
+        for start, rows in weight.row_blocks():
+            work = rows.to(torch.float32, copy=True)
+            most = _absmax(work, size)
+            finite.look(rows, start * rows.shape[1], maxima=most)
+            scale, wide = _scales(most, whole)
+            parts.append(scale.view(torch.uint8))
+            tiles = work.unflatten(1, (-1, size)).div_(wide.unsqueeze(2))
+            packed = Codes.pack(nearest(tiles), 4, "dense").data
+            begin = start * form.shape[1] // 2
+            form.codes.data[begin : begin + packed.numel()] = packed
     eight = torch.cat(parts)
     table = _table().to(device)
     if whole is None:
@@ -313,24 +311,32 @@ def quantize_fp4(form: StoredFp4, weight: WeightSource, device: torch.device) ->
     return replace(form, table=table, scale=nested, whole=whole)
 
 
-def _absmax(rows: Tensor, weight: WeightSource, start: int, size: int) -> Tensor:
+def _scales(most: Tensor, whole: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scales of groups with those largest magnitudes, as stored, and in float32 with ``whole``."""
+    if whole is not None:
+        scale = (most / 6.0 * whole).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
+        return scale, scale.to(torch.float32) / whole
+    exponent = torch.frexp(most * (8.0 / 7.0))[1] - 3
+    power = torch.where(most > 0, exponent, torch.zeros_like(exponent)).clamp(-127, 127)
+    scale = (power + 127).to(torch.uint8).view(E8M0)
+    return scale, scale.to(torch.float32)
+
+
+def _absmax(work: Tensor, size: int) -> Tensor:
     """float32 largest magnitudes of groups of ``size`` columns."""
-    work = rows.to(torch.float32)
-    finite = torch.isfinite(work)
-    if not bool(finite.all()):
-        index = int(torch.argmin(finite.reshape(-1).to(torch.uint8)).item())
-        raise NonFiniteWeight(weight.name, start * rows.shape[1] + index)
-    return work.unflatten(1, (-1, size)).abs_().amax(dim=2)
+    tiles = work.unflatten(1, (-1, size))
+    return torch.maximum(tiles.amax(dim=2), -tiles.amin(dim=2))
 
 
 def nearest(values: Tensor) -> Tensor:
     """uint8 codes of the nearest 4-bit float, ties to the even code; float32 in, any shape."""
-    edges = [(a + b) / 2 for a, b in itertools.pairwise(_VALUES)]
-    bounds = torch.tensor(edges, dtype=torch.float32, device=values.device)
-    # A tie goes up where the upper code is even: there the bound is just below.
-    below = torch.nextafter(bounds, torch.zeros_like(bounds))
-    bounds[1::2] = below[1::2]
-    codes = torch.bucketize(values.abs(), bounds).to(torch.uint8)
+    size = values.abs()
+    bits = size.view(torch.int32)
+    # One bit of mantissa is kept of 23, rounded; exponents begin at 126 in place of 0.
+    normal = (bits + 0x1FFFFF + ((bits >> 22) & 1) >> 22) - 252
+    # Below 1 the step is a half: that of the last bit of a float32 from 2**22 on.
+    small = (size + 4194304.0).view(torch.int32) & 3
+    codes = torch.where(size < 1, small, normal).clamp_(max=7).to(torch.uint8)
     return codes | (torch.signbit(values).to(torch.uint8) << 3)
 
 

@@ -69,7 +69,7 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
             whole = self._range(weight)
         with FiniteCheck(weight.name) as finite:
             for start, rows in weight.row_blocks(_step(real)):
-                work = rows.to(torch.float32)
+                work = rows.to(torch.float32, copy=True)
                 finite.look(work, start * target.in_features)
                 low, high = whole if whole is not None else _reduced(work, real.grouping)
                 if isinstance(real, StoredFloat):
@@ -167,8 +167,7 @@ def _float_rows(form: StoredFloat, start: int, work: Tensor, low: Tensor, high: 
     scale = _scale(torch.maximum(-low, high) / TOP, form.scale.dtype)
     _put(form.scale, start, form.grouping, scale)
     wide = form.grouping.expand(scale.to(torch.float32), tuple(work.shape))
-    values = (work / wide).clamp(-TOP, TOP).to(form.values.dtype)
-    form.values[start : start + work.shape[0]] = values
+    form.values[start : start + work.shape[0]].copy_(work.div_(wide).clamp_(-TOP, TOP))
 
 
 def _integer_rows(
@@ -186,14 +185,16 @@ def _integer_rows(
         zero = torch.round((least - low / scale.to(torch.float32)).clamp(least, most))
     _put(form.scale, start, form.grouping, scale)
     wide = form.grouping.expand(scale.to(torch.float32), shape)
-    codes = torch.round(work / wide) + form.grouping.expand(zero, shape)
-    codes = codes.clamp(least, most)
+    codes = work.div_(wide).round_()
+    if not args.symmetric:
+        codes.add_(form.grouping.expand(zero, shape))
+    codes = codes.clamp_(least, most)
     middle = -least if form.layout.packed else 0
     if isinstance(form.offset, Tensor):
         _put(form.offset, start, form.grouping, (zero + middle).to(form.offset.dtype))
     if not form.layout.packed:
-        form.codes.data[start : start + shape[0]] = codes.to(torch.int8)
+        form.codes.data[start : start + shape[0]].copy_(codes)
         return
-    data = Codes.pack((codes + middle).to(torch.uint8), form.codes.bits, "dense").data
+    data = Codes.pack(codes.add_(middle).to(torch.uint8), form.codes.bits, "dense").data
     first = start * shape[1] * form.codes.bits // 8
     form.codes.data[first : first + data.numel()] = data

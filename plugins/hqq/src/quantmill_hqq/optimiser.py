@@ -27,7 +27,7 @@ _KAPPA = 1.01
 """Weight of the quadratic term and its growth per iteration, as published."""
 _LEAST = 1e-9
 """Residuals below it count as it: ``x ** (p - 1)`` has a pole at 0."""
-_PATIENCE = 5
+_PATIENCE = 3
 """Iterations without a better zero point after which a group is done."""
 _CHUNK = 1 << 17
 """Weights worked on at a time: what is computed with stays in the processor's cache."""
@@ -100,12 +100,11 @@ def _zeros(
         return best.to(dtype)
     least = errors(scaled, best, bits, norm)
     # Published: 4 bits start from a rounded zero point.
-    starts = [best, torch.round(-low).to(dtype).to(torch.float32)] if bits == 4 else [best]
-    for start in starts:
-        for unit in (None, scale.to(torch.float32)):
-            zero, error = _iterate(scaled, start, unit, bits, dtype, iters, norm)
-            better = error < least
-            best, least = torch.where(better, zero, best), torch.where(better, error, least)
+    start = torch.round(-low).to(dtype).to(torch.float32) if bits == 4 else best
+    for unit in (None, scale.to(torch.float32)):
+        zero, error = _iterate(scaled, start, unit, bits, dtype, iters, norm)
+        better = error < least
+        best, least = torch.where(better, zero, best), torch.where(better, error, least)
     return best.to(dtype)
 
 

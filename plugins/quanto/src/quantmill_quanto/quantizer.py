@@ -65,14 +65,15 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         low, high = (-448.0, 448.0) if real else (-128.0, 127.0)
         with FiniteCheck(weight.name) as finite:
             for start, block in weight.row_blocks():
-                finite.look(block, start * columns)
-                values = block.to(torch.float32)
+                values = block.to(torch.float32, copy=True)
+                absmax = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
+                finite.look(block, start * columns, maxima=absmax)
                 stop = start + values.shape[0]
-                scale[start:stop] = _positive((values.abs().amax(dim=1) / high).to(scale.dtype))
-                scaled = values / scale[start:stop].to(torch.float32).unsqueeze(1)
+                scale[start:stop] = _positive((absmax / high).to(scale.dtype))
+                scaled = values.div_(scale[start:stop].to(torch.float32).unsqueeze(1))
                 if not real:
-                    scaled = torch.round(scaled)
-                data[start:stop] = scaled.clamp_(low, high).to(kind)
+                    scaled.round_()
+                data[start:stop].copy_(scaled.clamp_(low, high))
         grouping = grouping_of(columns, None)
         if real:
             return ScaledFloat(data, scale, grouping, dtype=weight.dtype)
@@ -90,16 +91,17 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         # A block ends where a byte of codes does.
         with FiniteCheck(weight.name) as finite:
             for start, block in weight.row_blocks(8 // gcd(8, columns * bits)):
-                finite.look(block, start * columns)
-                values = block.to(torch.float32).reshape(-1, size)
+                values = block.to(torch.float32, copy=True).reshape(-1, size)
                 first, last = start * per_row, start * per_row + values.shape[0]
                 least, most = values.amin(dim=1), values.amax(dim=1)
+                finite.look(block, start * columns, maxima=most - least)
                 # Divided first: the range of float32 numbers can exceed float32.
                 step = _positive((most / top - least / top).to(dtype))
                 scale[first:last], offset[first:last] = step, least.to(dtype)
                 wide = step.to(torch.float32).unsqueeze(1)
-                moved = values / wide - offset[first:last].to(torch.float32).unsqueeze(1) / wide
-                found = torch.round(moved).clamp_(0, top).to(torch.uint8)
+                moved = values.div_(wide)
+                moved.sub_(offset[first:last].to(torch.float32).unsqueeze(1) / wide)
+                found = moved.round_().clamp_(0, top).to(torch.uint8)
                 packed = Codes.pack(found, bits, "dense").data.reshape(-1)
                 begin = start * columns * bits // 8
                 codes.data.reshape(-1)[begin : begin + packed.numel()] = packed

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import gcd
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
+from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding, declare
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Codes, Form, PerTensor
 from quantmill.targeting.types import Target
 from quantmill_torchao.config import TorchaoConfig
@@ -74,13 +74,15 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
             period = 8 // gcd(8, shape[1] * form.codes.bits)
             step = step * period // gcd(step, period)
         whole = self._range(weight) if isinstance(form.grouping, PerTensor) else None
-        for start, rows in weight.row_blocks(step):
-            work = rows.to(torch.float32, copy=True)
-            _finite(work, weight.name, start * shape[1])
-            if isinstance(form, AoFloat):
-                self._floats(form, start, work, whole)
-            else:
-                self._integers(form, start, work, whole)
+        with FiniteCheck(weight.name) as finite:
+            for start, rows in weight.row_blocks(step):
+                work = rows.to(torch.float32, copy=True)
+                tiles, low, high = _tiled(work, form.layout.block, whole)
+                finite.look(rows, start * shape[1], maxima=high - low)
+                if isinstance(form, AoFloat):
+                    self._floats(form, start, tiles, low, high)
+                else:
+                    self._integers(form, start, tiles, low, high)
         return form
 
     def _empty(self, shape: tuple[int, int], dtype: torch.dtype) -> AoAffine | AoFloat:
@@ -105,35 +107,30 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
     def _range(self, weight: WeightSource) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of the whole weight, in a pass of its own."""
         low = high = torch.zeros((), dtype=torch.float32, device=self.device)
-        for start, rows in weight.row_blocks():
-            work = rows.to(torch.float32)
-            _finite(work, weight.name, start * weight.shape[1])
-            low, high = torch.minimum(low, work.amin()), torch.maximum(high, work.amax())
+        with FiniteCheck(weight.name) as finite:
+            for start, rows in weight.row_blocks():
+                least, most = rows.to(torch.float32).aminmax()
+                finite.look(rows, start * weight.shape[1], maxima=most - least)
+                low, high = torch.minimum(low, least), torch.maximum(high, most)
         return low, high
 
-    def _floats(
-        self, form: AoFloat, start: int, work: Tensor, whole: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def _floats(self, form: AoFloat, start: int, tiles: Tensor, low: Tensor, high: Tensor) -> None:
         top = torch.finfo(form.values.dtype).max
-        tiles, low, high = _tiled(work, form.layout.block, whole)
         scale = torch.maximum(high, -low) / top
         assert isinstance(form.scale, Tensor)
         # A scale of 0 would make 0 / 0: zeros have the scale 1.
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         _put(form, form.scale, start, scale)
-        values = tiles.div_(scale).clamp_(-top, top)
-        form.values[start : start + work.shape[0]] = values.reshape(work.shape).to(
-            form.values.dtype
-        )
+        values = tiles.div_(scale).clamp_(-top, top).reshape(-1, form.shape[1])
+        form.values[start : start + values.shape[0]].copy_(values)
 
     def _integers(
-        self, form: AoAffine, start: int, work: Tensor, whole: tuple[Tensor, Tensor] | None
+        self, form: AoAffine, start: int, tiles: Tensor, low: Tensor, high: Tensor
     ) -> None:
         recipe, bits = self.recipe, form.codes.bits
         least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
         if recipe.reduced:
             least, most = least // 2, most // 2
-        tiles, low, high = _tiled(work, form.layout.block, whole)
         assert isinstance(form.scale, Tensor)
         if form.layout.tensor == "Int4Tensor":
             self._int4(form, start, tiles, low, high)
@@ -157,9 +154,9 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
         codes = tiles.mul_(1.0 / wide).round_()
         if zero is not None:
             codes = codes.add_(zero)
-        codes = codes.clamp_(least, most).reshape(work.shape)
+        codes = codes.clamp_(least, most).reshape(-1, form.shape[1])
         if form.codes.packing == "i8":
-            form.codes.data[start : start + work.shape[0]] = codes.to(torch.int8)
+            form.codes.data[start : start + codes.shape[0]].copy_(codes)
             if isinstance(form.offset, Tensor):
                 assert zero is not None
                 _put(form, form.offset, start, zero.to(torch.int8))
@@ -200,10 +197,8 @@ def _tiled(
         return work[:, None, None, :], low, high
     rows, columns = block
     tiles = work.reshape(work.shape[0] // rows, rows, work.shape[1] // columns, columns)
-    if rows == 1:
-        low, high = torch.aminmax(tiles, dim=3, keepdim=True)
-        return tiles, low, high
-    return tiles, tiles.amin(dim=(1, 3), keepdim=True), tiles.amax(dim=(1, 3), keepdim=True)
+    axes = 3 if rows == 1 else (1, 3)
+    return tiles, tiles.amin(dim=axes, keepdim=True), tiles.amax(dim=axes, keepdim=True)
 
 
 def _put(form: AoAffine | AoFloat, whole: Tensor, start: int, part: Tensor) -> None:
@@ -233,10 +228,3 @@ def _least_squares(tiles: Tensor, absmax: Tensor, least: float, most: float) -> 
             return found
         scale = found
     return scale
-
-
-def _finite(work: Tensor, name: str, first: int) -> None:
-    finite: Any = torch.isfinite(work)
-    if not bool(finite.all()):
-        flat = finite.reshape(-1)
-        raise NonFiniteWeight(name, first + int(torch.argmin(flat.to(torch.uint8)).item()))
