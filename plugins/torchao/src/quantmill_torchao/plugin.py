@@ -54,7 +54,7 @@ def quantmill_methods() -> Sequence[Method]:
                 trainable=True,
                 dequantizable=True,
                 devices=("cpu", "cuda"),
-                target_kinds=("linear", "embedding"),
+                target_kinds=("linear",),
                 bits=(1, 2, 3, 4, 5, 6, 7, 8),
             ),
             presets=(
