@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantmill.api import make_job, prepare
+from quantmill.checkpoint.containers import container_of
 from quantmill.findings import Findings, QuantmillError
 from quantmill.host import Host
 
@@ -24,6 +25,8 @@ class Inspection:
     modules: list[dict[str, Any]]
     totals: dict[str, Any]
     findings: Findings
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What the files say of themselves beside tensors."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data."""
@@ -34,6 +37,7 @@ class Inspection:
             "tensors": self.tensors,
             "modules": self.modules,
             "totals": self.totals,
+            "metadata": self.metadata,
             "findings": self.findings.to_list(),
         }
 
@@ -41,6 +45,7 @@ class Inspection:
 def inspect(source: str | Path, *, host: Host | None = None) -> Inspection:
     """A checkpoint's formats and tensors. Works for any readable checkpoint, known model or not."""
     job = make_job(source, None, host=host)
+    container = container_of(source, job.host)
     modules: list[dict[str, Any]] = []
     stored = job.headers.config.get("quantization_config")
     if stored:
@@ -72,7 +77,8 @@ def inspect(source: str | Path, *, host: Host | None = None) -> Inspection:
         by_dtype[item.dtype] = by_dtype.get(item.dtype, 0) + item.nbytes
     return Inspection(
         source=job.headers.source.describe(),
-        kind="safetensors",
+        kind="safetensors" if container is None else container.name,
+        metadata=dict(job.headers.metadata),
         quantization=dict(stored) if stored else None,
         tensors=tensors,
         modules=modules,

@@ -255,3 +255,58 @@ def test_every_block_type_is_a_suffix_of_the_codec() -> None:
     from quantmill_gguf.codec import GgufCodec
 
     assert {f"weight.{name}" for name in TYPES if name not in PLAIN} <= set(GgufCodec.suffixes)
+
+
+def test_inspection_of_a_float_file_shows_its_metadata(tmp_path: Path) -> None:
+    from quantmill_gguf.testing import METADATA
+
+    path = write(tmp_path / "x.gguf", {})
+    found = quantmill.inspect(path)
+    assert found.kind == "gguf" and found.metadata["general.name"] == METADATA["general.name"]
+    assert not quantmill.inspect(FILE).findings
+
+
+def changed(tmp_path: Path, name: str, spec: TensorSpec | None) -> Path:
+    """The file with one tensor of another shape, or without it."""
+    from quantmill_gguf.container import GgufFile
+
+    file = GgufFile.open(FILE)
+    found = []
+    for key, item in file.tensors.items():
+        raw = torch.frombuffer(bytearray(file.data[item.start : item.stop]), dtype=torch.uint8)
+        if key != name:
+            found.append((TensorSpec(key, item.type.name, item.shape), raw))
+        elif spec is not None:
+            found.append((spec, torch.zeros(spec.nbytes, dtype=torch.uint8)))
+    path = tmp_path / "changed.gguf"
+    metadata = {k: v for k, v in file.metadata.items() if not k.startswith("tokenizer.")}
+    with GgufWriter(path, metadata, [item for item, _ in found], kinds=file.kinds) as writer:
+        for _, raw in found:
+            writer.write(raw)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "code"),
+    [
+        ("blk.1.ffn_up.weight", None, "QM-ARCH-004"),
+        ("blk.1.ffn_norm.weight", None, "QM-ARCH-004"),
+        ("blk.0.ffn_up.weight", TensorSpec("blk.0.ffn_up.weight", "Q4_K", (7, 256)), "QM-GGUF-024"),
+        ("blk.0.attn_q.weight", TensorSpec("blk.0.attn_q.weight", "Q4_K", (7, 256)), "QM-GGUF-024"),
+        ("output_norm.weight", TensorSpec("output_norm.weight", "F32", (3,)), "QM-ARCH-003"),
+        ("token_embd.weight", TensorSpec("token_embd.weight", "Q6_K", (9, 256)), "QM-"),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(
+    tmp_path: Path, name: str, spec: TensorSpec | None, code: str
+) -> None:
+    pytest.importorskip("quantmill_transformers")
+    with pytest.raises(QuantmillError, match=code):
+        quantmill.load(changed(tmp_path, name, spec))
+
+
+def test_a_file_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    path = changed(tmp_path, "", None)
+    quantmill.inspect(path)
+    with pytest.raises(QuantmillError, match="QM-ARCH-010"):
+        quantmill.load_tokenizer(path)

@@ -29,6 +29,8 @@ def command(source: str, tensors: bool, as_json: bool) -> int:
     if found.quantization:
         rows = sorted((key, value) for key, value in found.quantization.items())
         table("quantization_config", ("key", "value"), rows)
+    elif found.kind != "safetensors":
+        table("metadata", ("key", "value"), sorted(found.metadata.items()))
     if found.modules:
         shown = [item for item in found.modules if item["method"] or tensors]
         table(

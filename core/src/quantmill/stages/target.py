@@ -270,7 +270,8 @@ class _Planner:
         if form is None:
             self._alone(module, members, selection)
             return None
-        if decision.action == "keep" and decision.origin in ("checkpoint", "default"):
+        tied = module.tied_to is not None  # No config says that it must stay float.
+        if decision.action == "keep" and decision.origin in ("checkpoint", "default") and not tied:
             self.job.findings.add(
                 TENSORS_OUTRANK(
                     module.name,
