@@ -19,16 +19,19 @@ if TYPE_CHECKING:
         quantize,
         quantize_module,
     )
+    from quantmill.comparing import compare
     from quantmill.converting import convert
     from quantmill.findings import Finding, FindingsError, QuantmillError, Severity
     from quantmill.fitting import fits
     from quantmill.host import Host, default_host
     from quantmill.inspection import inspect
     from quantmill.saving import save
+    from quantmill.verifying import verify
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "compare": "quantmill.comparing",
     "convert": "quantmill.converting",
     "dequantize": "quantmill.api",
     "fits": "quantmill.fitting",
@@ -46,6 +49,7 @@ _PUBLIC = {
     "Severity": "quantmill.findings",
     "Host": "quantmill.host",
     "default_host": "quantmill.host",
+    "verify": "quantmill.verifying",
 }
 
 __all__ = [
@@ -55,6 +59,7 @@ __all__ = [
     "QuantmillError",
     "Severity",
     "__version__",
+    "compare",
     "convert",
     "default_host",
     "dequantize",
@@ -67,6 +72,7 @@ __all__ = [
     "quantize",
     "quantize_module",
     "save",
+    "verify",
 ]
 
 

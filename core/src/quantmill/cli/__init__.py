@@ -18,6 +18,7 @@ from quantmill.findings import QuantmillError
 __all__ = ["main"]
 
 COMMANDS = {
+    "compare": "Two checkpoints of one model, by weights and by what they compute.",
     "convert": "Convert a checkpoint to another format, without loss where one exists.",
     "doctor": "What this environment can do, and what is missing.",
     "eval": "Perplexity and KL divergence on a text.",
@@ -28,6 +29,7 @@ COMMANDS = {
     "plugins": "The installed plugins and their status.",
     "quantize": "Quantize a checkpoint into a new folder.",
     "schema": "JSON schema of a method's config.",
+    "verify": "Whether a checkpoint is sound: every tensor, code and scale, and checksums.",
 }
 _MODULES = {"eval": "evaluate"}
 

@@ -8,6 +8,7 @@ import torch
 
 from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.checkpoint.reader import TensorReader
+from quantmill.stages.quantize import open_reader
 
 __all__ = ["Ties"]
 
@@ -59,7 +60,7 @@ class Ties:
             if len(self._sources(target)) == len(self._sources(source)) == 1
         ]
         if pairs:
-            with TensorReader(self._headers) as one, TensorReader(self._headers) as two:
+            with open_reader(self._headers) as one, open_reader(self._headers) as two:
                 self._equal = {name for name, a, b in pairs if self._same(one, two, a, b)}
 
     def _same(self, one: TensorReader, two: TensorReader, a: str, b: str) -> bool:

@@ -1,0 +1,1 @@
+"""Integrity of a checkpoint, without a model: every tensor is read and looked at."""
