@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import quantmill
-from quantmill.cli import cli
+from quantmill.cli import main
 from quantmill.findings import QuantmillError
 from quantmill.testing import write_tiny_gpt2, write_tiny_llama
 
@@ -21,6 +20,13 @@ for _package in ("awq", "bnb", "hqq"):
 pytest.importorskip("quantmill_transformers")
 
 NOVELLA = Path(__file__).resolve().parents[2] / "models" / "novella"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert not ended.value.code
+    return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -64,36 +70,33 @@ def test_two_quantized_checkpoints_and_equal_ones(folders: dict[str, Path], tmp_
     assert same.total.equal and same.total.to_dict()["snr_db"] == float("inf")
 
 
-def test_a_text_is_judged_as_eval_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_is_judged_as_eval_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("QUANTMILL_CACHE", str(tmp_path / "cache"))
     quantmill.quantize(NOVELLA, tmp_path / "nf4", "bnb-nf4")
-    text = NOVELLA / "held.txt"
-    shared: list[str] = ["--text", str(text), "--max-windows", "2", "--context", "128", "--json"]
-    run = CliRunner()
-    command = ["compare", str(NOVELLA), str(tmp_path / "nf4"), *shared]
-    compared = json.loads(run.invoke(cli, command, obj={}, standalone_mode=False).stdout)
-    judged = compared["judgement"]
-    command = ["eval", str(tmp_path / "nf4"), "--reference", str(NOVELLA), *shared]
-    evaluated = json.loads(run.invoke(cli, command, obj={}, standalone_mode=False).stdout)
+    text, model, made = str(NOVELLA / "held.txt"), str(NOVELLA), str(tmp_path / "nf4")
+    shared = ["--text", text, "--max-windows", "2", "--context", "128", "--json"]
+    judged = json.loads(run(capsys, "compare", model, made, *shared))["judgement"]
+    evaluated = json.loads(run(capsys, "eval", made, "--reference", model, *shared))
     assert judged["kl"] == pytest.approx(evaluated["kl_mean"], rel=1e-6)
     assert judged["top1_agreement"] == evaluated["top1_agreement"]
     assert judged["perplexity"][1] == pytest.approx(evaluated["perplexity"], rel=1e-6)
-    command = ["eval", str(NOVELLA), *shared]
-    own = json.loads(run.invoke(cli, command, obj={}, standalone_mode=False).stdout)
+    own = json.loads(run(capsys, "eval", model, *shared))
     assert judged["perplexity"][0] == pytest.approx(own["perplexity"], rel=1e-3)
     assert 0 < judged["kl"] < 0.1 and judged["tokens"] == 254
 
 
-def test_the_page_needs_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_page_needs_nothing_else(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "page.html"
-    command = ["compare", str(folders["float"]), str(folders["bnb-nf4"]), "--html", str(page)]
-    done = CliRunner().invoke(cli, command, obj={}, standalone_mode=False)
-    assert done.exception is None and "dB over all weights" in done.stdout
+    pair = (str(folders["float"]), str(folders["bnb-nf4"]))
+    assert "dB over all weights" in run(capsys, "compare", *pair, "--html", str(page))
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"https?://|<link|src=|@import|url\(", text)
     assert text.count("<svg") >= 3 + 2 * 7 and "up_proj, layer 1:" in text
-    # Every weight is in the table, and what a stranger named is escaped.
-    assert text.count("<tr>") == 1 + 16
+    assert text.count("<tr>") == 1 + 16  # every weight is in the table
     assert "<script>" in text and len(text) < 400_000
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import quantmill
-from quantmill.cli import cli
+from quantmill.cli import main
 from quantmill.testing import write_tiny_llama
 
 for _package in ("awq", "bnb", "compressed_tensors", "gguf", "gptq"):
@@ -144,13 +143,20 @@ def test_checksums_and_ties(tmp_path: Path) -> None:
     assert "QM-VERIFY-009" in codes(quantmill.verify(model))
 
 
-def test_the_command_s_exit_code_is_for_scripts(tmp_path: Path) -> None:
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    output = capsys.readouterr()
+    return int(ended.value.code or 0), output.out, output.err
+
+
+def test_the_command_s_exit_code_is_for_scripts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = write_tiny_llama(tmp_path / "float")
-    run = CliRunner()
-    good = run.invoke(cli, ["verify", str(model), "--json"], obj={}, standalone_mode=False)
-    assert good.return_value == 0 and json.loads(good.stdout)["sound"] is True
+    code, out, _ = run(capsys, "verify", str(model), "--json")
+    assert code == 0 and json.loads(out)["sound"] is True
     change = {"model.norm.weight": torch.full((64,), float("nan"), dtype=torch.bfloat16)}
     bad = write_tiny_llama(tmp_path / "bad", change=change)
-    found = run.invoke(cli, ["verify", str(bad)], obj={}, standalone_mode=False)
-    assert found.return_value == 1 and "not sound" in found.stdout
-    assert "QM-VERIFY-008" in found.stderr
+    code, out, err = run(capsys, "verify", str(bad))
+    assert code == 1 and "not sound" in out and "QM-VERIFY-008" in err
