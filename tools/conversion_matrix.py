@@ -25,6 +25,7 @@ from quantmill.findings import QuantmillError
 from quantmill.testing import write_tiny_llama
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "conversion.md"
+NOVELLA = PAGE.parent.parent / "models" / "novella"
 _BLOCK = re.compile(r"<!-- matrix -->\n.*?<!-- end of the matrix -->", re.DOTALL)
 
 SOURCES = {
@@ -46,6 +47,12 @@ SOURCES = {
     "FP8 rows": "fp8-row",
     "FP8 whole": "fp8-tensor",
     "MXFP8": "fp8-mx",
+    "torchao int8": "torchao-int8wo",
+    "torchao int4 (tinygemm)": "torchao-int4wo:group_size=32",
+    "GGUF Q8_0": "gguf-q8_0",
+    "GGUF Q6_K": "gguf-q6_k",
+    "GGUF Q4_0": "gguf-q4_0",
+    "GGUF Q4_K": "gguf-q4_k_s",
 }
 """Name in the table to the METHOD that makes it of the float model."""
 TARGETS = {
@@ -58,6 +65,8 @@ TARGETS = {
     "bnb int8": "bnb-int8",
     "FP8 blocks": "fp8",
     "FP8 rows": "fbgemm-fp8",
+    "torchao": "torchao",
+    "GGUF": "gguf",
     "bf16": "bf16",
 }
 """Name in the table to METHOD."""
@@ -80,7 +89,7 @@ class Cell:
 def make_sources(model: Path, root: Path, calibration: Any) -> Iterator[tuple[str, Path]]:
     """Quantize the model in every source format."""
     for number, (name, method) in enumerate(SOURCES.items()):
-        folder = root / f"source-{number}"
+        folder = root / f"source-{number}{'.gguf' if name.startswith('GGUF') else ''}"
         if not folder.exists():
             quantmill.quantize(
                 model, folder, method, calibration=calibration, samples=16, length=32
@@ -90,8 +99,9 @@ def make_sources(model: Path, root: Path, calibration: Any) -> Iterator[tuple[st
 
 def convert(source: str, folder: Path, target: str, root: Path) -> Cell:
     """One cell, with proof."""
-    output = root / "converted"
-    shutil.rmtree(output, ignore_errors=True)
+    output = root / ("converted.gguf" if target == "GGUF" else "converted")
+    shutil.rmtree(root / "converted", ignore_errors=True)
+    (root / "converted.gguf").unlink(missing_ok=True)
     try:
         report = quantmill.convert(folder, output, TARGETS[target], verify=True)
     except QuantmillError as error:
@@ -104,7 +114,9 @@ def convert(source: str, folder: Path, target: str, root: Path) -> Cell:
 
 def tiny_model(root: Path) -> tuple[Path, Any]:
     """A model of one layer whose widths suit every format, and tokens to calibrate with."""
-    model = write_tiny_llama(root / "float", layers=1, hidden=128, inner=128)
+    model = write_tiny_llama(root / "float", layers=1, hidden=256, inner=256, vocab=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # a GGUF file holds one
+        shutil.copy(NOVELLA / name, model)
     tokens = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(0))
     return model, tokens
 

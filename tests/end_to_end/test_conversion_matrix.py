@@ -11,7 +11,17 @@ import torch
 
 import quantmill
 
-for _package in ("awq", "bnb", "compressed_tensors", "fp8", "gptq", "hqq", "quanto"):
+for _package in (
+    "awq",
+    "bnb",
+    "compressed_tensors",
+    "fp8",
+    "gguf",
+    "gptq",
+    "hqq",
+    "quanto",
+    "torchao",
+):
     pytest.importorskip(f"quantmill_{_package}")
 pytest.importorskip("quantmill_transformers")
 
@@ -33,7 +43,7 @@ def tool() -> Any:
 
 def logits(folder: Path) -> torch.Tensor:
     """What the decoded weights compute: float linears, so that no kernel has a say."""
-    model: Any = quantmill.load(folder, dequantize=True)
+    model: Any = quantmill.load(folder, dequantize=True, dtype="float32")
     with torch.inference_mode():
         found: torch.Tensor = model(input_ids=IDS).logits
     return found
@@ -58,9 +68,9 @@ def cells(tool: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 def test_lossless_cells_are_proved_and_compute_the_same_logits(cells: list[Any]) -> None:
     lossless = [cell for cell in cells if cell.kind == "lossless"]
-    assert len(lossless) > 40
-    # One layer of seven linears; every one of them was decoded again from both files.
-    assert {cell.report.proved for cell in lossless} == {7}
+    assert len(lossless) > 80
+    # One layer of seven linears, and embedding and head of a GGUF file: each was decoded again.
+    assert {cell.report.proved for cell in lossless} == {7, 9}
     assert not any(cell.report.errors for cell in lossless)
 
 

@@ -26,7 +26,7 @@ def convert(
     dry_run: bool = False,
     device: str = "cpu",
     dtype: str | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int | None = None,
     calibration: Any = None,
     samples: int = 128,
     length: int = 512,
@@ -36,6 +36,7 @@ def convert(
 ) -> ConversionReport:
     """Write a checkpoint in another format, without loss where both hold the same values.
 
+    ``output`` is a new folder, or a file of a registered format (``.gguf``).
     ``method`` is METHOD as everywhere, or a dtype (``bf16``, ``fp16``, ``fp32``) for a float
     checkpoint. Fields of its config that it does not set follow the source; those that it sets
     are kept. ``allow_requantize`` lets weights that do not fit be dequantized and quantized anew,
@@ -75,7 +76,7 @@ def convert(
         route.refuse_error()
     exact = not any(step.kind in ("requantize", "quantize") for step in route.steps)
     made = target_job(job, goal, route, Path(output), Options(**options, exact=exact))
-    report = carry(job, goal, route, made, max_shard_bytes)
+    report = carry(job, route, made, max_shard_bytes)
     if verify:
         again = make_job(output, None, device=device, host=host, progress=progress, planning=True)
         _plan(again)

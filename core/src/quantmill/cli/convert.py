@@ -58,10 +58,8 @@ if TYPE_CHECKING:
 @click.option(
     "--max-shard",
     callback=memory_bytes,
-    default="5GB",
-    show_default=True,
     metavar="SIZE",
-    help="Most bytes of tensors in one file.",
+    help="Most bytes of tensors in one file. [default: 5GB in a folder, no limit in a file]",
 )
 @calibration_options
 @QUIET
@@ -70,12 +68,14 @@ def command(
     source: str,
     output: str,
     method: str,
-    max_shard: int,
+    max_shard: int | None,
     quiet: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Convert SOURCE to METHOD's format in the new folder OUTPUT, streaming.
+    """Convert SOURCE to METHOD's format in the new folder or file OUTPUT, streaming.
+
+    An OUTPUT that ends like a file of a known format (.gguf) is written as such.
 
     The weights keep their values: METHOD's fields that are not given follow the source. Where
     that can't be, the reason is shown, and --allow-requantize goes on with added error. METHOD

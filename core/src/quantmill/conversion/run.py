@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantmill.architecture import open_architecture
 from quantmill.calibration.carry_out import carry_out, needs_calibration, resume_folder
+from quantmill.checkpoint.containers import container_for
 from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.checkpoint.reader import TensorReader
+from quantmill.conversion.beside import files_beside
 from quantmill.conversion.goal import Goal
 from quantmill.conversion.measure import Distance, between, paired_rows
 from quantmill.conversion.route import Route, Step
@@ -24,7 +27,7 @@ from quantmill.job import Job, Options, Selection
 from quantmill.stages.configure import configure
 from quantmill.stages.quantize import Sink, codec_of, decode_stored, open_reader, run, run_modules
 from quantmill.stages.select import add_selection, make_selection
-from quantmill.stages.target import make_plan
+from quantmill.stages.target import decisions_for, make_plan
 from quantmill.stages.validate import validate
 from quantmill.stages.write import WriteReport, write_checkpoint
 from quantmill.targeting.types import Decision, ModuleInfo, ParameterInfo, Target
@@ -84,8 +87,9 @@ def target_job(job: Job, goal: Goal, route: Route, output: Path, options: Option
     floats = {step.weight: getattr(torch, step.dtype) for step in route.steps if step.dtype}
     view_dtype = getattr(torch, goal.dtype or job.plan.dtype)
     headers: CheckpointHeaders = job.headers
-    if job.prequantized:
-        headers = float_view(job, view_dtype, floats)
+    beside = files_beside(job)
+    if job.prequantized or beside:
+        headers = float_view(job, view_dtype, floats, beside)
     made = Job(
         host=job.host,
         headers=headers,
@@ -95,12 +99,17 @@ def target_job(job: Job, goal: Goal, route: Route, output: Path, options: Option
         options=replace(options, output=str(output)),
         progress=job.progress,
         findings=job.findings,
+        container=container_for(output, job.host),
     )
+    made.architecture = open_architecture(made.host, made.headers, made.dtype)
     labels = _select(made, goal, route)
     kinds = goal.method.capabilities.target_kinds if goal.method is not None else ()
     peers = {entry.name for entry in job.plan.modules if entry.kind in kinds}
-    decisions = {}
+    anew = [step.name for step in route.steps if step.kind in ("requantize", "quantize")]
+    decisions = _rules(made, set(anew))
     for step in route.steps:
+        if step.name in decisions:
+            continue
         if step.name in labels:
             made_by = f"converted: {step.kind}"
             decisions[step.name] = Decision(step.name, "quantize", labels[step.name], made_by, "")
@@ -113,6 +122,17 @@ def target_job(job: Job, goal: Goal, route: Route, output: Path, options: Option
     _exact_bytes(made, route)
     validate(made)
     return made
+
+
+def _rules(made: Job, anew: set[str]) -> dict[str, Decision]:
+    """What the goal's targeting says of modules that are made anew: some methods choose by it."""
+    if not anew:
+        return {}
+    assert made.architecture is not None
+    found = decisions_for(made, list(made.architecture.modules))
+    return {
+        item.module: item for item in found if item.module in anew and item.action == "quantize"
+    }
 
 
 def _select(made: Job, goal: Goal, route: Route) -> dict[str, str]:
@@ -156,7 +176,7 @@ def _exact_bytes(made: Job, route: Route) -> None:
         )
 
 
-def carry(job: Job, goal: Goal, route: Route, made: Job, max_shard_bytes: int) -> ConversionReport:
+def carry(job: Job, route: Route, made: Job, max_shard_bytes: int | None) -> ConversionReport:
     """Write what ``made`` plans.
 
     Raises:
@@ -313,7 +333,11 @@ def prove(job: Job, route: Route, again: Job, report: ConversionReport) -> None:
     try:
         report.proved = _prove(job, route, again, report)
     except QuantmillError:
-        shutil.rmtree(report.written.folder)
+        if report.written.folder.is_dir():
+            shutil.rmtree(report.written.folder)
+        else:
+            for name in report.written.files:
+                report.written.folder.with_name(name).unlink(missing_ok=True)
         raise
 
 

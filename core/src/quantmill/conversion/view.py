@@ -72,10 +72,14 @@ def stored_targets(job: Job) -> dict[str, Stored]:
 
 
 def float_view(
-    job: Job, dtype: torch.dtype, others: Mapping[str, torch.dtype] | None = None
+    job: Job,
+    dtype: torch.dtype,
+    others: Mapping[str, torch.dtype] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> CheckpointHeaders:
     """The headers of a planned job's checkpoint with float weights of ``dtype``, or by name of
-    ``others``, in the place of quantized ones. Its source gives the reader."""
+    ``others``, in the place of quantized ones. Its source gives the reader, and has the files
+    ``beside`` it."""
     stored = stored_targets(job)
     tensors = dict(job.headers.tensors)
     for name, item in stored.items():
@@ -90,20 +94,35 @@ def float_view(
         start = first.start
         tensors[name] = TensorHeader(name, code_of(kind), shape, first.file, start, start + size)
     config = {k: v for k, v in job.headers.config.items() if k != "quantization_config"}
-    source: Any = _View(job, stored)
+    source: Any = _View(job, stored, beside or {})
     return dataclasses.replace(job.headers, tensors=tensors, config=config, source=source)
 
 
 class _View:
     """The checkpoint's own source, but for its reader and its identity."""
 
-    def __init__(self, job: Job, stored: dict[str, Stored]) -> None:
+    def __init__(self, job: Job, stored: dict[str, Stored], beside: Mapping[str, bytes]) -> None:
         self._job = job
         self._stored = stored
+        self._beside = beside
         self._source = job.headers.source
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return name in self._beside or self._source.exists(name)
+
+    def size(self, name: str) -> int:
+        """Bytes of an existing file."""
+        return len(self._beside[name]) if name in self._beside else self._source.size(name)
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of an existing file."""
+        if name in self._beside:
+            return self._beside[name][start:stop]
+        return self._source.read(name, start, stop)
 
     def identity(self) -> str:
         """Another text than that of the quantized checkpoint."""

@@ -17,6 +17,7 @@ from quantmill.forms.fit import Conditions, Zeros, fit_integers
 from quantmill.targeting.types import Target
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
+from quantmill_gguf.mixes import mix_named
 from quantmill_gguf.types import TYPES, RawForm
 from quantmill_gguf.types.sizes import BY_NAME, PLAIN
 
@@ -92,13 +93,15 @@ class GgufCodec(Codec[GgufConfig]):
     @classmethod
     def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
         asked = wanted.get("type")
+        if asked is None and wanted.get("mix") is not None:
+            asked = mix_named(wanted["mix"]).base
         try:
             own = type_of(form)
         except QuantmillError:
             own = None
         if own is not None and asked in (None, own):
             return Fit(form, {"type": own})
-        causes = []
+        causes: dict[str, list[str]] = {}
         for name, (bits, zeros, packing) in _PLAIN_TYPES.items():
             if asked not in (None, name):
                 continue
@@ -116,12 +119,11 @@ class GgufCodec(Codec[GgufConfig]):
                     seen=seen,
                 )
             except QuantmillError as error:
-                causes.append(f"{name}: {error.findings[0].cause}")
+                causes.setdefault(error.findings[0].cause, []).append(name)
                 continue
             return Fit(made, {"type": name}, tuple(seen.unless), tuple(seen.notes))
-        raise not_exact(
-            target.name, "; ".join(dict.fromkeys(causes)) or f"{asked} is made of floats only"
-        )
+        told = "; ".join(f"{', '.join(names)}: {cause}" for cause, names in causes.items())
+        raise not_exact(target.name, told or f"{asked} is made of floats only")
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype

@@ -28,14 +28,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec
+from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.checkpoint.reader import torch_dtype
 from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Codes, Form
 from quantmill.targeting.types import Target
 from quantmill_torchao.config import TorchaoConfig
-from quantmill_torchao.foreign import stored_form
+from quantmill_torchao.foreign import fit, stored_form
 from quantmill_torchao.forms import (
     AoAffine,
     AoFloat,
@@ -176,6 +176,10 @@ class TorchaoCodec(Codec[TorchaoConfig]):
         return replace(
             skeleton, codes=codes, scale=scale.reshape(size), offset=offset.reshape(size), **extra
         )
+
+    @classmethod
+    def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
+        return fit(form, target, wanted)
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
