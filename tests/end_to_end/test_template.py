@@ -183,6 +183,30 @@ def test_it_quantizes_a_real_model_that_loads_and_speaks(run: Run, tmp_path: Pat
     assert 1 < found["float"] < found["perplexity"] < 1.1 * found["float"]
 
 
+PRETRAINED = """
+import sys, torch, peft, quantmill_transformers
+from transformers import AutoModelForCausalLM
+
+source, saved = sys.argv[1:]
+print(quantmill_transformers.activate())
+model = AutoModelForCausalLM.from_pretrained(source, quantization_config="mymethod-4")
+model.save_pretrained(saved)
+again = AutoModelForCausalLM.from_pretrained(saved)
+ids = torch.tensor([[5, 6, 7]])
+with torch.inference_mode():
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+assert again.config.quantization_config.quant_method == "mymethod"
+adapted = peft.get_peft_model(again, peft.LoraConfig(target_modules=["up_proj"]))
+adapted(input_ids=ids, labels=ids).loss.backward()
+"""
+
+
+def test_transformers_and_peft_load_it_without_a_line_about_it(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    said = run("-c", PRETRAINED, ROOT / "tests" / "data" / "tiny-llama", tmp_path / "saved").stdout
+    assert "mymethod" in said.partition("and adds")[2]
+
+
 def test_the_documentation_names_every_promise() -> None:
     documented = (ROOT / "docs" / "authors" / "testing.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", documented))

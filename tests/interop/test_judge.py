@@ -300,3 +300,50 @@ def test_methods_that_theirs_can_not_make_here_are_made(method: str) -> None:
         pytest.skip(f"no installed plugin has {method}")
     with qt.activated("*"):
         assert meant(TINY, quantization_config=method)
+
+
+PEERS: dict[str, Callable[[], Any]] = {
+    "gptq": lambda: transformers.GPTQConfig(bits=4, group_size=64),
+    "awq": lambda: transformers.AwqConfig(bits=4, group_size=64),
+    "compressed-tensors": lambda: transformers.CompressedTensorsConfig(),
+    "fp8": lambda: transformers.FineGrainedFP8Config(),
+    "fbgemm-fp8": lambda: transformers.FbgemmFp8Config(),
+    "quanto": lambda: transformers.QuantoConfig(weights="int4"),
+    "hqq": lambda: transformers.HqqConfig(nbits=4, group_size=64),
+    "torchao": lambda: torchao("Int4WeightOnlyConfig"),
+}
+
+
+@pytest.mark.parametrize("method", sorted(PEERS))
+def test_config_objects_of_the_library_are_taken(method: str) -> None:
+    needs(method)
+    if method == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    plan = quantmill.plan(TINY, PEERS[method]())
+    plan.raise_errors()
+    assert plan.totals["quantized"] == 14
+
+
+def test_calibration_is_an_option_of_the_same_call() -> None:
+    needs("gptq")
+    ids = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(1))
+    with qt.activated("gptq"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            TINY,
+            quantization_config=transformers.GPTQConfig(bits=4, group_size=64),
+            quantmill_options={"calibration": ids, "length": 24},
+        )
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
+
+
+def test_a_stored_model_is_loaded_as_float_where_a_config_object_says_so() -> None:
+    needs("fp8")
+    folder = PLUGINS / "fp8" / "tests" / "data" / "fp8-block"
+    asked = transformers.FineGrainedFP8Config(dequantize=True)
+    with qt.activated("fp8"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=asked)
+    assert (
+        not hasattr(model, "hf_quantizer")
+        and type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    )
+    assert "quantization_config" not in model.config.to_dict()

@@ -83,6 +83,9 @@ def read_config(job: Job, raw: Mapping[str, Any], origin: str) -> tuple[str, Met
         config, findings = config_class.from_checkpoint(raw)
         job.findings.extend(findings)
         return name, config
+    # What nobody wrote and the method does not know is no misspelling of a user's.
+    known, implied = set(config_class.field_names()), job.request.implied
+    raw = {key: value for key, value in raw.items() if key not in implied or key in known}
     return name, config_class.from_user(raw)
 
 

@@ -103,8 +103,11 @@ def parse_method(value: Any, host: Host) -> Request:
 
 
 def _defaults(cls: type, data: Mapping[str, Any]) -> frozenset[str]:
-    """Keys whose value is the default that the class's constructor declares."""
-    known = inspect.signature(cls).parameters
+    """Keys whose value is the default that a constructor declares, the class's or a base's."""
+    known: dict[str, inspect.Parameter] = {}
+    for base in reversed(cls.__mro__):
+        if base is not object and "__init__" in vars(base):
+            known |= inspect.signature(vars(base)["__init__"]).parameters
     return frozenset(key for key in data if key in known and data[key] == known[key].default)
 
 

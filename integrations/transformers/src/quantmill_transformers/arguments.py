@@ -34,6 +34,7 @@ _OPTIONS = frozenset(
     {
         "allow_unmatched",
         "calibration",
+        "dequantize",
         "gradient_checkpointing",
         "include",
         "length",
@@ -160,6 +161,8 @@ def read_arguments(kwargs: Mapping[str, Any]) -> Arguments:
     dtype = rest.pop("dtype", None)
     made.dtype = _dtype(dtype if dtype is not None else torch_dtype, problems)
     made.options = _options(rest.pop("quantmill_options", None), problems)
+    if getattr(made.method, "dequantize", None) is True:
+        made.options.setdefault("dequantize", True)  # A peer's config object asks for it.
     made.rest = rest
     if problems:
         raise QuantmillError(*problems)

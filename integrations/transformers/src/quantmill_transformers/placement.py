@@ -210,6 +210,11 @@ def _unable(job: Job, placement: Placement, folder: str | None) -> Iterator[Find
         if (entry.method, entry.kind) in kinds:
             continue
         kinds.add((entry.method, entry.kind))
+        if job.options.dequantize:
+            yield CANT_OFFLOAD(
+                path, "it becomes float while loading", "load it whole, or leave it quantized"
+            )
+            continue
         selection = job.selections[entry.method]
         able = selection.method.capabilities
         if not able.prequantized or not (able.serialisable or job.prequantized):
