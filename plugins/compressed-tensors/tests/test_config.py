@@ -114,7 +114,7 @@ def test_a_users_mistake_is_named_with_its_place(raw: dict[str, Any], place: str
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"format": "nvfp4-pack-quantized"}, "QM-CT-010"),
+        ({"format": "marlin-24"}, "QM-CT-010"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "QM-CT-010"),
         ({"transform_config": {"config_groups": {"u": {}}}}, "QM-CT-010"),
         ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "QM-CT-012"),
