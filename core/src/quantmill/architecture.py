@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.registrations import resolve
 from quantmill.targeting.roles import guess_layer, guess_role
-from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
+from quantmill.targeting.types import ModuleInfo, ParameterInfo, Part, Target
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,14 +81,17 @@ class Architecture(ABC):
         """A fresh model on the meta device."""
 
     def assemble(self, parameter: ParameterInfo, reader: TensorReader) -> Tensor:
-        """The tensor of a parameter that is made of several checkpoint tensors, or converted."""
+        """The tensor of a parameter that is made of several checkpoint tensors, or converted, or
+        a part of one."""
         if len(parameter.sources) != 1:
             raise NotImplementedError(f"{parameter.name} has sources {parameter.sources}")
+        if parameter.part is not None:
+            return read_part(parameter.part, parameter.sources[0], reader)
         return reader.tensor(parameter.sources[0])
 
     def converted(self, parameter: ParameterInfo) -> bool:
         """Whether :meth:`assemble` does more than read one tensor."""
-        return len(parameter.sources) != 1
+        return len(parameter.sources) != 1 or parameter.part is not None
 
     def finish(self, model: nn.Module, device: str) -> None:  # noqa: B027 nothing to do is fine
         """Tie weights and give buffers that no checkpoint stores their values."""
@@ -104,6 +107,20 @@ class Architecture(ABC):
     def companions(self) -> list[str]:
         """Files beside the weights that a written checkpoint needs too (tokenizer, ...)."""
         return []
+
+
+def read_part(part: Part, source: str, reader: TensorReader) -> Tensor:
+    """A part of a stacked tensor: of the stack, only this expert's slice is read."""
+    import torch
+
+    from quantmill.checkpoint.reader import torch_dtype
+
+    header = reader.headers.tensors[source]
+    shape = tuple(header.shape)[1:]
+    one = torch.empty(shape, dtype=torch_dtype(header.dtype, source))
+    reader.read_into(header, one, part.expert * one.numel())
+    cut: Tensor = part.cut(one)
+    return cut.contiguous()
 
 
 COMPANIONS = (

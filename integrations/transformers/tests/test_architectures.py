@@ -25,6 +25,7 @@ KEPT: Mapping[str, set[str]] = {
     "vit": {"classifier"},
     "resnet": set(),
     "whisper": {"proj_out"},
+    "qwen2-moe": {"lm_head", *(f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2))},
     "t5": {
         "lm_head",
         *(f"encoder.block.{index}.layer.1.DenseReluDense.wo" for index in range(2)),

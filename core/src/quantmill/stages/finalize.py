@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.embedding import FormEmbedding
+from quantmill.experts import LinearExperts, restack
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.forms import Form
 from quantmill.job import Job
@@ -176,6 +177,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         model.set_submodule(entry.target.name, new)
     _share(job, model, wanted)
     detach_forms(model)
+    for part in model.modules():
+        if isinstance(part, LinearExperts):
+            restack(part)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -403,5 +404,10 @@ def _source_bytes(module: ModuleInfo, job: Job) -> int:
     for parameter in module.parameters.values():
         for source in parameter.sources:
             header = job.headers.tensors.get(source)
-            count += header.nbytes if header is not None else 0
+            if header is None:
+                continue
+            share = 1.0
+            if parameter.part is not None:
+                share = prod(parameter.shape) / max(1, prod(header.shape))
+            count += round(header.nbytes * share)
     return count

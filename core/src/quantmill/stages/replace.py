@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from quantmill.checkpoint.reader import TensorReader, torch_dtype
 from quantmill.embedding import embedding_of
+from quantmill.experts import Place, locate, unstack_planned
 from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
@@ -63,21 +65,30 @@ class ModelSink:
         self.dtype: torch.dtype = getattr(torch, job.plan.dtype)
         self.device = torch.device(job.device)
         self._shared: dict[str, tuple[Selection, Form]] = {}
+        self._whole: set[str] = set()
+        """Stacks that were put at once."""
+        if not job.options.dequantize:
+            quantized = {
+                entry.target.name
+                for entry in job.plan.modules
+                if entry.action == "quantize" and entry.target is not None
+            }
+            unstack_planned(model, architecture.modules, quantized)
 
     def put_form(
         self, selection: Selection, target: Target, form: Form, bias: Tensor | None
     ) -> None:
         """Put the method's module in the target's place; float again when dequantizing."""
-        module = self.model.get_submodule(target.name)
         bias = None if bias is None else bias.to(self.dtype)
         if self.job.options.dequantize:
             weight = form.dequantize(self.dtype)
             if target.transposed:
                 weight = weight.transpose(-1, -2).contiguous()
-            _set(module, target.parameter, weight)
+            _put(locate(self.model, target.module, target.parameter), weight)
             if bias is not None:
-                _set(module, "bias", bias)
+                _put(locate(self.model, target.module, "bias"), bias)
             return
+        module = self.model.get_submodule(target.name)
         new: Any = self.job.host.hook.quantmill_replace(
             job=self.job, selection=selection, target=target, module=module, form=form, bias=bias
         )
@@ -92,7 +103,7 @@ class ModelSink:
                 transposed=target.transposed,
             )
             if bias is not None:
-                _set(module, "bias", bias)
+                _put(Place(module, "bias"), bias)
             return
         new.train(module.training)
         Origin(self.job, selection, target).mark(new)
@@ -140,8 +151,14 @@ class ModelSink:
         Large ones that stay as they lie on the disk are mapped: no copy, no memory before they
         are used, and the file is not written to.
         """
-        owner = self.model.get_submodule(module.name) if module.name else self.model
-        local = parameter.name.rpartition(".")[2]
+        place = locate(self.model, module, parameter.name.rpartition(".")[2])
+        if place.part is not None and parameter.part is not None:
+            # The model and the file both hold the whole stack: it is taken at once.
+            if parameter.sources[0] in self._whole:
+                return
+            self._whole.add(parameter.sources[0])
+            place = Place(place.module, place.local)
+            parameter = replace(parameter, part=None)
         stored = torch_dtype(parameter.dtype)
         wanted = stored
         if stored.is_floating_point and stored.itemsize > 1:
@@ -156,11 +173,19 @@ class ModelSink:
             tensor = reader.mapped(parameter.sources[0])
         else:
             tensor = on_device(reader, parameter.sources[0], self.device)
-        _set(owner, local, tensor.to(device=self.device, dtype=wanted))
+        _put(place, tensor.to(device=self.device, dtype=wanted))
 
 
-def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
-    if name in module._parameters:
-        module._parameters[name] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+def _put(place: Place, tensor: Tensor) -> None:
+    store = place.module._parameters
+    if place.part is not None:
+        stack = store[place.local]
+        assert stack is not None
+        if stack.is_meta:
+            value = torch.empty(stack.shape, dtype=tensor.dtype, device=tensor.device)
+            store[place.local] = stack = nn.Parameter(value, tensor.is_floating_point())
+        place.part.of(stack.data).copy_(tensor)
+    elif place.local in store:
+        store[place.local] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     else:
-        module._buffers[name] = tensor
+        place.module._buffers[place.local] = tensor

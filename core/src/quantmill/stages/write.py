@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantmill.checkpoint.reader import TensorReader, torch_dtype
+from quantmill.checkpoint.reader import TensorReader
 from quantmill.checkpoint.writer import CheckpointWriter
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
@@ -95,15 +96,38 @@ class CheckpointSink:
     def put_tensor(
         self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader
     ) -> None:
-        """Copy float tensors under their own names, in the asked dtype."""
+        """Copy float tensors under their own names, in the asked dtype.
+
+        A stack of which some parts are quantized is written in parts.
+        """
+        architecture = self.job.architecture
+        assert architecture is not None
+        if parameter.part is not None and not self.broken.isdisjoint(parameter.sources):
+            tensor = architecture.assemble(parameter, reader)
+            local = parameter.name.rpartition(".")[2]
+            self._add(f"{architecture.module_prefix(module)}.{local}", tensor, module)
+            return
         for source in parameter.sources:
-            tensor = reader.tensor(source)
-            stored = torch_dtype(reader.headers.tensors[source].dtype)
-            if self.job.dtype and stored.is_floating_point and not module.keep_float:
-                tensor = cast(tensor, getattr(torch, self.job.dtype), source)
             if source not in self.written:
-                self.writer.add(source, tensor)
                 self.written.add(source)
+                self._add(source, reader.tensor(source), module)
+
+    def _add(self, name: str, tensor: Tensor, module: ModuleInfo) -> None:
+        if self.job.dtype and tensor.dtype.is_floating_point and not module.keep_float:
+            tensor = cast(tensor, getattr(torch, self.job.dtype), name)
+        self.writer.add(name, tensor)
+
+    @cached_property
+    def broken(self) -> set[str]:
+        """Sources that hold a stack and of which parts are quantized."""
+        assert self.job.plan is not None
+        found: set[str] = set()
+        for entry in self.job.plan.modules:
+            if entry.action == "quantize" and entry.target is not None:
+                for parameter in entry.target.module.parameters.values():
+                    if parameter.part is not None:
+                        found.update(parameter.sources)
+        return found
 
     @property
     def written(self) -> set[str]:

@@ -16,7 +16,7 @@ _ROLES: tuple[tuple[str, str], ...] = (
     ),
     (r"(norm|ln_\w+|ln\d?|layernorm|layer_norm\w*)$", "norm"),
     (r"(^|\.)experts(\.|$)", "expert"),
-    (r"(^|\.)(router|gate)(\.|$)", "router"),
+    (r"(^|\.)(router|gate|shared_expert_gate)(\.|$)", "router"),
     (
         r"(^|\.)(self_attn|attention|attn|self_attention|crossattention|SelfAttention"
         r"|EncDecAttention|encoder_attn)(\.|$)",

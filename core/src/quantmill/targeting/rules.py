@@ -1,7 +1,7 @@
 """Rules to decisions: the most specific rule wins, defaults stay in force, nothing is silent.
 
 Origins rank, from the strongest: what the architecture demands (fp32 modules), the user, plugins,
-the checkpoint, and the defaults (output head and tied weights stay float). A weaker origin's
+the checkpoint, and the defaults (output head, routers and tied weights stay float). A weaker origin's
 *skip* stays in force unless a stronger one *includes* the module. Within one origin the more
 specific pattern wins; equal ones that disagree are an error.
 """
@@ -132,6 +132,9 @@ def _one(
     if winner is None:
         if module.role == "head":
             return Decision(name, "keep", None, "the output head stays float", "default")
+        if module.role == "router":
+            # Few weights, and an error here sends tokens to other experts.
+            return Decision(name, "keep", None, "the router stays float", "default")
         words = "linear layer" if module.kind == "linear" else f"{module.kind} weight"
         return Decision(name, "quantize", None, words, "default", options=options)
     outcome = "keep" if winner.action == "skip" else "quantize"

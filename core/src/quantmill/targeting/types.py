@@ -9,7 +9,7 @@ one :class:`Decision` for every module, and :func:`targets_of` says which matric
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ModuleInfo",
     "Outcome",
     "ParameterInfo",
+    "Part",
     "Rule",
     "Target",
     "targets_of",
@@ -43,6 +44,29 @@ FLOAT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """One matrix of a stacked parameter (an expert's, or a half of it), or one row of its biases."""
+
+    module: str
+    """Dotted path of the module that has the stacked parameter."""
+    parameter: str
+    """Its local name there."""
+    expert: int
+    rows: tuple[int, int, int]
+    """Start, stop and step of the output features."""
+    transposed: bool = False
+    """The stack is ``[experts, in, out]``."""
+
+    def of(self, stack: Any) -> Any:
+        """The view ``[out, in]`` of a stack ``[experts, ...]``, or ``[out]`` of stacked biases."""
+        return self.cut(stack[self.expert])
+
+    def cut(self, one: Any) -> Any:
+        """The same of the stack's slice for this expert."""
+        return (one.transpose(0, 1) if self.transposed else one)[slice(*self.rows)]
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterInfo:
     """One parameter of a module, known from headers."""
 
@@ -57,6 +81,8 @@ class ParameterInfo:
     transposed: bool = False
     """The last two dimensions are stored ``[in, out]`` (some stacked experts). A ``conv1d``
     module is transposed in any case."""
+    part: Part | None = None
+    """Its source holds all experts, and it is this part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +105,9 @@ class ModuleInfo:
     """Full name of the parameter it shares its weight with."""
     keep_float: bool = False
     """The architecture keeps it in fp32."""
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    """For one matrix of a mixture's experts: where the float model keeps its parameters, by local
+    name. It has no module of its own there; see :mod:`quantmill.experts`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,10 +24,12 @@ from quantmill.architecture import (
 )
 from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.checkpoint.reader import TensorReader
+from quantmill.experts import Stack
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.targeting.roles import guess_layer, guess_role
-from quantmill.targeting.types import FLOAT_DTYPES, ModuleInfo, ParameterInfo, Target
+from quantmill.targeting.types import FLOAT_DTYPES, ModuleInfo, ParameterInfo, Part, Target
 from quantmill_transformers.dtypes import DtypePolicy
+from quantmill_transformers.experts import Experts, find_experts
 from quantmill_transformers.finish import LIBRARY, finish_model
 from quantmill_transformers.names import Conversion, NameMap, map_names
 from quantmill_transformers.quantizer import unmark_model
@@ -81,6 +83,8 @@ class TransformersArchitecture(Architecture):
         self._arguments = dict(arguments or {})
         self.elsewhere: set[str] = set()
         """Parameters that stay on the meta device because they live on the disk."""
+        self._stack: tuple[str, Tensor | None] = "", None
+        """The stack of experts that a conversion made last."""
 
     @cached_property
     def config(self) -> Any:
@@ -140,7 +144,12 @@ class TransformersArchitecture(Architecture):
     @cached_property
     def names(self) -> NameMap:
         """Where each parameter comes from."""
-        return map_names(self.skeleton, self._headers.tensors, self.shapes)
+        return map_names(self.skeleton, self._headers.tensors, self.shapes, self.experts)
+
+    @cached_property
+    def experts(self) -> Experts:
+        """Stacked experts, and their matrices as modules."""
+        return find_experts(self.skeleton)
 
     @cached_property
     def policy(self) -> DtypePolicy:
@@ -177,11 +186,16 @@ class TransformersArchitecture(Architecture):
         found = []
         for name, module in model.named_modules():
             prefix = f"{name}." if name else ""
+            stack = self.experts.stacks.get(name)
             own = {
                 local: tensor
                 for local, tensor in [*module._parameters.items(), *module._buffers.items()]
-                if tensor is not None and prefix + local in self.shapes
+                if tensor is not None
+                and prefix + local in self.shapes
+                and (stack is None or local not in stack.parameters)
             }
+            if stack is not None:
+                found.extend(self._matrices(name, stack))
             if not own:
                 continue
             parameters = {
@@ -203,6 +217,43 @@ class TransformersArchitecture(Architecture):
             )
         return found
 
+    def _matrices(self, owner: str, stack: Stack) -> Iterator[ModuleInfo]:
+        """Each matrix of each expert as a module."""
+        keep = any(self._in_fp32(f"{owner}.{n}", self.shapes[f"{owner}.{n}"]) for n in stack.parameters)
+        layer = guess_layer(owner)
+        for expert in range(stack.experts):
+            for matrix in stack.matrices:
+                name = f"{owner}.{expert}.{matrix.leaf}"
+                parts = {"weight": matrix.part(owner, expert)}
+                shapes: dict[str, tuple[int, ...]] = {
+                    "weight": (matrix.out_features, matrix.in_features)
+                }
+                bias = matrix.bias_part(owner, expert)
+                if bias is not None:
+                    parts["bias"], shapes["bias"] = bias, (matrix.out_features,)
+                yield ModuleInfo(
+                    name=name,
+                    kind="linear",
+                    cls="Linear",
+                    parameters={
+                        local: self._matrix(f"{name}.{local}", parts[local], shape)
+                        for local, shape in shapes.items()
+                    },
+                    role="expert",
+                    layer=layer,
+                    keep_float=keep,
+                    parts=parts,
+                )
+
+    def _matrix(self, name: str, part: Part, shape: tuple[int, ...]) -> ParameterInfo:
+        """A tensor of one expert: on its own in the checkpoint, or a part of a stack."""
+        sources, stack = self.names.sources(name), f"{part.module}.{part.parameter}"
+        own = bool(sources) or not self.names.sources(stack)
+        sources = sources or self.names.sources(stack)
+        header = self._headers.tensors.get(sources[0]) if sources else None
+        dtype = header.dtype if header is not None else _DTYPES.get(self.shapes[stack].dtype, "F32")
+        return ParameterInfo(name, shape, dtype, sources, part=None if own else part)
+
     def _in_fp32(self, name: str, meta: Tensor) -> bool:
         wanted = self.policy.of(name, meta)
         return wanted == torch.float32 != self._model_dtype
@@ -219,6 +270,13 @@ class TransformersArchitecture(Architecture):
         for it goes under the model's name, which the library reads as well."""
         for local, parameter in module.parameters.items():
             source = self.names.plain.get(parameter.name)
+            if parameter.part is not None:
+                # The stack's module has a name in the checkpoint, or the model's.
+                stack = parameter.part
+                source = self.names.plain.get(f"{stack.module}.{stack.parameter}", "")
+                owner = source.removesuffix(f".{stack.parameter}")
+                kept = source.endswith(f".{stack.parameter}")
+                return (owner if kept else stack.module) + module.name[len(stack.module) :]
             # A renaming may change the last component too (gamma, beta): that is no prefix.
             if source is not None and (source == local or source.endswith(f".{local}")):
                 return source.removesuffix(local).removesuffix(".")
@@ -232,6 +290,7 @@ class TransformersArchitecture(Architecture):
             # They were stored once and are computed now.
             if any(name.endswith(buffer) for name, _ in self.skeleton.named_buffers()):
                 allowed.append(rf"(^|\.){re.escape(buffer)}$")
+        found.extend(self._surplus())
         for name in self.names.unused:
             known = any(re.search(item, name) for item in allowed)
             if not known and not (quantized and self.names.unused[name]):
@@ -262,8 +321,21 @@ class TransformersArchitecture(Architecture):
         """Parameters that the checkpoint lacks or holds in another shape."""
         found = []
         ignored = self.skeleton._keys_to_ignore_on_load_missing or ()
-        for name, tensor in self.shapes.items():
-            sources, wanted = self.names.sources(name), tuple(tensor.shape)
+        stacked = set(self.experts.stacked())
+        wanted_shapes = {
+            **{name: tuple(item.shape) for name, item in self.shapes.items()},
+            **{
+                parameter.name: parameter.shape
+                for module in self.modules
+                if module.parts
+                for parameter in module.parameters.values()
+                if parameter.part is None
+            },
+        }
+        for name, wanted in wanted_shapes.items():
+            sources = self.names.sources(name)
+            if not sources and name in stacked:
+                continue  # Its matrices are looked for one by one.
             if name in self.fresh:
                 if not any(re.search(item, name) for item in ignored):
                     found.append(
@@ -307,6 +379,21 @@ class TransformersArchitecture(Architecture):
                 )
         return found
 
+    def _surplus(self) -> list[Finding]:
+        """Experts that the checkpoint has and the config does not count."""
+        found = {}
+        for name in self.names.unused:
+            match = re.search(r"(?:^|\.)experts\.(\d+)\.", name)
+            owner = self.experts.owner(self.names.unused[name] + ".")
+            if match and owner and int(match[1]) >= self.experts.stacks[owner].experts:
+                count = self.experts.stacks[owner].experts
+                found[owner] = SHAPE_MISMATCH(
+                    owner,
+                    f"the checkpoint has {name}, and the config has {count} experts",
+                    "correct config.json, or take the checkpoint that belongs to it",
+                )
+        return list(found.values())
+
     def _unconverted(self, quantized: bool) -> list[Finding]:
         found = []
         for conversion in {id(item): item for item in self.names.conversions.values()}.values():
@@ -331,15 +418,35 @@ class TransformersArchitecture(Architecture):
         )
 
     def converted(self, parameter: ParameterInfo) -> bool:
-        return parameter.name not in self.names.plain and parameter.name in self.names.conversions
+        return parameter.part is not None or self._made(parameter) in self.names.conversions
+
+    def _made(self, parameter: ParameterInfo) -> str:
+        """The parameter of the float model that a tensor is, or is a part of."""
+        name = parameter.name
+        if name in self.names.plain:
+            return name
+        module, _, local = name.rpartition(".")
+        if module not in self.experts.named:
+            return name
+        owner, _, matrix = self.experts.named[module]
+        return f"{owner}.{matrix.parameter if local == 'weight' else matrix.bias}"
 
     def assemble(self, parameter: ParameterInfo, reader: TensorReader) -> Tensor:
-        if self.converted(parameter):
-            conversion = self.names.conversions[parameter.name]
-            return conversion.run(parameter.name, self.skeleton, reader)
-        return reader.tensor(parameter.sources[0])
+        name = self._made(parameter)
+        conversion = self.names.conversions.get(name)
+        if conversion is None:
+            return super().assemble(parameter, reader)
+        if parameter.part is None:
+            return conversion.run(name, self.skeleton, reader)
+        if self._stack[0] != name:
+            # Its parts are asked for one after another.
+            self._stack = name, conversion.run(name, self.skeleton, reader)
+        part: Tensor = parameter.part.of(self._stack[1])
+        return part.contiguous()
 
     def float_module(self, target: Target) -> nn.Module | None:
+        if target.module.parts:
+            return None
         module: nn.Module = copy.deepcopy(self.skeleton.get_submodule(target.name))
         return module
 

@@ -49,7 +49,9 @@ def _unchanged(architecture: TransformersArchitecture, model: nn.Module, name: s
 def _cast(architecture: TransformersArchitecture, model: nn.Module) -> None:
     # A module with any parameter in fp32 was read in fp32 as a whole; its others go back.
     for module in architecture.modules:
-        if not module.keep_float or not _unchanged(architecture, model, module.name):
+        if not module.keep_float or module.parts:
+            continue
+        if not _unchanged(architecture, model, module.name):
             continue
         owner = model.get_submodule(module.name)
         for local, parameter in module.parameters.items():

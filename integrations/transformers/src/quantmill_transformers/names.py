@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quantmill.checkpoint.headers import TensorHeader
+    from quantmill_transformers.experts import Experts
 
 __all__ = ["Conversion", "NameMap", "map_names"]
 
@@ -144,10 +145,14 @@ def _current(
 
 
 def map_names(
-    model: Any, headers: Mapping[str, TensorHeader], shapes: Mapping[str, Any]
+    model: Any, headers: Mapping[str, TensorHeader], shapes: Mapping[str, Any], experts: Experts
 ) -> NameMap:
-    """Map every checkpoint name. ``shapes`` is the model's meta state dict."""
-    owners = {item.rpartition(".")[0] for item in shapes} - {""}
+    """Map every checkpoint name. ``shapes`` is the model's meta state dict.
+
+    A tensor that is the matrix of one expert keeps its own entry in ``plain``: nothing is stacked
+    here.
+    """
+    owners = {item.rpartition(".")[0] for item in shapes} - {""} | experts.named.keys()
     if _current(model, headers, shapes, owners):
         result = NameMap()
         for name in sorted(headers, key=dot_natural_key):
@@ -160,7 +165,8 @@ def map_names(
     renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
-    known, prefix = dict(shapes), model.base_model_prefix
+    single = dict.fromkeys(experts.tensors(), 1)
+    known, prefix = {**shapes, **single}, model.base_model_prefix
     result = NameMap()
     groups: dict[str, Conversion] = {}
     # The library's order: some renamings depend on it, and experts are stacked in it.
@@ -168,6 +174,11 @@ def map_names(
         key, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if key not in known and name in known:
             key, pattern = rename_source_key(name, [], [], prefix, known)
+        if single and pattern is not None:
+            # The conversion would stack it.
+            alone, _ = rename_source_key(name, renamings, [], prefix, known)
+            if alone in single:
+                key, pattern = alone, None
         if key not in known:
             _place(name, key, prefix, owners, result)
         elif pattern is None:

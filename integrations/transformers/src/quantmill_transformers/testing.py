@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from quantmill_transformers.experts import find_experts
+
 __all__ = ["MODELS", "SmallModel", "linears", "make", "sample", "write"]
 
 _TEXT = {
@@ -96,6 +98,16 @@ MODELS: Mapping[str, SmallModel] = {
             "moe_intermediate_size": 64,
             "shared_expert_intermediate_size": 128,
         },
+    ),
+    "qwen3-moe": SmallModel(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+    "gpt-oss": SmallModel(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     ),
     "deepseek-v3": SmallModel(
         "DeepseekV3ForCausalLM",
@@ -285,10 +297,11 @@ def sample(name: str, model: Any, seed: int = 1) -> dict[str, Tensor]:
 
 
 def linears(model: nn.Module, *, where: Callable[[str], bool] = lambda name: True) -> set[str]:
-    """Names of the plain linears (and ``Conv1D``) of a float model: what a method may take."""
-    return {
+    """Names of the plain linears (and ``Conv1D``) of a float model, and of the matrices of its
+    experts: what a method may take."""
+    plain = {
         name
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, transformers.pytorch_utils.Conv1D))
-        and where(name)
+        if type(module) is nn.Linear or isinstance(module, transformers.pytorch_utils.Conv1D)
     }
+    return {name for name in plain | find_experts(model).named.keys() if where(name)}
