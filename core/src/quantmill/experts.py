@@ -10,14 +10,15 @@ the experts that tokens are routed to, and with no other. :func:`restack` is the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantmill.targeting.types import ModuleInfo, Part
+from quantmill.targeting.roles import guess_layer
+from quantmill.targeting.types import ModuleInfo, ParameterInfo, Part
 
 __all__ = [
     "LinearExperts",
@@ -25,6 +26,7 @@ __all__ = [
     "Place",
     "Stack",
     "locate",
+    "matrix_modules",
     "restack",
     "stack_of",
     "unstack",
@@ -118,6 +120,36 @@ def _default_leaves(parameter: str) -> tuple[str, ...]:
     return ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
 
 
+def matrix_modules(owner: str, stack: Stack, keep_float: bool = False) -> Iterator[ModuleInfo]:
+    """Each matrix of each expert as a module, expert by expert, with parameters that have a part
+    and neither dtype nor source yet; ``owner`` is the path of the stacking module."""
+    layer = guess_layer(owner)
+    for expert in range(stack.experts):
+        for matrix in stack.matrices:
+            name = f"{owner}.{expert}.{matrix.leaf}"
+            parts = {"weight": matrix.part(owner, expert)}
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight": (matrix.out_features, matrix.in_features)
+            }
+            bias = matrix.bias_part(owner, expert)
+            if bias is not None:
+                parts["bias"], shapes["bias"] = bias, (matrix.out_features,)
+            parameters = {
+                local: ParameterInfo(f"{name}.{local}", shape, "F32", part=parts[local])
+                for local, shape in shapes.items()
+            }
+            yield ModuleInfo(
+                name,
+                "linear",
+                "Linear",
+                parameters,
+                role="expert",
+                layer=layer,
+                keep_float=keep_float,
+                parts=parts,
+            )
+
+
 class LinearExperts(nn.Module):
     """Mixed into the class of a module whose experts are linears now. See :func:`unstack`."""
 
@@ -143,7 +175,7 @@ class LinearExperts(nn.Module):
         start = 0
         for expert, count in enumerate(counts[: self._stack.experts]):
             if count:
-                outputs.append(self._expert(expert, rows[start : start + count]))
+                outputs.append(self.run_expert(expert, rows[start : start + count]))
                 start += count
         if start < rows.shape[0]:
             outputs.append(torch.zeros_like(rows[start:]))
@@ -154,7 +186,8 @@ class LinearExperts(nn.Module):
         summed = weighted.view(tokens, chosen, -1).sum(dim=1)
         return summed.to(hidden_states.dtype)
 
-    def _expert(self, expert: int, rows: Tensor) -> Tensor:
+    def run_expert(self, expert: int, rows: Tensor) -> Tensor:
+        """What one expert makes of ``rows [n, hidden]``, unweighted."""
         own: Any = self._modules[str(expert)]
         *first, last = self._stack.matrices
         parts = [own._modules[item.leaf](rows) for item in first]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantmill.calibration.mixture import in_order_of_experts, shrunk
 from quantmill.calibration.moments import Moments, lanes_of
 from quantmill.calibration.staged import run_staged
 from quantmill.findings import QuantmillError, declare
@@ -76,6 +77,8 @@ class Block:
         """What :meth:`put` got, by target name; None for what stays float after all."""
         self.losses: dict[str, float] = {}
         """Relative squared output error by target name, where the calibrator measured it."""
+        self.tokens: dict[str, int] = {}
+        """Tokens that the inputs of an expert's matrix came from, by target name."""
         self.changed: dict[str, Tensor] = {}
         """Float parameters that the calibrator changed, by full name."""
         self.finished = False
@@ -223,7 +226,7 @@ class Block:
         made = [self._moments(group, magnitudes) for group in groups]
         self.observe({group[0].name: item.add for group, item in zip(groups, made, strict=True)})
         for group, item in zip(groups, made, strict=True):
-            _join(group, item)
+            self._join(group, item)
         return made
 
     def in_order(
@@ -243,7 +246,7 @@ class Block:
         made = [self._moments(group, False) for group in groups]
 
         def reached(number: int) -> None:
-            _join(groups[number], made[number])
+            self._join(groups[number], made[number])
             after(number, made[number])
             made[number].free()
 
@@ -292,10 +295,14 @@ class Block:
                 model.get_parameter(name).data = value
 
     def call_order(self) -> list[list[Target]]:
-        """Targets in the order in which they run, those that share one input together."""
+        """Targets in the order in which they run, those that share one input together.
+
+        Experts run in the order of their numbers, whichever of them the first batch reaches.
+        """
         by_name = {target.name: target for target in self.targets}
         found = self.agree(self._call_order)
-        return [[by_name[name] for name in group] for group in found]
+        groups = [[by_name[name] for name in group] for group in found]
+        return in_order_of_experts(groups, self.targets)
 
     def _call_order(self) -> list[list[str]]:
         order: list[tuple[int, list[str]]] = []
@@ -323,18 +330,20 @@ class Block:
         reached = {name for members in found for name in members}
         return found + [[t.name] for t in self.targets if t.name not in reached]
 
-
-def _join(group: Sequence[Target], moments: Moments) -> None:
-    """Bring the processes' sums together; refuse NaN and infinity."""
-    moments.join()
-    if moments.tokens and not moments.finite:
-        raise QuantmillError(
-            NAN_ACTIVATION(
-                group[0].name,
-                "its input is NaN or infinite, or too large to be squared",
-                "use a dtype of wider range (--dtype float32), or other data",
+    def _join(self, group: Sequence[Target], moments: Moments) -> None:
+        """Bring the processes' sums together; refuse NaN and infinity."""
+        moments.join()
+        if moments.tokens and not moments.finite:
+            raise QuantmillError(
+                NAN_ACTIVATION(
+                    group[0].name,
+                    "its input is NaN or infinite, or too large to be squared",
+                    "use a dtype of wider range (--dtype float32), or other data",
+                )
             )
-        )
+        if group[0].module.parts:
+            self.tokens.update(dict.fromkeys((item.name for item in group), moments.tokens))
+            moments.square = shrunk(moments.square, moments.tokens)
 
 
 class _Enough(Exception):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quantmill.backend import BlockCalibrator, NonFiniteWeight
 from quantmill.calibration.block import Block, Observer, Share
 from quantmill.calibration.data import CalibrationData, Calls
+from quantmill.calibration.mixture import few_tokens
 from quantmill.calibration.moments import lane_owner, lanes_of
 from quantmill.calibration.overlay import OverlayReader
 from quantmill.calibration.replay import Replay, find_blocks
@@ -245,6 +246,9 @@ class _Run:
                     lost[0], f"{len(lost)} targets of {block.name} got no form", "report this"
                 )
             )
+        few = few_tokens(block.name, block.targets, block.tokens)
+        if few is not None:
+            self.job.findings.add(few)
         losses = sorted(block.losses.values())
         if losses:
             self.job.state.setdefault("losses", {})[block.name] = dict(block.losses)

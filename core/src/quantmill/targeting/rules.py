@@ -1,9 +1,9 @@
 """Rules to decisions: the most specific rule wins, defaults stay in force, nothing is silent.
 
 Origins rank, from the strongest: what the architecture demands (fp32 modules), the user, plugins,
-the checkpoint, and the defaults (output head, routers and tied weights stay float). A weaker origin's
-*skip* stays in force unless a stronger one *includes* the module. Within one origin the more
-specific pattern wins; equal ones that disagree are an error.
+the checkpoint, and the defaults (output head, routers and tied weights stay float). A weaker
+origin's *skip* stays in force unless a stronger one *includes* the module. Within one origin the
+more specific pattern wins; equal ones that disagree are an error.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ FLOAT_DTYPES: Final = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One matrix of a stacked parameter (an expert's, or a half of it), or one row of its biases."""
+    """A matrix of a stacked parameter (an expert's, or a half of it), or a row of its biases."""
 
     module: str
     """Dotted path of the module that has the stacked parameter."""

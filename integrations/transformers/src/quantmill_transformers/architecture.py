@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,10 +25,10 @@ from quantmill.architecture import (
 )
 from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.checkpoint.reader import TensorReader
-from quantmill.experts import Stack
+from quantmill.experts import Stack, matrix_modules
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.targeting.roles import guess_layer, guess_role
-from quantmill.targeting.types import FLOAT_DTYPES, ModuleInfo, ParameterInfo, Part, Target
+from quantmill.targeting.types import FLOAT_DTYPES, ModuleInfo, ParameterInfo, Target
 from quantmill_transformers.dtypes import DtypePolicy
 from quantmill_transformers.experts import Experts, find_experts
 from quantmill_transformers.finish import LIBRARY, finish_model
@@ -183,7 +184,7 @@ class TransformersArchitecture(Architecture):
     def modules(self) -> Sequence[ModuleInfo]:
         model = self.skeleton
         head = model.get_output_embeddings()
-        found = []
+        found: list[ModuleInfo] = []
         for name, module in model.named_modules():
             prefix = f"{name}." if name else ""
             stack = self.experts.stacks.get(name)
@@ -219,40 +220,24 @@ class TransformersArchitecture(Architecture):
 
     def _matrices(self, owner: str, stack: Stack) -> Iterator[ModuleInfo]:
         """Each matrix of each expert as a module."""
-        keep = any(self._in_fp32(f"{owner}.{n}", self.shapes[f"{owner}.{n}"]) for n in stack.parameters)
-        layer = guess_layer(owner)
-        for expert in range(stack.experts):
-            for matrix in stack.matrices:
-                name = f"{owner}.{expert}.{matrix.leaf}"
-                parts = {"weight": matrix.part(owner, expert)}
-                shapes: dict[str, tuple[int, ...]] = {
-                    "weight": (matrix.out_features, matrix.in_features)
-                }
-                bias = matrix.bias_part(owner, expert)
-                if bias is not None:
-                    parts["bias"], shapes["bias"] = bias, (matrix.out_features,)
-                yield ModuleInfo(
-                    name=name,
-                    kind="linear",
-                    cls="Linear",
-                    parameters={
-                        local: self._matrix(f"{name}.{local}", parts[local], shape)
-                        for local, shape in shapes.items()
-                    },
-                    role="expert",
-                    layer=layer,
-                    keep_float=keep,
-                    parts=parts,
-                )
+        names = [f"{owner}.{local}" for local in stack.parameters]
+        keep_float = any(self._in_fp32(name, self.shapes[name]) for name in names)
+        for module in matrix_modules(owner, stack, keep_float):
+            own = {local: self._matrix(parameter) for local, parameter in module.parameters.items()}
+            yield replace(module, parameters=own)
 
-    def _matrix(self, name: str, part: Part, shape: tuple[int, ...]) -> ParameterInfo:
+    def _matrix(self, parameter: ParameterInfo) -> ParameterInfo:
         """A tensor of one expert: on its own in the checkpoint, or a part of a stack."""
-        sources, stack = self.names.sources(name), f"{part.module}.{part.parameter}"
-        own = bool(sources) or not self.names.sources(stack)
-        sources = sources or self.names.sources(stack)
+        part = parameter.part
+        assert part is not None
+        sources, stack = self.names.sources(parameter.name), f"{part.module}.{part.parameter}"
+        if sources:
+            part = None
+        else:
+            sources = self.names.sources(stack)
         header = self._headers.tensors.get(sources[0]) if sources else None
         dtype = header.dtype if header is not None else _DTYPES.get(self.shapes[stack].dtype, "F32")
-        return ParameterInfo(name, shape, dtype, sources, part=None if own else part)
+        return replace(parameter, dtype=dtype, sources=sources, part=part if sources else None)
 
     def _in_fp32(self, name: str, meta: Tensor) -> bool:
         wanted = self.policy.of(name, meta)

@@ -46,6 +46,11 @@ class Experts:
             for local in stack.parameters:
                 yield f"{owner}.{local}"
 
+    def alone(self, name: str) -> bool:
+        """Whether a tensor belongs to one expert, though perhaps to one that there is not."""
+        owner = self.owner(name)
+        return owner is not None and name[len(owner) + 1 :].partition(".")[0].isdigit()
+
     def owner(self, name: str) -> str | None:
         """The stacking module that a name lies in."""
         for end in (match.start() for match in re.finditer(r"\.", name)):
@@ -82,9 +87,7 @@ def _leaves(owner: str, module: nn.Module, converters: list[Any]) -> Mapping[str
             if not any(f".{owner}.{parameter}".endswith(target) for target in targets):
                 continue
             leaves = [_EACH.fullmatch(pattern) for pattern in item.source_patterns]
-            plain = all(
-                isinstance(step, MergeModulelist | Concatenate) for step in item.operations
-            )
+            plain = all(isinstance(step, MergeModulelist | Concatenate) for step in item.operations)
             if plain and all(leaves):
                 found[parameter] = [match[1] for match in leaves if match is not None]
                 break

@@ -126,6 +126,11 @@ def _place(name: str, key: str, prefix: str, owners: set[str], result: NameMap) 
                 return
 
 
+def _within(name: str, owners: Collection[str]) -> bool:
+    """Whether a name lies below one of ``owners``."""
+    return any(name[:end] in owners for end, char in enumerate(name) if char == ".")
+
+
 def _current(
     model: Any,
     headers: Mapping[str, TensorHeader],
@@ -138,10 +143,7 @@ def _current(
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if any(name not in headers and name not in tied for name in shapes):
         return False
-    return all(
-        name in shapes or any(name[:end] in owners for end, char in enumerate(name) if char == ".")
-        for name in headers
-    )
+    return all(name in shapes or _within(name, owners) for name in headers)
 
 
 def map_names(
@@ -177,7 +179,7 @@ def map_names(
         if single and pattern is not None:
             # The conversion would stack it.
             alone, _ = rename_source_key(name, renamings, [], prefix, known)
-            if alone in single:
+            if experts.alone(alone):
                 key, pattern = alone, None
         if key not in known:
             _place(name, key, prefix, owners, result)

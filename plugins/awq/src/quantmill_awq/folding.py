@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,11 +83,13 @@ class Fold:
         return found
 
 
-def find_fold(block: Block, group: Sequence[Target]) -> Fold | None:
+def find_fold(block: Block | _Expert, group: Sequence[Target]) -> Fold | None:
     """The giver of the input that ``group`` shares, or None when there is none to be trusted.
 
     Nothing but the group may read that input, or the rest would see it divided too.
     """
+    if group[0].module.parts:
+        return find_fold(_Expert(block, group[0]), [_alone(target) for target in group])
     inside = _Trace(block, group)
     inside.run()
     if inside.others:
@@ -106,10 +108,36 @@ def find_fold(block: Block, group: Sequence[Target]) -> Fold | None:
     return None
 
 
+class _Expert:
+    """One expert of a mixture in place of its block: no change of a weight sends a token to
+    another expert here, and a run costs next to nothing."""
+
+    def __init__(self, block: Block, target: Target) -> None:
+        part = target.module.parts["weight"]
+        self.name = f"{part.module}.{part.expert}"
+        self.model, self.weights, self.weight = block.model, block.weights, block.weight
+        self._owner: Any = block.model.get_submodule(part.module)
+        self._expert = part.expert
+        self.module: nn.Module = block.model.get_submodule(self.name)
+
+    def run_first(self) -> Any:
+        """The expert's output for random inputs."""
+        first = next(iter(self.module.children()))
+        assert isinstance(first, nn.Linear)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(_TOKENS, first.in_features, generator=generator)
+        with torch.no_grad():
+            return self._owner.run_expert(self._expert, rows.to(first.weight))
+
+
+def _alone(target: Target) -> Target:
+    return replace(target, module=replace(target.module, parts={}))
+
+
 class _Trace:
     """One run of the first batch: who gives the group's input, who else reads it."""
 
-    def __init__(self, block: Block, group: Sequence[Target]) -> None:
+    def __init__(self, block: Block | _Expert, group: Sequence[Target]) -> None:
         self.block = block
         self.names = {target.name for target in group}
         self.giver: str | None = None
@@ -163,7 +191,7 @@ class _Trace:
         self.before = order[:place]
 
 
-def _input_of(block: Block, name: str) -> Tensor:
+def _input_of(block: Block | _Expert, name: str) -> Tensor:
     """Input ``[tokens, in]`` of a linear in a run of the first batch."""
     seen: list[Tensor] = []
     module = block.model.get_submodule(name)
@@ -177,7 +205,7 @@ def _input_of(block: Block, name: str) -> Tensor:
     return seen[0]
 
 
-def _norm(block: Block, name: str, group: Sequence[Target]) -> Fold | None:
+def _norm(block: Block | _Expert, name: str, group: Sequence[Target]) -> Fold | None:
     module = block.model.get_submodule(name)
     weight = getattr(module, "weight", None)
     width = group[0].in_features
@@ -195,7 +223,7 @@ def _norm(block: Block, name: str, group: Sequence[Target]) -> Fold | None:
     return next((fold for fold in kinds if _holds(block, fold, group, scale)), None)
 
 
-def _holds(block: Block, fold: Fold, group: Sequence[Target], scale: Tensor) -> bool:
+def _holds(block: Block | _Expert, fold: Fold, group: Sequence[Target], scale: Tensor) -> bool:
     """Whether folding ``scale`` into the giver divides the group's input by it."""
     scale = fold.reduce(scale)
     before = _input_of(block, group[0].name)
@@ -208,7 +236,7 @@ def _holds(block: Block, fold: Fold, group: Sequence[Target], scale: Tensor) -> 
     return bool(error < _TOLERANCE)
 
 
-def _linear(block: Block, name: str, group: Sequence[Target]) -> Fold | None:
+def _linear(block: Block | _Expert, name: str, group: Sequence[Target]) -> Fold | None:
     """The map of a linear's rows to the group's input channels, if each follows one row."""
     module: Any = block.model.get_submodule(name)
     rows = module.weight.shape[0]
@@ -239,7 +267,7 @@ def _linear(block: Block, name: str, group: Sequence[Target]) -> Fold | None:
 
 
 def _ratio(
-    block: Block,
+    block: Block | _Expert,
     module: Any,
     name: str,
     factor: Tensor,

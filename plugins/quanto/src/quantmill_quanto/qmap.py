@@ -107,12 +107,13 @@ def check(job: Job) -> Iterator[Finding]:
 
 def note_targets(job: Job) -> None:
     """Tell every Quanto config which modules the plan quantizes, for the map that it writes."""
-    if job.plan is None or job.prequantized:
+    if job.plan is None or job.architecture is None or job.prequantized:
         return
     names: dict[str, list[str]] = {}
     for entry in job.plan.modules:
         if entry.action == "quantize" and entry.target is not None and entry.method is not None:
-            names.setdefault(entry.method, []).append(entry.target.name)
+            prefix = job.architecture.module_prefix(entry.target.module)
+            names.setdefault(entry.method, []).append(prefix)
     for label, selection in job.selections.items():
         if isinstance(selection.config, QuantoConfig):
             noted = selection.config.model_copy(update={"quantized": tuple(names.get(label, ()))})
