@@ -126,7 +126,7 @@ def matrix_modules(owner: str, stack: Stack, keep_float: bool = False) -> Iterat
     layer = guess_layer(owner)
     for expert in range(stack.experts):
         for matrix in stack.matrices:
-            name = f"{owner}.{expert}.{matrix.leaf}"
+            name = f"{owner}.{expert}.{matrix.leaf}".removeprefix(".")
             parts = {"weight": matrix.part(owner, expert)}
             shapes: dict[str, tuple[int, ...]] = {
                 "weight": (matrix.out_features, matrix.in_features)
@@ -183,7 +183,7 @@ class LinearExperts(nn.Module):
         back[order] = torch.arange(order.numel(), device=order.device)
         every = torch.cat(outputs)[back] if outputs else rows
         weighted = every * weights.reshape(-1, 1)
-        summed = weighted.view(tokens, chosen, -1).sum(dim=1)
+        summed = weighted.view(tokens, chosen, weighted.shape[-1]).sum(dim=1)
         return summed.to(hidden_states.dtype)
 
     def run_expert(self, expert: int, rows: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ sink replaces linears in the module itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from quantmill.architecture import Architecture
 from quantmill.checkpoint.dtypes import code_of
 from quantmill.checkpoint.headers import CheckpointHeaders, TensorHeader
+from quantmill.experts import matrix_modules, stack_of
 from quantmill.targeting.roles import guess_layer, guess_role
 from quantmill.targeting.types import ModuleInfo, ParameterInfo
 
@@ -128,16 +130,32 @@ class ModuleArchitecture(Architecture):
             owner = first.setdefault(id(parameter), name)
             if owner != name:
                 self._tied[name] = owner
-        self._modules = [
-            self._info(name, part)
-            for name, part in module.named_modules()
-            if part._parameters and any(p is not None for p in part._parameters.values())
-        ]
+        self._modules = [info for pair in module.named_modules() for info in self._infos(*pair)]
 
-    def _info(self, name: str, part: nn.Module) -> ModuleInfo:
+    def _infos(self, name: str, part: nn.Module) -> Iterator[ModuleInfo]:
+        """The module itself, and for experts in stacks each of their matrices."""
+        stack = stack_of(part)
+        if stack is not None:
+            for info in matrix_modules(name, stack):
+                own = {local: self._matrix(item) for local, item in info.parameters.items()}
+                yield replace(info, parameters=own)
+        stacked = () if stack is None else stack.parameters
+        if any(p is not None and key not in stacked for key, p in part._parameters.items()):
+            yield self._info(name, part, stacked)
+
+    def _matrix(self, info: ParameterInfo) -> ParameterInfo:
+        assert info.part is not None
+        name = f"{info.part.module}.{info.part.parameter}".removeprefix(".")
+        return replace(
+            info,
+            dtype=code_of(self.module.get_parameter(name).dtype),
+            sources=(self._tied.get(name, name),),
+        )
+
+    def _info(self, name: str, part: nn.Module, without: Collection[str]) -> ModuleInfo:
         parameters = {}
         for local, parameter in part._parameters.items():
-            if parameter is None:
+            if parameter is None or local in without:
                 continue
             full = f"{name}.{local}" if name else local
             sources = () if full in self._tied else (full,)
@@ -154,6 +172,8 @@ class ModuleArchitecture(Architecture):
             kind = "embedding"
         elif "norm" in cls.lower():
             kind = "norm"
+        elif "expert" in cls.lower() and any(len(p.shape) == 3 for p in parameters.values()):
+            kind = "stacked"
         tied_to = self._tied.get(f"{name}.weight")
         # A weight that another module shares is tied from both sides.
         if tied_to is None and f"{name}.weight" in self._tied.values():

@@ -285,19 +285,44 @@ def test_the_skip_list_has_another_name_too() -> None:
     assert config.modules_to_not_convert == ["a"] and not findings
 
 
-@pytest.mark.parametrize("dequantize", [False, True])
-def test_experts_are_never_read_without_their_scales(tmp_path: Path, dequantize: bool) -> None:
+def experts(folder: Path, *, stacked: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A mixture whose linears are in FP8, and the weights they stand for by name."""
     testing = pytest.importorskip("quantmill_transformers.testing")
-    folder = testing.write("deepseek-v3", tmp_path / "moe", dtype=torch.bfloat16)
-    stored = load_file(folder / "model.safetensors")
-    for name in [name for name in stored if name.endswith("_proj.weight")]:
+    save = {"save_original_format": not stacked}
+    testing.write("deepseek-v3", folder, dtype=torch.bfloat16, save=save)
+    stored, meant = load_file(folder / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in stored if n.endswith(("_proj.weight", "_proj"))]:
         stored[name] = stored[name].to(torch.float8_e4m3fn)
-        rows, columns = stored[name].shape
-        stored[name + "_scale_inv"] = torch.full((-(-rows // 32), -(-columns // 32)), 0.5)
+        *count, rows, columns = stored[name].shape
+        scale = torch.rand(*count, -(-rows // 32), -(-columns // 32), generator=generator) + 0.5
+        stored[f"{name}_scale_inv"] = scale
+        wide = scale.repeat_interleave(32, -2).repeat_interleave(32, -1)[..., :rows, :columns]
+        meant[name] = (stored[name].float() * wide).to(torch.bfloat16)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     (folder / "config.json").write_text(json.dumps(config))
+    return folder, meant
+
+
+def test_experts_are_read_with_their_scales(tmp_path: Path) -> None:
+    folder, meant = experts(tmp_path / "moe", stacked=False)
+    assert "model.layers.1.mlp.experts.3.down_proj.weight" in meant
+    model = quantmill.load(folder)
+    for name, weight in meant.items():
+        linear: Any = model.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(linear.form.dequantize(torch.bfloat16), weight), name
+    plain = quantmill.load(folder, dequantize=True).state_dict()
+    gate = [meant[f"model.layers.1.mlp.experts.{n}.gate_proj.weight"] for n in range(4)]
+    up = [meant[f"model.layers.1.mlp.experts.{n}.up_proj.weight"] for n in range(4)]
+    wanted = torch.cat([torch.stack(gate), torch.stack(up)], dim=1)
+    assert torch.equal(plain["model.layers.1.mlp.experts.gate_up_proj"], wanted)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_stacks_are_never_read_without_their_scales(tmp_path: Path, dequantize: bool) -> None:
+    folder, _ = experts(tmp_path / "moe", stacked=True)
     with pytest.raises(QuantmillError) as caught:
         quantmill.load(folder, dequantize=dequantize)
     found = [item for item in caught.value.findings if item.code == "QM-FP8-014"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from quantmill.findings import Finding, Severity, declare
 from quantmill.targeting.types import Target
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["few_tokens", "in_order_of_experts", "shrunk"]
 
@@ -72,6 +71,8 @@ def shrunk(moments: Tensor, tokens: int) -> Tensor:
     # The sum of (1 - r^2)^2 beside the diagonal, without another matrix.
     spread = columns * (columns - 1) - 2 * squared.sum() + squared.square().sum()
     share = (spread / max(tokens - 1, 1) / squared.sum().clamp(min=1e-30)).clamp(0.0, 1.0)
+    if tokens == 1:
+        share = torch.ones_like(share)  # Two numbers are always correlated.
     result = moments * (1.0 - share)
     result.diagonal().copy_(diagonal)
     return result

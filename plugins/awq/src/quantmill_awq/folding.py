@@ -112,7 +112,7 @@ class _Expert:
     """One expert of a mixture in place of its block: no change of a weight sends a token to
     another expert here, and a run costs next to nothing."""
 
-    def __init__(self, block: Block, target: Target) -> None:
+    def __init__(self, block: Block | _Expert, target: Target) -> None:
         part = target.module.parts["weight"]
         self.name = f"{part.module}.{part.expert}"
         self.model, self.weights, self.weight = block.model, block.weights, block.weight

@@ -127,8 +127,8 @@ def _library() -> Iterator[Finding]:
 def _without_scales(job: Job) -> Iterator[Finding]:
     """Modules that stay float and whose weights the file holds in 8 bits with scales.
 
-    Experts that the file has one by one and the model in one tensor are such: no form is made of
-    them, and the bare values are not the weights.
+    Experts that the file has in one tensor, scales and all, are such: no form is made of them,
+    and the bare values are not the weights.
     """
     ours = any(isinstance(item.config, SkipConfig) for item in job.selections.values())
     if not ours or not job.prequantized or job.plan is None or job.architecture is None:
@@ -139,6 +139,7 @@ def _without_scales(job: Job) -> Iterator[Finding]:
         if entry.action == "quantize" and entry.target is not None
     }
     tensors = job.headers.tensors
+    told: set[str] = set()
     for module in job.architecture.modules:
         if module.name in made:
             continue
@@ -149,7 +150,8 @@ def _without_scales(job: Job) -> Iterator[Finding]:
             if tensors[name].dtype.startswith("F8_")
             and (f"{name}_scale_inv" in tensors or f"{name}_scale" in tensors)
         ]
-        if scaled:
+        if scaled and scaled[0] not in told:
+            told.add(scaled[0])  # Every expert would say so of its stack.
             yield WITHOUT_SCALES(
                 module.name,
                 f"{scaled[0]} is in FP8 with scales ({len(scaled)} such tensors), and modules of"
