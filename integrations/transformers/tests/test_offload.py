@@ -20,7 +20,7 @@ from quantmill.hookspecs import hookimpl
 from quantmill.host import Host, default_host
 from quantmill_transformers import activated
 from quantmill_transformers.offload import OffloadedLinear
-from quantmill_transformers.testing import MODELS, sample
+from quantmill_transformers.testing import MODELS, sample, write
 
 Small = Callable[[str], Path]
 pytest.importorskip("quantmill_bnb")
@@ -135,6 +135,26 @@ def test_other_models_are_offloaded(name: str, small: Small, tmp_path: Path) -> 
     )
     assert "disk" in model.hf_device_map.values()
     assert torch.equal(logits(name, model), logits(name, whole))
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("skip", [(), ("role:expert",)])
+def test_experts_are_offloaded(skip: tuple[str, ...], original: bool, tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_hqq")
+    folder = write("mixtral", tmp_path / "m", save={"save_original_format": original})
+    plain = quantmill.load(folder, "hqq-4", skip=skip)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config={"method": "hqq-4", "skip": list(skip)},
+        device_map={"": "cpu", "model.layers.1": "disk"},
+        offload_folder=str(tmp_path / "off"),
+        dtype=torch.float32,
+    )
+    found = [part for part in model.modules() if isinstance(part, OffloadedLinear)]
+    assert len(found) == (4 if skip else 16)
+    assert torch.allclose(logits("mixtral", model), logits("mixtral", plain), atol=1e-5)
+    if skip:
+        assert model.model.layers[1].mlp.experts.gate_up_proj.is_meta
 
 
 def test_tied_weights_go_to_the_disk_together(small: Small, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from quantmill.checkpoint.reader import TensorReader
 from quantmill.embedding import FormWeight
+from quantmill.experts import locate
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
 from quantmill.stages.origin import Origin
 from quantmill.stages.quantize import codec_of, factory_of, member_headers, open_reader
 from quantmill.stages.replace import ModelSink
-from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
+from quantmill.targeting.types import ModuleInfo, ParameterInfo, Part, Target
 from quantmill_transformers.architecture import TransformersArchitecture
 from quantmill_transformers.placement import Placement, lies_in_file
 
@@ -140,6 +141,8 @@ class PlacedSink(ModelSink):
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+        self._missing: dict[str, int] = {}
+        """Parts that a stack of experts on the disk still lacks."""
         self.index: dict[str, dict[str, Any]] = {}
         """accelerate's: where each float parameter on the disk lies."""
 
@@ -172,14 +175,43 @@ class PlacedSink(ModelSink):
         self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader
     ) -> None:
         place = self.placement.of(parameter.name)
-        owner = self.model.get_submodule(module.name) if module.name else self.model
         local = parameter.name.rpartition(".")[2]
-        if place == "disk" and local in owner._parameters:
+        spot = locate(self.model, module, local)
+        if spot.part is not None:
+            self._put_part(module, parameter, reader, spot.part)
+            return
+        if place == "disk" and local in spot.module._parameters:
             self._leave_on_disk(parameter, reader)
             self.architecture.elsewhere.add(parameter.name)
             return
         self.device = torch.device("cpu" if place in ("cpu", "disk") else place)
         super().put_tensor(module, parameter, reader)
+
+    def _put_part(
+        self, module: ModuleInfo, parameter: ParameterInfo, reader: TensorReader, part: Part
+    ) -> None:
+        """A part of a stack of experts; the stack goes to the disk when it is whole."""
+        name = f"{part.module}.{part.parameter}"
+        place = self.placement.of(name)
+        self.device = torch.device("cpu" if place in ("cpu", "disk") else place)
+        super().put_tensor(module, parameter, reader)
+        if place != "disk":
+            return
+        if name not in self._missing:
+            every = (part for item in self.architecture.modules for part in item.parts.values())
+            self._missing[name] = sum(f"{p.module}.{p.parameter}" == name for p in every)
+        self._missing[name] -= 1
+        if self._missing[name]:
+            return
+        from accelerate.utils import offload_weight
+
+        assert self.folder is not None, "the placement was checked"
+        store = self.model.get_submodule(part.module)._parameters
+        whole = store[part.parameter]
+        assert whole is not None
+        offload_weight(whole.data, name, str(self.folder), self.index)
+        store[part.parameter] = nn.Parameter(whole.to("meta"), requires_grad=False)
+        self.architecture.elsewhere.add(name)
 
     def _leave_on_disk(self, parameter: ParameterInfo, reader: TensorReader) -> None:
         from accelerate.utils import offload_weight

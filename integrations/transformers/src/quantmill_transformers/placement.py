@@ -188,13 +188,22 @@ def _unable(job: Job, placement: Placement, folder: str | None) -> Iterator[Find
     architecture = job.architecture
     assert job.plan is not None and isinstance(architecture, TransformersArchitecture)
     kinds: set[tuple[str, str]] = set()
+    made = {
+        entry.target.name
+        for entry in job.plan.modules
+        if entry.action == "quantize" and entry.target is not None
+    }
     homeless = [
         parameter.name
         for module in architecture.modules
         for parameter in module.parameters.values()
         if placement.of(parameter.name) == "disk"
         and (parameter.sources or parameter.name in architecture.fresh)
-        and not (parameter.sources and lies_in_file(architecture, parameter))
+        and (
+            not (parameter.sources and lies_in_file(architecture, parameter))
+            # Experts that stay float are a stack in the model, whatever they are in the file.
+            or (module.parts and module.name not in made)
+        )
     ]
     if folder is not None:
         homeless = [name for name in homeless if name in architecture.fresh]

@@ -10,7 +10,7 @@ follows exactly one of them, that is the map. Either is only used when it holds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -115,7 +115,9 @@ class _Expert:
     def __init__(self, block: Block | _Expert, target: Target) -> None:
         part = target.module.parts["weight"]
         self.name = f"{part.module}.{part.expert}"
-        self.model, self.weights, self.weight = block.model, block.weights, block.weight
+        self.model: nn.Module = block.model
+        self.weights: Callable[..., Any] = block.weights
+        self.weight: Callable[[Target], Tensor] = block.weight
         self._owner: Any = block.model.get_submodule(part.module)
         self._expert = part.expert
         self.module: nn.Module = block.model.get_submodule(self.name)
