@@ -39,8 +39,8 @@ SANITIZE = [
     "-fno-omit-frame-pointer",
 ]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-# Matmul's unrolled loops, checked, take minutes to optimise.
-SANITIZE_MATMUL = ["-O1", "-g1"]
+# Long unrolled loops, checked, take minutes to optimise.
+SANITIZE_UNROLLED = ["-O1", "-g1"]
 # Flags of each instruction set that kernels.c is compiled for, by its name in the library.
 LEVELS = {
     "baseline": [],
@@ -97,7 +97,7 @@ def compile_library(
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     flags = list(FLAGS)
     sources: list[tuple[str, str, list[str]]] = [  # object, file, its flags
-        (name, name, []) for name in ("quantize", "panels", "pool")
+        (name, name, []) for name in ("quantize", "panels", "pool", "ggml")
     ]
     x86 = sysconfig.get_platform().endswith("x86_64")
     newer, macros = _newer(compiler) if x86 else ({}, [])
@@ -106,6 +106,7 @@ def compile_library(
         name = [f"-DQM_LEVEL={level}"]
         sources += [
             (f"kernels_{level}", "kernels", [*LEVELS[level], *name]),
+            (f"ggml_{level}", "ggml_types", [*LEVELS[level], *name]),
             (f"fp32_{level}", "matmul_fp32", [*MATMUL_LEVELS[level], *MATMUL, *name]),
         ]
     sources.append(("matmul", "matmul", MATMUL))
@@ -116,8 +117,8 @@ def compile_library(
             objects.append(str(Path(scratch) / f"{made}.o"))
             looked_at = sanitize and (only is None or file in only)
             checks = SANITIZE if looked_at else []
-            if looked_at and file.startswith("matmul"):
-                checks = [*SANITIZE, *SANITIZE_MATMUL]
+            if looked_at and file.startswith(("matmul", "ggml")):
+                checks = [*SANITIZE, *SANITIZE_UNROLLED]
             jobs.append(
                 [*flags, *checks, *extra, "-c", str(folder / f"{file}.c"), "-o", objects[-1]]
             )
@@ -127,7 +128,7 @@ def compile_library(
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(lambda job: subprocess.run([*compiler, *job], check=True), jobs))
-            link = [*flags, *checks, "-shared", "-o", str(temporary), *objects]
+            link = [*flags, *checks, "-shared", "-o", str(temporary), *objects, "-lm"]
             subprocess.run([*compiler, *link], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(

@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantmill_cpu import native
+from quantmill_cpu.ggml_types import TYPES
 
 BLOCKS = (2, 64, 4096, 4098, 10000)
 COUNTS = (0, 1, 2, 63, 65, 4095, 4096, 4097, 12289, 20001)
@@ -56,6 +59,32 @@ def rows_int8(source: Tensor) -> list[Tensor]:
     return [torch.tensor(bad)] if bad >= 0 else [codes, scale]
 
 
+def ggml_types(name: str) -> list[Tensor]:
+    """Blocks from values, and values from any bytes, few and many, aligned and not."""
+    from quantmill_cpu.ggml import dequantize, quantize
+
+    kind, found = TYPES[name], []
+    points = torch.arange(kind.points, dtype=torch.int32).to(torch.int8)
+    generator = torch.Generator().manual_seed(0)
+    for rows, across in ((1, 1), (3, 5), (33, 2)):
+        size, count = rows * across * kind.size, rows * across * kind.values
+        whole = torch.randint(0, 256, (size + 1,), dtype=torch.uint8, generator=generator)
+        for data in (whole[:-1], whole[1:]):
+            out = torch.zeros(count)
+            form: Any = SimpleNamespace(data=data, type_name=name, points=points, shape=(count,))
+            found.append(dequantize(form, torch.float32, out).nan_to_num(1e30))
+        for dtype in DTYPES if kind.made else ():
+            *finite, _, unaligned = sources(count, dtype)
+            weights = torch.rand(across * kind.values, generator=generator)
+            for source in (*finite, unaligned):
+                for importance in (None, weights, torch.zeros_like(weights)):
+                    blocks = torch.zeros(size, dtype=torch.uint8)
+                    block = source.reshape(rows, -1)
+                    quantize(block, type_name=name, importance=importance, out=blocks)
+                    found.append(blocks)
+    return found
+
+
 def digest() -> str:
     small = torch.linspace(-1, 1, 16)[torch.randperm(16, generator=torch.Generator())]
     large = torch.linspace(-1, 1, 256)
@@ -73,6 +102,9 @@ def digest() -> str:
             for source in sources(shape[0] * shape[1], dtype):
                 for tensor in rows_int8(source.reshape(shape)):
                     found.update(tensor.numpy().tobytes())
+    for name in TYPES:
+        for tensor in ggml_types(name):
+            found.update(tensor.numpy().tobytes())
     return found.hexdigest()
 
 

@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -57,6 +57,11 @@ def library() -> ctypes.CDLL:
         "qm_quantize_rows_int8": (size, [pointer, small, size, size, pointer, pointer, small]),
         "qm_matmul": (small, [*[pointer] * 4, small, size, small]),
         "qm_borrow_threads": (None, [pointer]),
+        "qm_ggml_encode": (
+            small,
+            [small, pointer, small, size, size, pointer, pointer, small],
+        ),
+        "qm_ggml_decode": (small, [small, pointer, size, pointer, pointer, small]),
         "qm_read": (size, [pointer, size, small]),
         "qm_matmul_levels": (text, []),
         "qm_matmul_level": (text, []),

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantmill.hookspecs import hookimpl
 from quantmill.registrations import Kernel
+from quantmill_cpu.ggml_types import TYPES
 
 QUANTMILL_API = 1
 
@@ -69,6 +70,24 @@ def quantmill_kernels() -> Sequence[Kernel]:
                 "offset": ("none",),
                 "packing": ("i8",),
             },
+            cost=0.02,
+            available=_AVAILABLE,
+        ),
+        Kernel(
+            name="cpu-quantize-ggml",
+            operation="quantize",
+            form="ggml",
+            implementation="quantmill_cpu.ggml:quantize",
+            constraints={"table": tuple(name for name, item in TYPES.items() if item.made)},
+            cost=0.02,
+            available=_AVAILABLE,
+        ),
+        Kernel(
+            name="cpu-dequantize-ggml",
+            operation="dequantize",
+            form="ggml",
+            implementation="quantmill_cpu.ggml:dequantize",
+            constraints={"table": tuple(TYPES)},
             cost=0.02,
             available=_AVAILABLE,
         ),

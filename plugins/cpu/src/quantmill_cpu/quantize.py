@@ -8,29 +8,16 @@ import torch
 from torch import Tensor
 
 from quantmill.forms import nearest_on_grid, table_values
+from quantmill_cpu.buffers import SOURCES, address
 from quantmill_cpu.native import library
 
 __all__ = ["quantize_codebook", "quantize_rows_int8"]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _check(tensor: Tensor, dtype: torch.dtype, count: int, what: str) -> int:
-    """The address of a tensor that the library may touch ``count`` elements of, and no other."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_contiguous():
-        raise ValueError(f"{what} must be contiguous and on the CPU")
-    if tensor.dtype != dtype or tensor.numel() != count:
-        raise ValueError(
-            f"{what} must be {dtype} with {count} elements,"
-            f" not {tensor.dtype} with {tensor.numel()}"
-        )
-    return tensor.data_ptr()
-
 
 def _source(block: Tensor) -> int:
-    if block.dtype not in _DTYPES:
+    if block.dtype not in SOURCES:
         raise ValueError(f"block must be float32, bfloat16 or float16, not {block.dtype}")
-    return _check(block, block.dtype, block.numel(), "block")
+    return address(block, block.dtype, block.numel(), "block")
 
 
 def _entries(table: str | Tensor) -> Tensor:
@@ -38,7 +25,7 @@ def _entries(table: str | Tensor) -> Tensor:
     entries = table_values(table) if isinstance(table, str) else table
     if entries.numel() not in (16, 256):
         raise ValueError(f"table must have 16 or 256 entries, not {entries.numel()}")
-    _check(entries, torch.float32, entries.numel(), "table")
+    address(entries, torch.float32, entries.numel(), "table")
     entries = entries.reshape(-1)
     if entries.numel() == 256 and not bool((entries[1:] >= entries[:-1]).all()):
         raise ValueError("a table of 256 entries must ascend")
@@ -84,7 +71,7 @@ def quantize_codebook(
     if block_size < 2 or block_size % 2:
         raise ValueError(f"block_size must be even, not {block_size}")
     source = _source(block)
-    scale = _check(out_scale, torch.float32, -(-count // block_size), "out_scale")
+    scale = address(out_scale, torch.float32, -(-count // block_size), "out_scale")
     threads = torch.get_num_threads()
     tables = _named_tables(table) if isinstance(table, str) else _tables(table)
     bad: int
@@ -92,19 +79,19 @@ def quantize_codebook(
         bounds, order = tables
         bad = library().qm_quantize_codebook4(
             source,
-            _DTYPES[block.dtype],
+            SOURCES[block.dtype],
             count,
             block_size,
             bounds.data_ptr(),
             order.data_ptr(),
-            _check(out_codes, torch.uint8, (count + 1) // 2, "out_codes"),
+            address(out_codes, torch.uint8, (count + 1) // 2, "out_codes"),
             scale,
             threads,
         )
         return bad
     if block.dtype != torch.float32:
         raise ValueError("8 bits need a float32 block")
-    codes = _check(out_codes, torch.uint8, count, "out_codes")
+    codes = address(out_codes, torch.uint8, count, "out_codes")
     bad = library().qm_quantize_codebook8(
         source, count, block_size, tables[0].data_ptr(), codes, scale, threads
     )
@@ -127,11 +114,11 @@ def quantize_rows_int8(block: Tensor, *, out_codes: Tensor, out_scale: Tensor) -
     rows, columns = block.shape
     bad: int = library().qm_quantize_rows_int8(
         _source(block),
-        _DTYPES[block.dtype],
+        SOURCES[block.dtype],
         rows,
         columns,
-        _check(out_codes, torch.int8, rows * columns, "out_codes"),
-        _check(out_scale, torch.float32, rows, "out_scale"),
+        address(out_codes, torch.int8, rows * columns, "out_codes"),
+        address(out_scale, torch.float32, rows, "out_scale"),
         torch.get_num_threads(),
     )
     return bad

@@ -1,4 +1,14 @@
-"""Blocks from values and values from blocks: the types' definitions, or a kernel where one fits."""
+"""Blocks from values and values from blocks: the types' definitions, or a kernel where one fits.
+
+Kernels of the registry for the form ``ggml``, with the type's name as the trait ``table``:
+
+``quantize``
+    ``fn(block, *, type_name, importance, out)``: ``block`` float ``[rows, columns]``, contiguous
+    and finite; ``importance`` float32 ``[columns]`` or None; ``out`` uint8 ``[rows, row bytes]``.
+``dequantize``
+    ``fn(form, dtype, out=None)``: ``form`` a :class:`~quantmill_gguf.types.RawForm`; ``out``
+    float32 of its shape, contiguous, to write to in place of a new tensor.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +73,7 @@ def encode(
     if importance is not None:
         importance = _checked(importance, columns, name).to(values.device)
     rows = values.reshape(-1, columns)
-    if not bool(torch.isfinite(rows).all()):
+    if rows.numel() and not bool(torch.isfinite(torch.stack(rows.aminmax())).all()):
         raise _refuse(name, "a value is NaN or infinite", "look for the mistake in the model")
     traits = {"table": type_name}
     dtype = str(values.dtype).removeprefix("torch.")

@@ -50,9 +50,8 @@ class GgufQuantizer(Quantizer[GgufConfig]):
         )
         with FiniteCheck(weight.name) as finite:
             for start, block in weight.row_blocks():
-                work = block.to(torch.float32)
-                finite.look(work, start * columns)
+                finite.look(block, start * columns)
                 raw[start : start + block.shape[0]] = encode(
-                    info.name, work, name=weight.name, kernels=self.kernels
+                    info.name, block, name=weight.name, kernels=self.kernels
                 )
         return RawForm(raw, info.name, weight.dtype)

@@ -30,6 +30,18 @@ QM_INLINE float qm_half(uint16_t half) {
     return qm_as_float((uint32_t)(half & 0x8000u) << 16 | value);
 }
 
+/* One value of a source that need not be aligned: float32 (dtype 0), bfloat16 (1), float16 (2). */
+QM_INLINE float qm_value_at(const void *source, int dtype, int64_t at) {
+    if (dtype == 0) {
+        float value;
+        memcpy(&value, (const char *)source + at * 4, 4);
+        return value;
+    }
+    uint16_t raw;
+    memcpy(&raw, (const char *)source + at * 2, 2);
+    return dtype == 1 ? qm_bfloat(raw) : qm_half(raw);
+}
+
 /* Rounded to nearest, ties to even; of bits, so that loops over them vectorise. */
 QM_INLINE uint32_t qm_half_bits(uint32_t bits) {
     uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;

@@ -22,6 +22,7 @@ from quantmill_gguf.types.search import (
     fit_range,
     fit_symmetric,
     in_order,
+    lowest,
     square_root,
 )
 
@@ -200,8 +201,9 @@ class _Ranged(_Weighed):
             minimum = (-fit.low).to(torch.float16).unsqueeze(1)
             codes = fit.codes.t().to(torch.uint8)
             return self.put(Parts(codes, fit.scale.to(torch.float16).unsqueeze(1), None, minimum))
-        low = values.amin(dim=1, keepdim=True)
-        scale = divide(values.amax(dim=1, keepdim=True) - low, float(top))
+        low = lowest(values.t()).unsqueeze(1)
+        # A range of zeros of both signs is no minus zero.
+        scale = divide(values.amax(dim=1, keepdim=True) - low + 0.0, float(top))
         codes = _codes_of((values - low) * inverse_of(scale) + 0.5, top)
         minimum = low.to(torch.float16)
         return self.put(Parts(codes, scale.to(torch.float16), None, minimum))

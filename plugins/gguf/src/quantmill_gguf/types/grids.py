@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantmill.forms import Codes
 
-__all__ = ["grid"]
+__all__ = ["grid", "points"]
 
 _VALUES: Final[dict[str, tuple[tuple[int, ...], int]]] = {
     "iq1": ((-1, 0, 1), 8),
@@ -39,6 +39,12 @@ def grid(name: str) -> Tensor:
     stream = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     codes = Codes(stream, bits, (count, width), "dense").unpack()
     return torch.tensor(values, dtype=torch.float32)[codes.to(torch.int64)]
+
+
+@cache
+def points(name: str) -> Tensor:
+    """The same as int8, for kernels; not to be written to."""
+    return grid(name).to(torch.int8)
 
 
 _POINTS: Final[dict[str, str]] = {

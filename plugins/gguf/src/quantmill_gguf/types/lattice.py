@@ -6,13 +6,35 @@ small shift (IQ1). The core has no such form: these decode from their bytes.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from quantmill_gguf.types.base import BlockType, half, planes
 from quantmill_gguf.types.grids import grid
 
-__all__ = ["IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS"]
+__all__ = [
+    "IQ1_M",
+    "IQ1_S",
+    "IQ2_S",
+    "IQ2_XS",
+    "IQ2_XXS",
+    "IQ3_S",
+    "IQ3_XXS",
+    "LATTICES",
+]
+
+LATTICES: Final = {
+    "IQ1_M": "iq1",
+    "IQ1_S": "iq1",
+    "IQ2_S": "iq2_s",
+    "IQ2_XS": "iq2_xs",
+    "IQ2_XXS": "iq2_xxs",
+    "IQ3_S": "iq3_s",
+    "IQ3_XXS": "iq3_xxs",
+}
+"""Name of each type's lattice in :mod:`quantmill_gguf.types.grids`."""
 
 
 def _words(data: Tensor, width: int) -> Tensor:

@@ -52,6 +52,20 @@ class RawForm(Form):
     def regular_facts(self) -> tuple[str, Mapping[str, Any]] | None:
         return _regular_facts(self.type_name)
 
+    @property
+    def points(self) -> Tensor:
+        """The lattice of an IQ1, IQ2 or IQ3 type, int8 ``[points, coordinates]``.
+
+        Raises:
+            ValueError: it is of a type without one.
+        """
+        from quantmill_gguf.types.grids import points
+        from quantmill_gguf.types.lattice import LATTICES
+
+        if self.type_name not in LATTICES:
+            raise ValueError(f"{self.type_name} has no lattice")
+        return points(LATTICES[self.type_name])
+
     def traits(self) -> Mapping[str, Any]:
         return {
             "table": self.type_name,

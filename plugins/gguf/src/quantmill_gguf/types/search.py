@@ -26,6 +26,7 @@ __all__ = [
     "fit_symmetric",
     "fit_third_bit",
     "in_order",
+    "lowest",
     "nearest",
     "square_root",
 ]
@@ -69,11 +70,20 @@ def in_order(terms: Tensor) -> Tensor:
 
 
 def farthest(values: Tensor) -> Tensor:
-    """The first value of the largest magnitude in each group, ``[groups]``."""
+    """The first value of the largest magnitude in each group, ``[groups]``; no minus zero."""
     size = values.abs()
+    return _first(values, size == size.amax(dim=0)) + 0.0
+
+
+def lowest(values: Tensor) -> Tensor:
+    """The first of the lowest values in each group, ``[groups]``: zeros have signs."""
+    return _first(values, values == values.amin(dim=0))
+
+
+def _first(values: Tensor, wanted: Tensor) -> Tensor:
+    # argmax may answer with any of several equals.
     order = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
-    # argmax may answer with any of several equals, and they may differ in sign.
-    first = torch.where(size == size.amax(dim=0), order, values.shape[0] - 1).amin(dim=0)
+    first = torch.where(wanted, order, values.shape[0] - 1).amin(dim=0)
     return values.gather(0, first.unsqueeze(0)).squeeze(0)
 
 
@@ -179,7 +189,8 @@ def fit_range(
     absolute ones. A better minimum is the one that the next steps start from.
     """
     total, moment = in_order(weights), in_order(weights * values)
-    low = values.amin(dim=0).clamp(max=0.0)
+    low = lowest(values)
+    low = low.masked_fill(low > 0, 0.0)
     high = values.amax(dim=0)
     flat = high <= low
 

@@ -1,0 +1,104 @@
+/* The ABI of ggml.h: instruction sets and threads. The loops are in ggml_types.c. */
+#include "ggml.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "floats.h"
+#include "pool.h"
+#include "quantize.h"
+
+#define QM_API __attribute__((visibility("default")))
+#define PIECE 64 /* blocks that a thread encodes at a time: a multiple of all numbers of lanes */
+
+static const QmGgmlType *type_of(int number, int *lanes) {
+    const QmGgmlType *table = qm_ggml_baseline;
+    *lanes = qm_ggml_lanes_baseline;
+    if (number < 0 || number >= QM_TYPES) return NULL;
+#ifdef QM_X86_LEVELS
+    const char *level = qm_level();
+    if (strcmp(level, "avx2") == 0) {
+        table = qm_ggml_avx2;
+        *lanes = qm_ggml_lanes_avx2;
+    } else if (strcmp(level, "avx512") == 0) {
+        table = qm_ggml_avx512;
+        *lanes = qm_ggml_lanes_avx512;
+    }
+#endif
+    return table[number].values ? &table[number] : NULL;
+}
+
+typedef struct {
+    const QmGgmlType *type;
+    QmGgmlSource source;
+    int lanes;
+} Encoding;
+
+static void encode_piece(void *argument, int64_t index, int worker) {
+    (void)worker;
+    Encoding *e = argument;
+    int64_t last = (index + 1) * PIECE < e->source.blocks ? (index + 1) * PIECE : e->source.blocks;
+    for (int64_t first = index * PIECE; first < last; first += e->lanes)
+        e->type->encode(&e->source, first);
+}
+
+/* The mean square of each row, added one by one. */
+static void row_energy(const QmGgmlSource *s, int64_t rows, float *energy) {
+    for (int64_t row = 0; row < rows; row++) {
+        float total = 0.0f;
+        for (int64_t i = row * s->columns; i < (row + 1) * s->columns; i++) {
+            float value = qm_value_at(s->source, s->dtype, i);
+            total += value * value;
+        }
+        energy[row] = total / (float)s->columns;
+    }
+}
+
+QM_API int qm_ggml_encode(int number, const void *values, int dtype, int64_t rows, int64_t columns,
+                          const float *importance, uint8_t *out, int threads) {
+    int lanes;
+    const QmGgmlType *type = type_of(number, &lanes);
+    if (!type || !type->encode || columns % type->values) return -1;
+    if (rows <= 0 || columns <= 0) return 0;
+    Encoding e = {type,
+                  {values, dtype, columns, importance, NULL, out, rows * (columns / type->values)},
+                  lanes};
+    float *energy = NULL;
+    if (importance && number <= QM_Q5_1) {
+        energy = malloc(sizeof(float) * (size_t)rows);
+        if (!energy) return -2;
+        row_energy(&e.source, rows, energy);
+        e.source.energy = energy;
+    }
+    qm_parallel(encode_piece, &e, (e.source.blocks + PIECE - 1) / PIECE, threads);
+    free(energy);
+    return 0;
+}
+
+typedef struct {
+    const QmGgmlType *type;
+    const uint8_t *raw;
+    const int8_t *points;
+    int64_t blocks, piece;
+    float *out;
+} Decoding;
+
+static void decode_piece(void *argument, int64_t index, int worker) {
+    (void)worker;
+    Decoding *d = argument;
+    int64_t first = index * d->piece;
+    int64_t count = d->blocks - first < d->piece ? d->blocks - first : d->piece;
+    d->type->decode(d->raw + first * d->type->size, count, d->points,
+                    d->out + first * d->type->values);
+}
+
+QM_API int qm_ggml_decode(int number, const uint8_t *raw, int64_t blocks, const int8_t *points,
+                          float *out, int threads) {
+    int lanes;
+    const QmGgmlType *type = type_of(number, &lanes);
+    if (!type) return -1;
+    if (blocks <= 0) return 0;
+    Decoding d = {type, raw, points, blocks, 65536 / type->values, out};
+    qm_parallel(decode_piece, &d, (blocks + d.piece - 1) / d.piece, threads);
+    return 0;
+}
