@@ -83,6 +83,24 @@ class Choice:
         function: Callable[..., Any] = resolve(self.kernel.implementation)
         return function
 
+    def bind(self, weight: Form | Prepared) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The kernel, a matmul, for one weight: ``fn(x, bias)``."""
+        if self.kernel.bind is None:
+            return _Call(self.load(), weight)
+        function: Callable[[Tensor, Tensor | None], Tensor] = resolve(self.kernel.bind)(weight)
+        return function
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A matmul and the weight for it; other than a closure it can be copied and pickled."""
+
+    function: Callable[..., Tensor]
+    weight: Form | Prepared
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.function(x, self.weight, bias)
+
 
 class KernelRegistry:
     """Chooses kernels by form, device, dtype and cost; options and environment override."""

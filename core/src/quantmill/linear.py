@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from quantmill.targeting.types import Target
 __all__ = ["FormLinear", "FormLinearFactory"]
 
 
-Way = tuple[int, Callable[..., Tensor] | None]
-"""A matmul for at most so many rows of activations; None is the form's reference."""
+Way = tuple[int, Callable[[Tensor, Tensor | None], Tensor] | None]
+"""A matmul of the weight for at most so many rows of activations; None is the form's reference."""
 
+_NO_WAYS: tuple[Way, ...] = ()
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -70,18 +72,14 @@ def _ways(
             rows=rows,
             layout=layout,
         )
-        ways.append(
-            (
-                rows,
-                _through_floats(kernels, live, device, dtype) if choice is None else choice.load(),
-            )
-        )
+        bound = _through_floats(kernels, live, device, dtype) if choice is None else choice.bind(live)
+        ways.append((rows, bound))
     return tuple(ways)
 
 
 def _through_floats(
     kernels: KernelRegistry, live: Form | Prepared, device: str, dtype: torch.dtype
-) -> Callable[..., Tensor] | None:
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """Where nothing multiplies with a form: a kernel that dequantizes it, if there is one."""
     if isinstance(live, Prepared):
         return None
@@ -91,12 +89,18 @@ def _through_floats(
     )
     if choice is None:
         return None
-    made = choice.load()
+    return _Floats(choice.load(), live)
 
-    def matmul(x: Tensor, form: Form, bias: Tensor | None) -> Tensor:
-        return torch.nn.functional.linear(x, made(form, x.dtype), bias)
 
-    return matmul
+@dataclass(frozen=True, slots=True)
+class _Floats:
+    """A matmul by a kernel that dequantizes."""
+
+    dequantize: Callable[[Form, torch.dtype], Tensor]
+    form: Form
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, self.dequantize(self.form, x.dtype), bias)
 
 
 class FormLinear(nn.Module):
@@ -163,10 +167,11 @@ class FormLinear(nn.Module):
             # Kernels compute no gradients: the reference does, and keeps no float weight.
             result: Tensor = _Differentiable.apply(x, self)  # type: ignore[no-untyped-call]
             return result if bias is None else result + bias
-        rows = x.numel() // max(1, x.shape[-1])
-        for most, kernel in self._ways.get(x.dtype, ()):
-            if rows <= most:
-                return self.form.matmul(x, bias) if kernel is None else kernel(x, self._live, bias)
+        ways = self._ways.get(x.dtype, _NO_WAYS)
+        rows = x.numel() // max(1, x.shape[-1]) if len(ways) > 1 else 0
+        for most, kernel in ways:
+            if kernel is not None and rows <= most:
+                return kernel(x, bias)
         return self.form.matmul(x, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormLinear:

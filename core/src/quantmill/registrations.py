@@ -216,6 +216,9 @@ class Kernel:
     restore: ImportString | None = None
     """``restore(tensors, skeleton) -> Form``: the exact inverse; ``skeleton`` is the form on the
     meta device."""
+    bind: ImportString | None = None
+    """``bind(weight) -> fn(x, bias)``: a matmul of one weight (what ``implementation`` takes as its
+    second argument), for a kernel that can work out once what each call would repeat."""
 
 
 @dataclass(frozen=True, slots=True)

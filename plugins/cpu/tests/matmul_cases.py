@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +61,10 @@ def unaligned(tensor: Tensor) -> Tensor:
 
 
 def mistake(forms: Any) -> None:
-    from quantmill_cpu.matmul import _read, _Slots
-
     live = forms.prepared(forms.Make(1).affine((64, 64), 4, Group(32)))
-    pointers = _Slots()
-    weight, slots = _read(live.tensors)
-    for slot, tensor in zip(slots, weight, strict=True):
-        pointers[slot] = tensor.data_ptr()
     x, y = torch.randn(1, 64), torch.empty(60)
-    native.library().qm_matmul(pointers, x.data_ptr(), None, y.data_ptr(), 0, 1, 1)
+    weight = live.tensors["weight"]
+    native.library().qm_matmul(weight.data_ptr(), x.data_ptr(), None, y.data_ptr(), 0, 1, 1)
 
 
 def main(library: str, overflow: str = "") -> None:
@@ -85,14 +79,9 @@ def main(library: str, overflow: str = "") -> None:
     for number, level in enumerate(native.matmul_levels()):
         native.use_matmul_level(level)
         for index, form in enumerate(found):
-            live, weight = forms.prepared(form), form.dequantize(torch.float32)
+            given = form.map_tensors(unaligned) if index % 3 == 0 else form
+            live, weight = forms.prepared(given), form.dequantize(torch.float32)
             assert forms.same(live.restore(), form)
-            if index % 3 == 0 and "codes" in live.tensors:
-                tensors = dict(live.tensors)
-                for name in ("codes", "scale", "offset"):
-                    if name in tensors:
-                        tensors[name] = unaligned(tensors[name])
-                live = replace(live, tensors=tensors)
             for turn in range(3):
                 dtype = DTYPES[(index + turn) % 3]
                 batch = BATCHES[(index + 3 * turn + number) % len(BATCHES)]

@@ -32,6 +32,7 @@ KERNEL = Kernel(
     layout="cpu-panels",
     prepare="quantmill_cpu.matmul:prepare",
     restore="quantmill_cpu.matmul:restore",
+    bind="quantmill_cpu.matmul:bind",
 )
 NARROW = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """The largest relative error of one rounding to a dtype."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantmill.forms import Channel, Codebook, Codes, Flat, Form, Group, PerTensor
@@ -57,7 +58,7 @@ def draw(batch: int, width: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 
 def check(form: Form, batches: tuple[int, ...] = (1, 3, 20), levels: list[str] = LEVELS) -> None:
     live = prepared(form)
-    assert misfit(form) is None and "spec" in live.tensors
+    assert misfit(form) is None and "weight" in live.tensors
     assert prepared(form.to("meta")).nbytes == live.nbytes
     assert same(live.restore(), form)
     weight = form.dequantize(torch.float32)
@@ -198,27 +199,40 @@ def test_no_rows_and_more_axes(level: str) -> None:
     assert torch.equal(matmul(x[0, 0, 0], live, None), matmul(x[:1, 0, 0], live, None)[0])
 
 
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same values at an odd address."""
+    raw = bytearray(tensor.numel() * tensor.itemsize + 1)
+    apart = torch.frombuffer(raw, dtype=tensor.dtype, offset=1, count=tensor.numel())
+    return apart.copy_(tensor.reshape(-1)).reshape(tensor.shape)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_need_not_be_aligned(level: str, dtype: torch.dtype) -> None:
-    def moved(tensor: Tensor) -> Tensor:
-        raw = bytearray(tensor.numel() * tensor.itemsize + 1)
-        apart = torch.frombuffer(raw, dtype=tensor.dtype, offset=1, count=tensor.numel())
-        return apart.copy_(tensor.reshape(-1)).reshape(tensor.shape)
-
     native.use_matmul_level(level)
     form = Make(1).affine((40, 96), 5, Group(32))
     live, x, bias = prepared(form), draw(6, 96, dtype), draw(1, 40, dtype)[0]
-    away = replace(
-        live,
-        tensors={
-            name: moved(tensor) if name in ("codes", "scale", "offset") else tensor
-            for name, tensor in live.tensors.items()
-        },
-    )
+    away = prepared(form.map_tensors(unaligned))
+    assert same(away.restore(), form)
     for count in (1, 6):
         expected = matmul(x[:count], live, bias)
-        assert torch.equal(matmul(moved(x[:count]), away, moved(bias)), expected)
+        assert torch.equal(matmul(unaligned(x[:count]), away, unaligned(bias)), expected)
+    odd = replace(live, tensors={"weight": unaligned(live.tensors["weight"])})
+    with pytest.raises(ValueError, match="multiple of 64 bytes"):
+        matmul(x, odd, bias)
+
+
+def test_forms_may_be_mapped_from_a_file(tmp_path: Path) -> None:
+    form = Make(1).codebook((40, 128), 4, Flat(64), nested=True)
+    path = tmp_path / "weight.safetensors"
+    save_file({"head": torch.zeros(3, dtype=torch.uint8), **form.tensors()}, path)
+    mapped = load_file(path)
+    names = iter(form.tensors())
+    live = prepared(form.map_tensors(lambda _: mapped[next(names)]))
+    del mapped
+    path.unlink()
+    x = draw(2, 128, torch.bfloat16)
+    assert torch.equal(matmul(x, live, None), matmul(x, prepared(form), None))
 
 
 @pytest.mark.parametrize("level", LEVELS)

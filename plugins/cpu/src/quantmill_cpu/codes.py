@@ -59,12 +59,12 @@ def panels_size(shape: tuple[int, ...], bits: int) -> int:
     return -(-rows // 16) * -(-columns // 32) * 64 * bits
 
 
-def panels_of(codes: Codes, order: Tensor | None, pad: int) -> Tensor:
-    """The panels of codes ``[rows, columns]``; ``order`` (int32) sorts the columns, ``pad`` is the
-    code that fills the rest."""
+def panels_of(codes: Codes, order: Tensor | None, pad: int, out: Tensor) -> None:
+    """Lay codes ``[rows, columns]`` in panels, uint8 ``[panels_size]``; ``order`` (int32) sorts the
+    columns, ``pad`` is the code that fills the rest."""
     rows, columns = codes.shape
     data = _bytes(codes.data, _size(codes.count, codes.bits, codes.packing))
-    out = torch.empty(panels_size(codes.shape, codes.bits), dtype=torch.uint8)
+    assert out.is_contiguous() and out.numel() == panels_size(codes.shape, codes.bits)
     library().qm_panels_pack(
         data.data_ptr(),
         PACKINGS[codes.packing],
@@ -76,7 +76,6 @@ def panels_of(codes: Codes, order: Tensor | None, pad: int) -> Tensor:
         out.data_ptr(),
         torch.get_num_threads(),
     )
-    return out
 
 
 def panels_to(panels: Tensor, like: Codes, order: Tensor | None) -> Tensor:

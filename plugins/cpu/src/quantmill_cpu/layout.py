@@ -1,8 +1,8 @@
 """The live layout ``cpu-panels``: forms as the native matmul wants them, and back, bit for bit.
 
 Panels of 16 rows hold the codes as planes (``c/matmul.h`` draws them); scales and offsets lie
-beside them group by group, 16 rows at a time. What the kernel has no use for, or reads in another
-form, stays as it is under ``form.NAME``. A form that doesn't fit (:func:`misfit`) is kept whole
+before them group by group, 16 rows at a time, all in one tensor ``weight``. What the kernel has no
+use for, or reads in another form, stays as it is beside it, as ``form.NAME``. A form that doesn't fit (:func:`misfit`) is kept whole
 that way, and is computed with the reference: constraints of kernels can't ask for everything.
 """
 
@@ -28,23 +28,10 @@ from quantmill.forms import (
 )
 from quantmill_cpu.codes import PACKINGS, panels_of, panels_size, panels_to
 from quantmill_cpu.values import Stored, from_panels, store
+from quantmill_cpu.weight import Spec, assemble, finish, parts_of
 
-__all__ = ["SLOTS", "misfit", "prepare", "restore"]
+__all__ = ["misfit", "prepare", "restore"]
 
-SLOTS = (
-    "spec",
-    "codes",
-    "lookup",
-    "constants",
-    "order",
-    "scale",
-    "scale_table",
-    "scale_level",
-    "offset",
-    "offset_table",
-    "offset_level",
-)
-"""Tensors that the kernel reads, in the order of ``QM_SLOT_*``."""
 _OFFSETS = {"none": 0, "zero": 1, "minimum": 2}
 _BITS = (1, 2, 3, 4, 5, 6, 8)
 _UNIT = 16
@@ -140,7 +127,7 @@ def _lookup(form: Form) -> tuple[Tensor, float, float, float]:
 
 
 def prepare(form: Form) -> dict[str, Tensor]:
-    """The form in panels; on the meta device only the sizes."""
+    """The form in panels, as ``weight``, and what these lack; on the meta device only the sizes."""
     if misfit(form) is not None:
         return {f"form.{name}": tensor for name, tensor in form.tensors().items()}
     assert isinstance(form, Affine | Codebook | ScaledFloat)
@@ -148,43 +135,42 @@ def prepare(form: Form) -> dict[str, Tensor]:
     device = codes.data.device
     size = _columns(form)
     scale = store(form.scale, form.grouping, form.shape, "scale")
-    found = dict(scale.tensors)
     offset, kind = Stored(), "none"
+    kept: dict[str, Tensor] = {}
     if isinstance(form, Affine) and form.offset is not None and form.offset_kind != "none":
         offset, kind = store(form.offset, form.grouping, form.shape, "offset"), form.offset_kind
-        found |= offset.tensors
     elif isinstance(form, Affine) and isinstance(form.offset, Form):
-        found |= {f"form.offset.{name}": tensor for name, tensor in form.offset.tensors().items()}
+        kept |= {f"form.offset.{name}": tensor for name, tensor in form.offset.tensors().items()}
     elif not isinstance(form, ScaledFloat) and isinstance(form.offset, Tensor):
-        found["form.offset"] = form.offset
+        kept["form.offset"] = form.offset
+    parts = {**scale.parts, **offset.parts}
+    kept |= {**scale.kept, **offset.kept}
     order: Tensor | None = None
     if isinstance(form, Affine) and form.group_index is not None:
         order = _order(form.group_index, size)
         if order is not None:
-            found["order"] = order
+            parts["order"] = order
     if isinstance(form, Codebook):
-        found["form.table"] = form.table
+        kept["form.table"] = form.table
     if codes.count * _width(codes) % 8:
         # Nobody says what the unused bits of the last byte are.
-        found["form.last_byte"] = codes.data.reshape(-1).view(torch.uint8)[-1:].clone()
+        kept["form.last_byte"] = codes.data.reshape(-1).view(torch.uint8)[-1:].clone()
+    bytes_of_codes = panels_size(form.shape, codes.bits)
     if device.type == "meta":
-        found["spec"] = torch.empty(15, dtype=torch.int64, device=device)
-        found["lookup"] = torch.empty(2**codes.bits, device=device)
-        found["constants"] = torch.empty(5, device=device)
-        found["codes"] = torch.empty(
-            panels_size(form.shape, codes.bits), dtype=torch.uint8, device=device
-        )
-        return found
-    rows, columns = form.shape
-    spec = [rows, columns, codes.bits, size, _OFFSETS[kind], *scale.spec, *offset.spec]
+        parts["lookup"] = torch.empty(2**codes.bits, device=device)
+        return {"weight": assemble(Spec((), ()), parts, bytes_of_codes, device), **kept}
     lookup, gain, shift, plus = _lookup(form)
-    found["spec"] = torch.tensor(spec, dtype=torch.int64)
-    found["lookup"] = lookup
-    found["constants"] = torch.tensor([gain, shift, plus, scale.plus, offset.plus])
+    parts["lookup"] = lookup
+    spec = Spec(
+        (*form.shape, codes.bits, size, _OFFSETS[kind], *scale.spec, *offset.spec),
+        (gain, shift, plus, scale.plus, offset.plus),
+    )
+    weight = assemble(spec, parts, bytes_of_codes, device)
     # Padding must be finite: zero times infinity is not zero.
     pad = int(lookup.isfinite().to(torch.uint8).argmax())
-    found["codes"] = panels_of(codes, order, pad)
-    return found
+    panels_of(codes, order, pad, weight[weight.numel() - bytes_of_codes :])
+    finish(weight)
+    return {"weight": weight, **kept}
 
 
 def _width(codes: Codes) -> int:
@@ -198,8 +184,9 @@ def restore(tensors: Mapping[str, Tensor], skeleton: Form) -> Form:
         for name, tensor in tensors.items()
         if name.startswith("form.")
     }
-    if "spec" in tensors:
+    if "weight" in tensors:
         assert isinstance(skeleton, Affine | Codebook | ScaledFloat)
+        tensors = {**parts_of(tensors["weight"]), **tensors}
         codes, order = _codes(skeleton), tensors.get("order")
         data = panels_to(tensors["codes"], codes, order)
         if "last_byte" in found:

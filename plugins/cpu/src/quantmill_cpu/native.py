@@ -56,6 +56,7 @@ def library() -> ctypes.CDLL:
         "qm_quantize_codebook8": (size, [pointer, size, size, *[pointer] * 3, small]),
         "qm_quantize_rows_int8": (size, [pointer, small, size, size, pointer, pointer, small]),
         "qm_matmul": (small, [*[pointer] * 4, small, size, small]),
+        "qm_weight_finish": (None, [pointer]),
         "qm_borrow_threads": (None, [pointer]),
         "qm_ggml_encode": (
             small,

@@ -34,6 +34,7 @@ def _matmul(name: str, form: str, **constraints: tuple[Any, ...]) -> Kernel:
         layout="cpu-panels",
         prepare="quantmill_cpu.matmul:prepare",
         restore="quantmill_cpu.matmul:restore",
+        bind="quantmill_cpu.matmul:bind",
     )
 
 

@@ -30,17 +30,10 @@ from quantmill.forms import (
     value_of,
 )
 
+from quantmill_cpu.weight import CODED, KINDS
+
 __all__ = ["Stored", "from_panels", "store"]
 
-_KINDS = {
-    torch.float32: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.int8: 4,
-    torch.uint8: 5,
-    torch.int32: 6,
-}
-_CODED = 7
 _NONE, _FLAT, _ROW, _ONE = range(4)
 _PANEL = 16
 
@@ -49,7 +42,10 @@ _PANEL = 16
 class Stored:
     """How the kernel finds a group's value; see ``QM_SPEC_SCALE_*`` in ``c/matmul.h``."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that the kernel reads, by their names in the weight."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """What can't be had back from these, as it was."""
     kind: int = 0
     lanes: int = 0
     level: int = _NONE
@@ -75,7 +71,8 @@ def _panels(values: Tensor) -> Tensor:
 def _rows(panels: Tensor, rows: int) -> Tensor:
     """The inverse of :func:`_panels`."""
     _, groups, _ = panels.shape
-    return panels.transpose(1, 2).reshape(-1, groups)[:rows].contiguous()
+    rows_first = panels.transpose(1, 2).reshape(-1, groups)[:rows]
+    return rows_first.clone(memory_format=torch.contiguous_format)
 
 
 def _laid(values: Tensor, grouping: Grouping, shape: tuple[int, ...]) -> tuple[Tensor, int]:
@@ -104,24 +101,24 @@ def store(value: FormValue, grouping: Grouping, shape: tuple[int, ...], name: st
     if isinstance(value, Form):
         coded = None if isinstance(grouping, Blocks) else _store_coded(value, grouping, shape, name)
         return coded or _expanded(value, grouping, shape, name)
-    if value.dtype not in _KINDS:
+    if value.dtype not in KINDS:
         table = _patterns(value.dtype)
         if table is None:
             return _expanded(value, grouping, shape, name)
         laid, lanes = _laid(_as_bytes(value), grouping, shape)
-        tensors = {name: laid, f"{name}_table": table.to(value.device)}
-        kind = _CODED
+        parts = {name: laid, f"{name}_table": table.to(value.device)}
+        kind = CODED
     else:
         laid, lanes = _laid(value, grouping, shape)
-        tensors, kind = {name: laid}, _KINDS[value.dtype]
-    if isinstance(grouping, Blocks):
-        tensors |= _kept(value, name)  # small, and simpler than the way back
-    return Stored(tensors, kind, lanes)
+        parts, kind = {name: laid}, KINDS[value.dtype]
+    # In blocks what is kept is small, and simpler than the way back.
+    kept = _kept(value, name) if isinstance(grouping, Blocks) else {}
+    return Stored(parts, kept, kind, lanes)
 
 
 def _expanded(value: FormValue, grouping: Grouping, shape: tuple[int, ...], name: str) -> Stored:
     laid, lanes = _laid(value_of(value), grouping, shape)
-    return Stored({name: laid, **_kept(value, name)}, _KINDS[torch.float32], lanes)
+    return Stored({name: laid}, _kept(value, name), KINDS[torch.float32], lanes)
 
 
 def _as_bytes(values: Tensor) -> Tensor:
@@ -190,8 +187,8 @@ def _store_coded(
     if second is None or isinstance(scale, Form):
         return None
     laid, lanes = _laid(codes, grouping, shape)
-    tensors = {name: laid, f"{name}_table": table.to(codes.device)}
-    tensors[f"{name}_level"] = scale.to(torch.float32).reshape(-1).contiguous()
+    parts = {name: laid, f"{name}_table": table.to(codes.device)}
+    parts[f"{name}_level"] = scale.to(torch.float32).reshape(-1).contiguous()
     kept = _kept(value, name)
     plus = 0.0
     if isinstance(value, Codebook) and value.offset is not None and not value.offset.is_meta:
@@ -201,7 +198,7 @@ def _store_coded(
         kept.pop(f"form.{name}.{known}", None)
     if isinstance(value, Affine | Codebook) and value.codes.packing not in ("u8", "i8"):
         kept[f"form.{name}.last_byte"] = value.codes.data.reshape(-1).view(torch.uint8)[-1:].clone()
-    return Stored({**tensors, **kept}, _CODED, lanes, *second, plus)
+    return Stored(parts, kept, CODED, lanes, *second, plus)
 
 
 def from_panels(
@@ -211,7 +208,7 @@ def from_panels(
     if name not in tensors:
         return {}
     panels = tensors[name]
-    plain = _rows(panels, rows) if panels.ndim == 3 else panels
+    plain = _rows(panels, rows) if panels.ndim == 3 else panels.clone()
     if isinstance(skeleton, Tensor):
         if f"form.{name}" in tensors:
             return {}
@@ -222,7 +219,7 @@ def from_panels(
     found: dict[str, Tensor] = {}
     if f"form.{name}.scale" not in tensors:
         assert isinstance(skeleton.scale, Tensor)
-        found[f"{name}.scale"] = tensors[f"{name}_level"].reshape(skeleton.scale.shape)
+        found[f"{name}.scale"] = tensors[f"{name}_level"].clone().reshape(skeleton.scale.shape)
     if isinstance(skeleton, ScaledFloat):
         found[f"{name}.values"] = plain.view(skeleton.values.dtype).reshape(skeleton.shape)
         return found

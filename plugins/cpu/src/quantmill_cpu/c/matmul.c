@@ -94,7 +94,7 @@ static const QmWay *choose_way(const QmJob *job, int64_t batch) {
     /* Who computes in float32 wants its precision, which products of 16 bits don't have. */
     const int level = job->dtype == QM_F32 && best > AVX512 ? AVX512 : best;
     const int whole = job->numbers != QM_LOOKUP && job->numbers != QM_MIRROR;
-    (void)whole;
+    (void)whole; /* where only the baseline is compiled */
     (void)few;
     switch (level) {
 #ifdef QM_AMX
@@ -202,24 +202,31 @@ static void run_piece(void *argument, int64_t index, int worker) {
         w->way->run(&w->job, p, w->job.workspace + (size_t)worker * w->job.workspace_bytes);
 }
 
-static QmValues values_of(const int64_t *spec, const void *const *slots, int slot, float plus) {
-    return (QmValues){.kind = (int)spec[0],
-                      .lanes = (int)spec[1],
-                      .level = (int)spec[2],
-                      .size = spec[3],
-                      .stride = spec[4],
-                      .data = slots[slot],
-                      .table = slots[slot + 1],
-                      .second = slots[slot + 2],
+static const void *part_of(const int64_t *spec, int part) {
+    const int64_t *at = spec + QM_SPEC_PARTS + 2 * part;
+    return at[1] ? (const char *)spec + at[0] : NULL;
+}
+
+static QmValues values_of(const int64_t *spec, int kind, int part, float plus) {
+    return (QmValues){.kind = (int)spec[kind],
+                      .lanes = (int)spec[kind + 1],
+                      .level = (int)spec[kind + 2],
+                      .size = spec[kind + 3],
+                      .stride = spec[kind + 4],
+                      .data = part_of(spec, part),
+                      .table = part_of(spec, part + 1),
+                      .second = part_of(spec, part + 2),
                       .plus = plus};
 }
 
-/* The lookup as bf16, and as whole numbers where it can be: see QmJob. */
-static void tables_of(QmJob *job) {
-    const int count = 1 << job->bits, each = job->bits == 8 ? 256 : 64;
-    const float *t = job->lookup;
+/* The lookup as bf16, and as whole numbers where it can be: see QmFacts. */
+QM_API void qm_weight_finish(void *weight) {
+    const int64_t *spec = weight;
+    QmFacts *facts = (QmFacts *)(uintptr_t)part_of(spec, QM_PART_FACTS);
+    const int bits = (int)spec[QM_SPEC_BITS], count = 1 << bits, each = bits == 8 ? 256 : 64;
+    const float *t = part_of(spec, QM_PART_LOOKUP);
     float low = t[0], high = t[0];
-    int steps = 1, whole = job->bits < 8, mirror = job->bits == 8;
+    int steps = 1, whole = bits < 8, mirror = bits == 8;
     double squares = 0.0, errors = 0.0;
     for (int i = 0; i < count; i++) {
         low = t[i] < low ? t[i] : low;
@@ -231,27 +238,27 @@ static void tables_of(QmJob *job) {
         squares += (double)t[i] * t[i];
         errors += (double)error * error;
     }
-    job->bf16_fits = errors <= squares * (0.0011 * 0.0011);
-    job->bf16_twice = errors <= squares * (0.0010 * 0.0010);
+    facts->bf16_fits = errors <= squares * (0.0011 * 0.0011);
+    facts->bf16_twice = errors <= squares * (0.0010 * 0.0010);
     for (int i = 0; i < each; i++) {
         uint16_t value = qm_to_bfloat(t[i & (count - 1)]);
-        job->table[i] = (uint8_t)value;
-        job->table[each + i] = (uint8_t)(value >> 8);
+        facts->table[i] = (uint8_t)value;
+        facts->table[each + i] = (uint8_t)(value >> 8);
+        const float own = t[i & (count - 1)], twin = t[(i ^ 128) & (count - 1)];
         /* NaN has no sign to turn. */
-        const float twin = t[(i ^ 128) & (count - 1)];
-        mirror &= t[i & (count - 1)] != t[i & (count - 1)] ? twin != twin : value == (qm_to_bfloat(twin) ^ 0x8000);
+        mirror &= own != own ? twin != twin : value == (qm_to_bfloat(twin) ^ 0x8000);
     }
-    job->numbers = mirror ? QM_MIRROR : QM_LOOKUP;
-    job->unit = 1.0f;
-    job->base = 0.0f;
+    facts->numbers = mirror ? QM_MIRROR : QM_LOOKUP;
+    facts->unit = 1.0f;
+    facts->base = 0.0f;
     if (steps) {
-        job->numbers = QM_CODE;
-        job->base = t[0];
+        facts->numbers = QM_CODE;
+        facts->base = t[0];
     } else if (whole && high - low <= 255.0f) {
-        job->numbers = QM_BYTE;
-        job->base = low;
-        for (int i = 0; i < 64; i++) job->bytes[i] = (uint8_t)(t[i & (count - 1)] - low);
-    } else if (job->bits < 8) {
+        facts->numbers = QM_BYTE;
+        facts->base = low;
+        for (int i = 0; i < 64; i++) facts->bytes[i] = (uint8_t)(t[i & (count - 1)] - low);
+    } else if (bits < 8) {
         float most = high > -low ? high : -low, unit = most / 32512.0f;
         if (!(most > 1e-30f && most < 1e30f)) return;
         for (int i = 0; i < 64; i++) {
@@ -260,20 +267,20 @@ static void tables_of(QmJob *job) {
             float error = (float)rounded - number, size = number < 0.0f ? -number : number;
             /* A table with entries so far apart needs floating point. */
             if (!((error < 0.0f ? -error : error) <= size / 512.0f)) return;
-            job->bytes[i] = (uint8_t)((rounded + 32768) >> 8);
-            job->bytes[64 + i] = (uint8_t)(rounded + 32768);
+            facts->bytes[i] = (uint8_t)((rounded + 32768) >> 8);
+            facts->bytes[64 + i] = (uint8_t)(rounded + 32768);
         }
-        job->numbers = QM_TWO_BYTES;
-        job->unit = unit;
-        job->base = -32768.0f;
+        facts->numbers = QM_TWO_BYTES;
+        facts->unit = unit;
+        facts->base = -32768.0f;
     }
 }
 
-static void weight_of(QmJob *job, const void *const *slots) {
-    int64_t spec[QM_SPEC_LENGTH];
+static void weight_of(QmJob *job, const void *weight) {
+    const int64_t *spec = weight;
+    const QmFacts *facts = part_of(spec, QM_PART_FACTS);
     float constants[5];
-    memcpy(spec, slots[QM_SLOT_SPEC], sizeof spec);
-    memcpy(constants, slots[QM_SLOT_CONSTANTS], sizeof constants);
+    memcpy(constants, spec + QM_SPEC_CONSTANTS, sizeof constants);
     job->rows = spec[QM_SPEC_ROWS];
     job->columns = spec[QM_SPEC_COLUMNS];
     job->bits = (int)spec[QM_SPEC_BITS];
@@ -285,16 +292,22 @@ static void weight_of(QmJob *job, const void *const *slots) {
     job->groups = (job->columns + size - 1) / size;
     job->panels = (job->rows + QM_PANEL - 1) / QM_PANEL;
     job->panel_bytes = chunks * 64 * job->bits;
-    job->codes = slots[QM_SLOT_CODES];
-    job->lookup = slots[QM_SLOT_LOOKUP];
-    job->order = slots[QM_SLOT_ORDER];
+    job->codes = part_of(spec, QM_PART_CODES);
+    job->lookup = part_of(spec, QM_PART_LOOKUP);
+    job->order = part_of(spec, QM_PART_ORDER);
     job->gain = constants[0];
     job->shift = constants[1];
     job->plus = constants[2];
-    job->scale = values_of(spec + QM_SPEC_SCALE_KIND, slots, QM_SLOT_SCALE, constants[3]);
-    job->offset = values_of(spec + QM_SPEC_OFFSET_KIND, slots, QM_SLOT_OFFSET, constants[4]);
+    job->scale = values_of(spec, QM_SPEC_SCALE_KIND, QM_PART_SCALE, constants[3]);
+    job->offset = values_of(spec, QM_SPEC_OFFSET_KIND, QM_PART_OFFSET, constants[4]);
     job->runs = (job->group_units + QM_SEGMENT - 1) / QM_SEGMENT;
-    tables_of(job);
+    job->numbers = facts->numbers;
+    job->bf16_fits = facts->bf16_fits;
+    job->bf16_twice = facts->bf16_twice;
+    job->unit = facts->unit;
+    job->base = facts->base;
+    job->table = facts->table;
+    job->bytes = facts->bytes;
 }
 
 static int run_batch(Work *work, int threads) {
@@ -329,12 +342,13 @@ static int run_batch(Work *work, int threads) {
     return 0;
 }
 
-QM_API int qm_matmul(const void *const *slots, const void *x, const void *bias, void *y, int dtype,
+QM_API int qm_matmul(const void *weight, const void *x, const void *bias, void *y, int dtype,
                      int64_t batch, int threads) {
+    if ((uintptr_t)weight % 64) return -2;
     Work work = {0};
     QmJob *job = &work.job;
     const int size = dtype == QM_F32 ? 4 : 2;
-    weight_of(job, slots);
+    weight_of(job, weight);
     if (job->rows == 0 || batch == 0) return 0;
     if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
     if (threads < 1 || job->rows * job->columns * batch < SMALL) threads = 1;

@@ -32,7 +32,8 @@ enum { QM_NONE, QM_FLOAT, QM_BFLOAT, QM_HALF, QM_INT8, QM_UINT8, QM_INT32, QM_CO
 enum { QM_LEVEL_NONE, QM_LEVEL_FLAT, QM_LEVEL_ROW, QM_LEVEL_ONE };
 enum { QM_OFFSET_NONE, QM_OFFSET_ZERO, QM_OFFSET_MINIMUM };
 
-/* Positions in `spec` (int64): */
+/* A weight is one run of memory at a multiple of 64 bytes, so that one address says all: a head of
+ * int64, then the parts, each at a multiple of 64 bytes from the beginning. Positions in the head: */
 enum {
     QM_SPEC_ROWS,
     QM_SPEC_COLUMNS,
@@ -49,28 +50,35 @@ enum {
     QM_SPEC_OFFSET_LEVEL,
     QM_SPEC_OFFSET_SIZE,
     QM_SPEC_OFFSET_STRIDE,
-    QM_SPEC_LENGTH
+    QM_SPEC_CONSTANTS, /* float[5]: gain, shift, plus, the coded scale's and offset's constant */
+    QM_SPEC_PARTS = QM_SPEC_CONSTANTS + 3, /* two for each part: where it begins, and its bytes */
 };
 
-/* Positions in `slots`, the addresses of a weight's tensors (NULL for what it lacks): */
+/* The parts, in their order; of those that a weight lacks both numbers are 0. */
 enum {
-    QM_SLOT_SPEC,
-    QM_SLOT_CODES,
-    QM_SLOT_LOOKUP, /* float[2**bits] */
-    QM_SLOT_CONSTANTS, /* float[5]: gain, shift, plus, the coded scale's and offset's constant */
-    QM_SLOT_ORDER, /* int32[columns]: act-order */
-    QM_SLOT_SCALE,
-    QM_SLOT_SCALE_TABLE, /* float[256] */
-    QM_SLOT_SCALE_LEVEL, /* float */
-    QM_SLOT_OFFSET,
-    QM_SLOT_OFFSET_TABLE,
-    QM_SLOT_OFFSET_LEVEL,
-    QM_SLOT_COUNT
+    QM_PART_FACTS, /* QM_FACTS_BYTES: what qm_weight_finish knows of the lookup */
+    QM_PART_LOOKUP, /* float[2**bits] */
+    QM_PART_ORDER, /* int32[columns]: act-order */
+    QM_PART_SCALE,
+    QM_PART_SCALE_TABLE, /* float[256] */
+    QM_PART_SCALE_LEVEL, /* float */
+    QM_PART_OFFSET,
+    QM_PART_OFFSET_TABLE,
+    QM_PART_OFFSET_LEVEL,
+    QM_PART_CODES, /* the panels */
+    QM_PART_COUNT
 };
+
+#define QM_HEAD_BYTES 320 /* of (QM_SPEC_PARTS + 2 * QM_PART_COUNT) * 8 */
+#define QM_FACTS_BYTES 704
+
+/* Fill QM_PART_FACTS, once the head and the lookup are there. */
+void qm_weight_finish(void *weight);
 
 /* x, bias and y are of `dtype` (QM_F32, ...); x is [batch, columns] and y [batch, rows],
- * contiguous; they need not be aligned. 0, or -1 where memory ran out. */
-int qm_matmul(const void *const *slots, const void *x, const void *bias, void *y, int dtype,
+ * contiguous; they need not be aligned. 0; -1 where memory ran out; -2 where the weight doesn't lie
+ * at a multiple of 64 bytes. */
+int qm_matmul(const void *weight, const void *x, const void *bias, void *y, int dtype,
               int64_t batch, int threads);
 
 /* Instruction sets that matmul has code for here, ascending. The best one within the level that

@@ -32,13 +32,26 @@ enum {
     QM_TWO_BYTES /* 256 * a byte from `bytes` + one from `bytes + 64`: rounded to 16 bits */
 };
 
+/* What a weight's lookup is, worked out once: QM_PART_FACTS. */
+typedef struct {
+    int32_t numbers;
+    int32_t bf16_fits; /* rounding the lookup to bf16 loses less than a kernel may, */
+    int32_t bf16_twice; /* and also when the scaled weight is rounded once more */
+    float unit, base; /* of these numbers */
+    int32_t unused[11];
+    /* The lookup in bf16. Up to 6 bits: the low bytes of 64 words, repeating, then the high bytes;
+     * 8 bits: the same of 256 words. */
+    uint8_t table[512];
+    uint8_t bytes[128]; /* repeating */
+} QmFacts;
+
+_Static_assert(sizeof(QmFacts) == QM_FACTS_BYTES, "the layout knows its size");
+
 typedef struct QmJob {
     int64_t rows, columns, units, groups, group_units, panels, panel_bytes;
     int64_t runs; /* in a group: pieces of at most QM_SEGMENT units */
     int bits, offset_kind;
-    int numbers;
-    int bf16_fits; /* rounding the lookup to bf16 loses less than a kernel may, */
-    int bf16_twice; /* and also when the scaled weight is rounded once more */
+    int numbers, bf16_fits, bf16_twice; /* as in QmFacts */
     int scaled; /* weights are scaled before they are multiplied */
     int sums_needed; /* something is multiplied by a group's sum of x */
     const uint8_t *codes;
@@ -46,11 +59,8 @@ typedef struct QmJob {
     const int32_t *order;
     QmValues scale, offset;
     float gain, shift, plus;
-    float unit, base; /* of these numbers */
-    /* The lookup in bf16. Up to 6 bits: the low bytes of 64 words, repeating, then the high bytes;
-     * 8 bits: the same of 256 words. */
-    uint8_t table[512];
-    uint8_t bytes[128]; /* repeating */
+    float unit, base; /* of the numbers */
+    const uint8_t *table, *bytes; /* as in QmFacts */
 
     const uint8_t *x, *bias; /* as they are, of `dtype` */
     uint8_t *y;
