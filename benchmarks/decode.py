@@ -6,7 +6,7 @@
 
 A fabricated Llama of 252M (random weights, 16 layers of 1024). All contenders are loaded in one
 process and take turns, ``--tokens`` each after a prompt; llama-bench runs as a program in its turn.
-Shown is the median over the rounds. The output head stays bf16 everywhere but in llama.cpp's file
+Shown is the lower quartile of all tokens' times, which other work on the machine disturbs least. The output head stays bf16 everywhere but in llama.cpp's file
 (Q6_K) and in the rows called ``+head``, where ``--head`` quantizes it.
 
 Where the time goes is measured in rounds of their own, by a clock around every linear, the
@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,70 +27,89 @@ from typing import Any
 
 import torch
 from fabricate import fabricate
-from torch import nn
+from torch import Tensor, nn
 
 PROMPT = 16
 
 
-def eager(model: nn.Module) -> Callable[[int], float]:
-    """Seconds for so many tokens, with the cache that transformers takes by itself."""
+Decode = Callable[[int], list[float]]
+"""Decodes so many tokens after a prompt; the seconds that each one took."""
+
+
+def tokens_of(step: Callable[[Tensor], Tensor], token: Tensor, count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        token = step(token)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def eager(model: nn.Module, started: Callable[[], None] = lambda: None) -> Decode:
+    """With the cache that transformers takes by itself; ``started`` is called after the prompt."""
     from transformers import DynamicCache
 
     prompt = torch.arange(3, 3 + PROMPT).unsqueeze(0)
 
-    def decode(count: int) -> float:
+    def decode(count: int) -> list[float]:
         cache = DynamicCache(config=model.config)
-        token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
-        for _ in range(count):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
-        return time.perf_counter() - start
+
+        def step(token: Tensor) -> Tensor:
+            found: Tensor = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            return found
+
+        token = step(prompt)
+        started()
+        return tokens_of(step, token, count)
 
     return decode
 
 
-def compiled(model: nn.Module, most: int) -> Callable[[int], float]:
-    """The same with a static cache and one compiled graph for the whole step."""
+def compiled(model: nn.Module, most: int) -> Decode:
+    """With a static cache and one compiled graph for the whole step."""
     from transformers import StaticCache
 
     prompt = torch.arange(3, 3 + PROMPT).unsqueeze(0)
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + most)
 
     @torch.compile(fullgraph=True, dynamic=False)
-    def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def graph(token: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         found = model(token, past_key_values=cache, position_ids=position)
-        return found.logits[:, -1:].argmax(-1)
+        return found.logits[:, -1:].argmax(-1), position + 1
 
-    def decode(count: int) -> float:
+    def decode(count: int) -> list[float]:
         cache.reset()
         token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
         position = torch.tensor([[PROMPT]])
-        start = time.perf_counter()
-        for _ in range(count):
-            token = step(token, position)
-            position = position + 1
-        return time.perf_counter() - start
+
+        def step(token: Tensor) -> Tensor:
+            nonlocal position
+            token, position = graph(token, position)
+            return token
+
+        return tokens_of(step, token, count)
 
     return decode
 
 
-def llama_bench(binary: Path, file: Path, threads: int) -> Callable[[int], float]:
-    """The same by llama.cpp's own benchmark program."""
+def llama_bench(binary: Path, file: Path, threads: int) -> Decode:
+    """By llama.cpp's own benchmark program, a few tokens at a time."""
 
-    def decode(count: int) -> float:
-        asked = [binary, "-m", file, "-p", 0, "-n", count, "-t", threads, "-r", 1, "-o", "json"]
-        done = subprocess.run(list(map(str, asked)), capture_output=True, text=True, check=True)
-        return count / float(json.loads(done.stdout)[0]["avg_ts"])
+    def decode(count: int) -> list[float]:
+        asked = [binary, "-m", file, "-p", 0, "-n", 8, "-t", threads, "-r", max(1, count // 8)]
+        command = [*map(str, asked), "-o", "json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return [seconds / 8e9 for seconds in json.loads(done.stdout)[0]["samples_ns"]]
 
     return decode
 
 
 @contextmanager
-def clocks(model: nn.Module) -> Iterator[dict[str, float]]:
+def clocks(model: nn.Module) -> Iterator[Counter[str]]:
     """Seconds spent in linears, attention and head while the context lasts."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    spent = {"linears": 0.0, "attention": 0.0, "head": 0.0}
+    spent: Counter[str] = Counter()
 
     def around(function: Callable[..., Any], what: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -103,9 +122,7 @@ def clocks(model: nn.Module) -> Iterator[dict[str, float]]:
 
     head = model.get_output_embeddings()
     linears = [
-        module
-        for name, module in model.named_modules()
-        if name.endswith("_proj") or module is head
+        module for name, module in model.named_modules() if name.endswith("_proj") or module is head
     ]
     for module in linears:
         what = "head" if module is head else "linears"
@@ -159,23 +176,28 @@ def gguf_file(source: Path, out: Path, quantize: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", type=Path)
-    parser.add_argument("--method", default="hqq-4", help="of ours (default: hqq-4, affine g64)")
+    parser.add_argument(
+        "--method", default="quanto-int4", help="of ours (quanto-int4: affine g128)"
+    )
     parser.add_argument("--head", action="store_true", help="rows with a quantized head, too")
     parser.add_argument("--llama", type=Path, help="folder of llama-bench and llama-quantize")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="+", help="contenders whose name begins so")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
+    import transformers
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     import quantmill
 
+    transformers.utils.logging.disable_progress_bar()
+
     source = fabricate(options.work / "llama-252m", "252m")
-    runs: dict[str, Callable[[int], float]] = {}
+    runs: dict[str, Decode] = {}
     models: dict[str, nn.Module] = {}
 
     def wanted(name: str) -> bool:
@@ -203,52 +225,61 @@ def main() -> None:
     runs |= {name: eager(model) for name, model in models.items()}
     for name in list(models):
         if name.startswith("quantmill"):
-            runs[f"{name}, compiled"] = compiled(models[name], options.tokens)
+            runs[f"{name}, compiled"] = compiled(models[name], options.tokens + 1)
     if options.llama and wanted("llama.cpp"):
         file = gguf_file(source, options.work / "q4_0.gguf", options.llama / "llama-quantize")
-        runs["llama.cpp Q4_0"] = llama_bench(
-            options.llama / "llama-bench", file, options.threads
-        )
-    times: dict[str, list[float]] = {name: [] for name in runs}
+        runs["llama.cpp Q4_0"] = llama_bench(options.llama / "llama-bench", file, options.threads)
     for decode in runs.values():
-        decode(options.tokens)  # packs, compiles, warms up
+        decode(2)  # packs, compiles, warms up
+    report(measure(runs, options), parts_of(models, options.tokens), options)
+
+
+def measure(runs: dict[str, Decode], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each token of each contender."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         for name, decode in runs.items():
-            times[name].append(decode(options.tokens) / options.tokens)
-    parts: dict[str, dict[str, float]] = {}
+            # The first token finds the threads asleep.
+            times[name] += decode(options.tokens + 1)[1:] if "llama" not in name else decode(8)
+    return times
+
+
+def quartile(times: list[float]) -> float:
+    return sorted(times)[len(times) // 4]
+
+
+PARTS = ("linears", "attention", "head", "rest")
+
+
+def parts_of(models: dict[str, nn.Module], tokens: int) -> dict[str, dict[str, float]]:
+    """Seconds a token in the parts of each model."""
+    found = {}
     for name, model in models.items():
+        rows: list[dict[str, float]] = []
         with clocks(model) as spent:
-            decode = eager(model)
-            decode(4)
-            for what in spent:
-                spent[what] = 0.0
-            whole = decode(options.tokens)
-        parts[name] = {what: seconds / options.tokens for what, seconds in spent.items()}
-        # The prompt's pass is in the clocks of its parts, and not in the whole.
-        parts[name]["whole"] = whole / options.tokens
-    report(times, parts, options)
+            decode = eager(model, spent.clear)
+            for _ in range(tokens):
+                whole = decode(1)[0]
+                rows.append({**spent, "rest": whole - sum(spent.values())})
+        found[name] = {part: quartile([row[part] for row in rows]) for part in PARTS}
+    return found
 
 
 def report(
     times: dict[str, list[float]], parts: dict[str, dict[str, float]], options: argparse.Namespace
 ) -> None:
-    middle = {name: statistics.median(found) for name, found in times.items()}
+    middle = {name: quartile(found) for name, found in times.items()}
     base = middle.get("bitsandbytes NF4")
     rows = []
     for name, seconds in middle.items():
         row = {"who": name, "tokens_per_second": 1 / seconds, "milliseconds": 1e3 * seconds}
-        row["spread"] = [1 / max(times[name]), 1 / min(times[name])]
         if base:
             row["of_bitsandbytes"] = base / seconds
         rows.append(row)
         beside = f"  {base / seconds:5.2f} x bitsandbytes" if base else ""
         print(f"{name:26} {1 / seconds:7.1f} tokens/s {1e3 * seconds:7.2f} ms{beside}")
     for name, spent in parts.items():
-        rest = spent["whole"] - sum(spent[what] for what in ("linears", "attention", "head"))
-        spent["rest"] = rest
-        text = ", ".join(
-            f"{what} {1e3 * spent[what]:.2f}" for what in ("linears", "attention", "head", "rest")
-        )
+        text = ", ".join(f"{part} {1e3 * spent[part]:.2f}" for part in PARTS)
         print(f"{name:26} ms a token: {text}")
     if options.json:
         head = {"method": options.method, "threads": options.threads, "tokens": options.tokens}
