@@ -6,8 +6,9 @@
 
 A fabricated Llama of 252M (random weights, 16 layers of 1024). All contenders are loaded in one
 process and take turns, ``--tokens`` each after a prompt; llama-bench runs as a program in its turn.
-Shown is the lower quartile of all tokens' times, which other work on the machine disturbs least. The output head stays bf16 everywhere but in llama.cpp's file
-(Q6_K) and in the rows called ``+head``, where ``--head`` quantizes it.
+Shown is the lower quartile of all tokens' times, which other work on the machine disturbs least.
+The output head stays bf16 everywhere but in llama.cpp's file (Q6_K) and in the rows called
+``+head``, where ``--head`` quantizes it.
 
 Where the time goes is measured in rounds of their own, by a clock around every linear, the
 attention function and the head; ``rest`` is the remainder: norms, rotary embedding, cache, Python.

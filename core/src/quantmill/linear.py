@@ -72,7 +72,9 @@ def _ways(
             rows=rows,
             layout=layout,
         )
-        bound = _through_floats(kernels, live, device, dtype) if choice is None else choice.bind(live)
+        bound = (
+            _through_floats(kernels, live, device, dtype) if choice is None else choice.bind(live)
+        )
         ways.append((rows, bound))
     return tuple(ways)
 

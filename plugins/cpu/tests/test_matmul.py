@@ -222,14 +222,17 @@ def test_memory_need_not_be_aligned(level: str, dtype: torch.dtype) -> None:
         matmul(x, odd, bias)
 
 
+def from_file(form: Form, path: Path) -> Form:
+    mapped = load_file(path)
+    names = iter(form.tensors())
+    return form.map_tensors(lambda _: mapped[next(names)])
+
+
 def test_forms_may_be_mapped_from_a_file(tmp_path: Path) -> None:
     form = Make(1).codebook((40, 128), 4, Flat(64), nested=True)
     path = tmp_path / "weight.safetensors"
     save_file({"head": torch.zeros(3, dtype=torch.uint8), **form.tensors()}, path)
-    mapped = load_file(path)
-    names = iter(form.tensors())
-    live = prepared(form.map_tensors(lambda _: mapped[next(names)]))
-    del mapped
+    live = prepared(from_file(form, path))
     path.unlink()
     x = draw(2, 128, torch.bfloat16)
     assert torch.equal(matmul(x, live, None), matmul(x, prepared(form), None))

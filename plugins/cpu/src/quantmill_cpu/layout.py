@@ -2,8 +2,9 @@
 
 Panels of 16 rows hold the codes as planes (``c/matmul.h`` draws them); scales and offsets lie
 before them group by group, 16 rows at a time, all in one tensor ``weight``. What the kernel has no
-use for, or reads in another form, stays as it is beside it, as ``form.NAME``. A form that doesn't fit (:func:`misfit`) is kept whole
-that way, and is computed with the reference: constraints of kernels can't ask for everything.
+use for, or reads in another form, stays as it is beside it, as ``form.NAME``. A form that doesn't
+fit (:func:`misfit`) is kept whole that way, and is computed with the reference: constraints of
+kernels can't ask for everything.
 """
 
 from __future__ import annotations

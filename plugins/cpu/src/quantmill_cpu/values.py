@@ -29,7 +29,6 @@ from quantmill.forms import (
     ScaledFloat,
     value_of,
 )
-
 from quantmill_cpu.weight import CODED, KINDS
 
 __all__ = ["Stored", "from_panels", "store"]
