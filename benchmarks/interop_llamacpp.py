@@ -256,8 +256,24 @@ def samples(generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     sparse = heavy * (torch.rand(48, 1024, generator=generator) < 0.03)
     yield "sparse", sparse
     yield "positive", heavy.abs()
-    yield "constant", torch.full((4, 1024), 0.37)
-    yield "zero", torch.zeros(2, 1024)
+    yield "negative", -heavy.abs()
+    yield "constant", torch.tensor([0.37, -2.0, 1e-30, 6e4]).unsqueeze(1).expand(4, 1024)
+    yield "zero", torch.tensor([0.0, -0.0]).unsqueeze(1).expand(2, 1024)
+    signs = torch.randint(0, 2, (8, 1024), generator=generator).float() * 2 - 1
+    yield "zeros of both signs", signs * 0.0
+    yield "two values", signs * 0.02
+    outliers = torch.randn(48, 1024, generator=generator) * 0.02
+    outliers[:, ::200] *= 500.0
+    yield "outlying columns", outliers
+    single = torch.randn(48, 1024, generator=generator) * 0.02
+    single[::2, 77] = 40.0
+    single[1::2, 300] = -3e4
+    yield "outlying values", single
+    yield "one value in zeros", torch.eye(48, 1024) * 0.5
+    yield "denormal", torch.randn(48, 1024, generator=generator) * 1e-41
+    yield "float16's smallest", torch.randn(48, 1024, generator=generator) * 6e-8
+    steps = torch.arange(1024).expand(2, 1024) / 64 * torch.tensor([[1.0], [-1.0]])
+    yield "even steps", steps
 
 
 def types(bins: Path) -> bool:
@@ -267,7 +283,8 @@ def types(bins: Path) -> bool:
         compared = 0
         for words, values in samples(generator):
             weights = torch.rand(1024, generator=generator) ** 4
-            for importance in (None, weights) if TYPES[name].weighs else (None,):
+            some = weights * (torch.rand(1024, generator=generator) < 0.5)
+            for importance in (None, weights, some) if TYPES[name].weighs else (None,):
                 ours = encode(name, values, importance)
                 theirs = ggml.encode(name, values, importance)
                 compared += ours.numel()

@@ -76,7 +76,12 @@ def values() -> Tensor:
     even = torch.arange(512).float().expand(2, -1) / 64
     flat = torch.tensor([0.37, 0.0, -0.0, -2.0]).reshape(-1, 1).expand(-1, 512)
     sparse = tails * (torch.rand(40, 512, generator=generator) < 0.03)
-    return torch.cat([normal, scaled, tails, tails.abs(), -tails.abs(), few, even, flat, sparse])
+    tiny = normal * 1e-41
+    outlying = normal.clone()
+    outlying[::2, ::37] = -3e4
+    outlying[1::2, ::41] = 3e4
+    kinds = [normal, scaled, tails, tails.abs(), -tails.abs(), few, even, flat, sparse, tiny]
+    return torch.cat([*kinds, outlying])
 
 
 @pytest.mark.parametrize("name", ENCODED)
@@ -91,7 +96,9 @@ def test_encoding(name: str, kernels: KernelRegistry) -> None:
         wanted = torch.from_numpy(golden[f"{name}__bytes_imatrix"])
         assert torch.equal(encode(name, rows, importance, kernels=kernels), wanted)
         generator = torch.Generator().manual_seed(2)
-        weights = (None, torch.rand(512, generator=generator) ** 4, torch.zeros(512))
+        weight = torch.rand(512, generator=generator) ** 4
+        some = weight * (torch.rand(512, generator=generator) < 0.5)
+        weights = (None, weight, some, torch.zeros(512))
     for weight in weights:
         for dtype in (torch.float32, torch.bfloat16):
             source = values().to(dtype)

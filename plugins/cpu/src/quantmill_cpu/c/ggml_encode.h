@@ -89,15 +89,15 @@ QM_INLINE void plane1(const B *codes, int values, int width, int shift, B *out) 
 
 /* ---- Blocks of 32 ---------------------------------------------------------------------------- */
 
-/* Truncated and clipped; what a scale too small to invert makes NaN is 0. */
-QM_INLINE B code_of(V value, float top) {
-    value = sel(value == value, value, (V){0});
-    return bytes(clamp(value, 0.0f, top));
-}
+/* What a scale too small to invert makes infinite or NaN is 0, as a byte of it is in C on x86. */
+QM_INLINE V finite(V value) { return sel(vabs(value) < 2147483648.0f, value, (V){0}); }
 
-/* To the nearest integer, halves away from zero, clipped; NaN is 0. */
+/* Truncated and clipped. */
+QM_INLINE B code_of(V value, float top) { return bytes(clamp(finite(value), 0.0f, top)); }
+
+/* To the nearest integer, halves away from zero, clipped. */
 QM_INLINE V round_away(V value, float low, float high) {
-    value = sel(value == value, value, (V){0});
+    value = finite(value);
     V size = vmin(vabs(value), SPLAT(1024.0f));
     V whole = __builtin_convertvector(__builtin_convertvector(size, I), V);
     V up = __builtin_convertvector(__builtin_convertvector(2.0f * (size - whole), I), V);

@@ -39,8 +39,11 @@ QM_INLINE int any(I mask) {
     return all != 0;
 }
 
-/* To the nearest integer, ties to even, for what is below 2^22. */
-QM_INLINE V nearest(V a) { return (a + 12582912.0f) - 12582912.0f; }
+/* To the nearest integer, ties to even, as ggml finds it: what is beyond 2^22 wraps around. */
+QM_INLINE V nearest(V a) {
+    I bits = (I)(a + 12582912.0f) & 0x7fffff;
+    return __builtin_convertvector(bits - 0x400000, V);
+}
 
 QM_INLINE V vsqrt(V a) {
     float lanes[QM_LANES];

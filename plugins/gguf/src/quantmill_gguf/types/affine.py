@@ -158,8 +158,14 @@ def inverse_of(scale: Tensor) -> Tensor:
 
 
 def _codes_of(values: Tensor, top: int) -> Tensor:
-    """Truncated and clipped, uint8; what a scale too small to invert makes NaN is 0."""
-    return values.nan_to_num(0.0, top, 0.0).trunc().clamp(0, top).to(torch.uint8)
+    """Truncated and clipped, uint8."""
+    return finite(values).trunc().clamp(0, top).to(torch.uint8)
+
+
+def finite(values: Tensor) -> Tensor:
+    """What a scale too small to invert makes infinite or NaN is 0, as a byte of it is in C on
+    x86."""
+    return values.where(values.abs() < 2.0**31, 0.0)
 
 
 class _Weighed(AffineType):
@@ -291,7 +297,7 @@ class Q8_0(AffineType):  # noqa: N801
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
         scale = divide(values.abs().amax(dim=1, keepdim=True), 127.0)
-        codes = round_away(values * inverse_of(scale)).nan_to_num(0.0).clamp(-128, 127)
+        codes = round_away(finite(values * inverse_of(scale))).clamp(-128, 127)
         return self.put(Parts(codes.to(torch.int8), scale.to(torch.float16)))
 
 

@@ -41,8 +41,10 @@ def f32(value: float) -> float:
 
 
 def nearest(values: Tensor) -> Tensor:
-    """To the nearest integer, ties to even, for what is below ``2**22``."""
-    return (values + 12582912.0) - 12582912.0
+    """To the nearest integer, ties to even, as ggml finds it: what is beyond ``2**22`` wraps
+    around."""
+    bits = (values + 12582912.0).view(torch.int32)
+    return bits.bitwise_and_(0x7FFFFF).sub_(0x400000).to(torch.float32)
 
 
 def divide(value: Tensor | float, by: Tensor | float) -> Tensor:

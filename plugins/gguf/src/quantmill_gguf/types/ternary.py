@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill_gguf.types.affine import AffineType, Parts, inverse_of, round_away
+from quantmill_gguf.types.affine import AffineType, Parts, finite, inverse_of, round_away
 from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
 
 __all__ = ["Q2_0", "TQ1_0", "TQ2_0"]
@@ -14,7 +14,7 @@ __all__ = ["Q2_0", "TQ1_0", "TQ2_0"]
 def _digits(values: Tensor, top: int = 1) -> tuple[Tensor, Tensor]:
     """Codes from 0 on of float32 ``[blocks, n]`` and their float16 scale ``[blocks, 1]``."""
     scale = values.abs().amax(dim=1, keepdim=True)
-    codes = round_away(values * inverse_of(scale)).nan_to_num(0.0).clamp(-1, top) + 1
+    codes = round_away(finite(values * inverse_of(scale))).clamp(-1, top) + 1
     return codes.to(torch.uint8), scale.to(torch.float16)
 
 
