@@ -65,7 +65,7 @@ def test_a_plain_module_is_quantized_in_place(method: str, inputs: Tensor) -> No
     net = _net()
     calls: Any = [{"x": part, "gain": 1.0} for part in inputs.split(16)]
     data = {} if method.startswith("bnb") else {"calibration": calls}
-    made = quantmill.quantize_module(net, method, skip=["enter"], **data)
+    made = quantmill.quantize_model(net, method, skip=["enter"], **data)
     assert made is net and net.training
     assert type(net.enter) is nn.Linear
     assert type(net.stack[1].up) is not nn.Linear
@@ -79,7 +79,7 @@ def test_a_sequential_is_its_own_list_of_blocks(inputs: Tensor) -> None:
         nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)
     )
     exact = net(inputs).detach()
-    quantmill.quantize_module(net, "gptq-4:group_size=32", calibration=list(inputs.split(16)))
+    quantmill.quantize_model(net, "gptq-4:group_size=32", calibration=list(inputs.split(16)))
     assert sum(type(part).__name__ == "QuantLinear" for part in net) == 3
     assert (net(inputs) - exact).norm() / exact.norm() < 0.15
 
@@ -88,7 +88,7 @@ def test_blocks_that_share_a_module_are_refused(inputs: Tensor) -> None:
     net = _net()
     net.stack[2].up = net.stack[0].up
     with pytest.raises(QuantmillError, match="shares a Linear with block 0") as caught:
-        quantmill.quantize_module(net, "gptq-4:group_size=32", calibration=[inputs])
+        quantmill.quantize_model(net, "gptq-4:group_size=32", calibration=[inputs])
     assert caught.value.findings[0].code == "QM-CALIB-021"
     assert type(net.stack[0].up) is nn.Linear
 
@@ -97,7 +97,7 @@ def test_calibration_beats_rounding_on_a_plain_module(inputs: Tensor) -> None:
     exact = _net()(inputs).detach()
     errors = []
     for damp in (0.05, 0.99):
-        net = quantmill.quantize_module(
+        net = quantmill.quantize_model(
             _net(), f"gptq-3:group_size=32,damp_percent={damp}", calibration=[inputs]
         )
         errors.append((net(inputs) - exact).norm())
@@ -108,7 +108,7 @@ def test_shared_weights_stay_shared(inputs: Tensor) -> None:
     net = _net()
     net.leave = nn.Linear(32, 64)
     net.leave.weight = net.enter.weight
-    quantmill.quantize_module(net, "bnb-nf4")
+    quantmill.quantize_model(net, "bnb-nf4")
     assert net.leave.weight is net.enter.weight
     assert type(net.enter) is nn.Linear
 
@@ -122,6 +122,6 @@ def test_mistakes_are_found_before_the_module_is_touched(inputs: Tensor) -> None
         ("bnb-nf5", {}),
     ):
         with pytest.raises(QuantmillError):
-            quantmill.quantize_module(net, method, **options)  # type: ignore[arg-type]
+            quantmill.quantize_model(net, method, **options)  # type: ignore[arg-type]
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name])

@@ -48,7 +48,7 @@ quantmill.quantize(source, work / "awq", shared.AWQ, calibration=tokens)
 assert (work / "awq" / "config.json").exists()
 model = quantmill.load(source, shared.TOGETHER, calibration=tokens)
 save_file(model.state_dict(), work / f"loaded-{rank}.safetensors")
-plain = quantmill.quantize_module(
+plain = quantmill.quantize_model(
     shared.plain_model(), shared.TOGETHER, calibration=shared.calls()
 )
 save_file(plain.state_dict(), work / f"plain-{rank}.safetensors")
@@ -122,7 +122,7 @@ def test_every_call_shares_its_work_and_one_process_goes_on_after_two(
     quantmill.quantize(folder, tmp_path / "one", AWQ, calibration=tokens)
     assert_same_files(tmp_path / "one", tmp_path / "awq")
     loaded = quantmill.load(folder, TOGETHER, calibration=tokens).state_dict()
-    plain = quantmill.quantize_module(plain_model(), TOGETHER, calibration=calls()).state_dict()
+    plain = quantmill.quantize_model(plain_model(), TOGETHER, calibration=calls()).state_dict()
     for rank in range(2):
         assert_same_tensors(loaded, tmp_path / f"loaded-{rank}.safetensors")
         assert_same_tensors(plain, tmp_path / f"plain-{rank}.safetensors")

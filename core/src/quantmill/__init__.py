@@ -10,21 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantmill.api import (
-        dequantize,
-        load,
-        load_tokenizer,
-        method_schema,
-        plan,
-        quantize,
-        quantize_module,
-    )
+    from quantmill.api import load, load_tokenizer, method_schema, plan, quantize
     from quantmill.comparing import compare
     from quantmill.converting import convert
     from quantmill.findings import Finding, FindingsError, QuantmillError, Severity
     from quantmill.fitting import fits
     from quantmill.host import Host, default_host
     from quantmill.inspection import inspect
+    from quantmill.plain import dequantize, dequantize_model, load_into, quantize_model
     from quantmill.saving import save
     from quantmill.verifying import verify
 
@@ -33,15 +26,17 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "compare": "quantmill.comparing",
     "convert": "quantmill.converting",
-    "dequantize": "quantmill.api",
+    "dequantize": "quantmill.plain",
+    "dequantize_model": "quantmill.plain",
     "fits": "quantmill.fitting",
     "inspect": "quantmill.inspection",
     "load": "quantmill.api",
+    "load_into": "quantmill.plain",
     "load_tokenizer": "quantmill.api",
     "method_schema": "quantmill.api",
     "plan": "quantmill.api",
     "quantize": "quantmill.api",
-    "quantize_module": "quantmill.api",
+    "quantize_model": "quantmill.plain",
     "save": "quantmill.saving",
     "Finding": "quantmill.findings",
     "FindingsError": "quantmill.findings",
@@ -63,14 +58,16 @@ __all__ = [
     "convert",
     "default_host",
     "dequantize",
+    "dequantize_model",
     "fits",
     "inspect",
     "load",
+    "load_into",
     "load_tokenizer",
     "method_schema",
     "plan",
     "quantize",
-    "quantize_module",
+    "quantize_model",
     "save",
     "verify",
 ]

@@ -15,14 +15,12 @@ from quantmill.processes import local_device
 from quantmill.registrations import resolve
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from quantmill.planning import Plan
     from quantmill.stages.write import WriteReport
 
 __all__ = [
-    "dequantize",
     "load",
     "load_tokenizer",
     "make_job",
@@ -30,7 +28,6 @@ __all__ = [
     "plan",
     "prepare",
     "quantize",
-    "quantize_module",
 ]
 
 BAD_DTYPE = declare("QM-DTYPE-001", "The dtype can't be a model's")
@@ -215,65 +212,6 @@ def load(
     return load_job(job)
 
 
-def quantize_module(
-    module: nn.Module,
-    method: Any,
-    *,
-    device: str = "cpu",
-    skip: Sequence[str] = (),
-    include: Sequence[str] = (),
-    allow_unmatched: bool = False,
-    strict: bool = False,
-    non_finite: str = "error",
-    calibration: Any = None,
-    seed: int = 0,
-    share: bool = True,
-    progress: Progress | None = None,
-    host: Host | None = None,
-) -> nn.Module:
-    """Quantize a live module of any framework, in place, and return it.
-
-    Its linears become the method's; what is not a target stays. Calibrated methods take
-    ``calibration``: a sequence of arguments for the module's forward, one per call (a tensor, a
-    tuple, or a mapping of keyword arguments); the module must hold its blocks in a ``ModuleList``
-    or ``Sequential``. ``share`` is that of :func:`load`.
-
-    Raises:
-        FindingsError: every error found before anything is changed, at once.
-        QuantmillError: a weight can't be quantized; the module is then partly quantized.
-    """
-    from quantmill.calibration.carry_out import carry_out
-    from quantmill.modules import ModuleArchitecture, headers_of
-    from quantmill.stages.replace import ModelSink
-
-    job = make_job(
-        headers_of(module),
-        method,
-        device=device,
-        skip=skip,
-        include=include,
-        host=host,
-        progress=progress,
-        allow_unmatched=allow_unmatched,
-        strict=strict,
-        non_finite=non_finite,
-        calibration=calibration,
-        seed=seed,
-        share=share,
-    )
-    architecture = ModuleArchitecture(module)
-    job.architecture = architecture
-    prepare(job).raise_errors()
-    training = module.training
-    sink = ModelSink(job, module, architecture)
-    carry_out(job, sink)
-    sink.tie()
-    architecture.finish(module, device)
-    for answer in job.host.hook.quantmill_finalize(job=job, model=module):
-        job.findings.extend(answer or ())
-    return module.train(training)
-
-
 def quantize(
     source: str | Path,
     output: str | Path,
@@ -341,13 +279,6 @@ def quantize(
         carry_out(job, None, keep)
     job.processes.wait()
     return WriteReport.of(job, folder, perf_counter() - start)
-
-
-def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turn the quantized linears of a loaded model back into float ones, in place."""
-    from quantmill.stages.finalize import dequantize_model
-
-    return dequantize_model(model, dtype)
 
 
 def load_tokenizer(source: str | Path, *, host: Host | None = None) -> Any:

@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from quantmill.architecture import Architecture
 from quantmill.checkpoint.containers import container_for
 from quantmill.findings import Findings, QuantmillError, declare
 from quantmill.job import Job, Progress
+from quantmill.plain import save_state
 from quantmill.registrations import resolve
 from quantmill.stages.quantize import factory_of, open_reader
 from quantmill.stages.validate import container_findings
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["save"]
+
+STATE: Final = ".safetensors"
 
 NO_JOB = declare("QM-SAVE-001", "A model was not loaded by quantmill, or is float")
 NO_CONTAINER = declare("QM-SAVE-002", "No installed plugin writes files of this name")
@@ -73,7 +76,10 @@ def save(
     max_file_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> WriteReport:
-    """Write a model that :func:`quantmill.load` made into a file (``model.gguf``).
+    """Write a quantized model into one file: ``model.gguf``, or ``module.safetensors``.
+
+    A GGUF file stands alone. A ``.safetensors`` file holds the state of any quantized module and
+    its config; :func:`quantmill.load_into` loads it into a fresh float module.
 
     Raises:
         FindingsError: every reason why the file can't hold the model, before anything is written.
@@ -86,10 +92,13 @@ def save(
         raise QuantmillError(
             NO_JOB(
                 type(model).__name__,
-                "only quantized models of quantmill.load know what they hold",
+                "only quantized models of quantmill.load and quantize_model know what they hold",
                 "save it with its framework, and quantize that folder into a file",
             )
         )
+    if path.suffix == STATE:
+        save_state(model, path)
+        return WriteReport.of(loaded, path, perf_counter() - start)
     container = container_for(path, loaded.host)
     if container is None or container.write is None:
         known = sorted({s for c in loaded.host.containers if c.write for s in c.suffixes})

@@ -73,6 +73,14 @@ class _Pass(nn.Module):
             if not name.startswith("_") and not isinstance(value, nn.Module | Tensor):
                 object.__setattr__(self, name, value)
         self._replay = [replay]
+        self._original = [original]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # torch.nn.TransformerEncoder looks into its first layer.
+            return getattr(self.__dict__["_original"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -143,7 +143,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     job: Job | None = getattr(model, "quantmill_job", None)
     if job is None or job.plan is None:
         return model
-    wanted = dtype or getattr(torch, job.plan.dtype)
+    common = dtype or getattr(torch, job.plan.dtype)
     for entry in job.plan.modules:
         if entry.action != "quantize" or entry.target is None or entry.method is None:
             continue
@@ -156,6 +156,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             form = held if isinstance(held, Form) else None
         if form is None:
             continue
+        wanted = dtype or form.dtype
         weight = form.dequantize(wanted)
         bias = getattr(old, "bias", None)
         new = job.architecture.float_module(entry.target) if job.architecture else None
@@ -175,7 +176,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
             new.register_parameter("bias", value)
         new.train(old.training)
         model.set_submodule(entry.target.name, new)
-    _share(job, model, wanted)
+    _share(job, model, common)
     detach_forms(model)
     for part in model.modules():
         if isinstance(part, LinearExperts):
