@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -144,6 +144,28 @@ class MethodConfig(BaseModel):
         if errors:
             raise FindingsError(errors)
         return config, findings
+
+    @classmethod
+    def contradictions(
+        cls, first: Mapping[str, Any], second: Mapping[str, Any], but: Collection[str] = ()
+    ) -> list[tuple[str, Any, Any]]:
+        """Fields that two raw configs of one checkpoint both set, to different values: name, the
+        first's value, the second's. Fields in ``but`` may differ.
+
+        Raises:
+            FindingsError: one of them has a value that can't be right.
+        """
+        pairs = []
+        for raw in (first, second):
+            data = cls.normalise(raw)
+            config, _ = cls.from_checkpoint(raw)
+            pairs.append({k: getattr(config, k) for k in data if k in cls.model_fields})
+        one, other = pairs
+        return [
+            (name, one[name], other[name])
+            for name in one
+            if name in other and name not in but and (one[name] or None) != (other[name] or None)
+        ]
 
     def _typed(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The given data by field names and as validation read it: ``"false"`` is not true."""

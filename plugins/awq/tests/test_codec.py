@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def test_the_state_dict_is_the_file(name: str) -> None:
 @given(
     rows=st.integers(1, 12),
     groups=st.integers(1, 9),
-    size=st.sampled_from([8, 32, 64, 128]),
+    size=st.sampled_from([8, 16, 32, 64, 128]),
     seed=st.integers(0, 1000),
     version=st.sampled_from(["gemm", "gemv"]),
 )
@@ -92,6 +94,62 @@ def test_the_tensors_outrank_the_layout_the_config_names() -> None:
     assert torch.equal(again.dequantize(), form.dequantize())
 
 
+def test_gemv_may_be_padded_otherwise() -> None:
+    form = make_form(16, 128, 32, 0)
+    codec = AwqCodec(AwqConfig(group_size=32, version="gemv"))
+    stored = codec.encode(form)
+    wider = {
+        "qweight": stored["qweight"],
+        "qzeros": torch.nn.functional.pad(stored["qzeros"], (0, 3), value=7),
+        "scales": torch.nn.functional.pad(stored["scales"], (0, 24), value=7.0),
+    }
+    again = codec.decode(wider, make_target(16, 128), torch.float16)
+    assert torch.equal(again.dequantize(), form.dequantize())
+
+
+def _copy(folder: Path, inside: Any, name: str, beside: Any) -> Path:
+    """A peer's checkpoint with other configs: functions of the one it has."""
+    shutil.copytree(DATA / "awq-4-g64-gemm", folder)
+    (folder / "quantize_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    stored = config.pop("quantization_config")
+    if inside is not None:
+        config["quantization_config"] = inside(stored)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / name).write_text(json.dumps(beside(stored)))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_two_configs_that_disagree_are_refused(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
+    folder = _copy(tmp_path / "copy", lambda c: c, name, lambda c: {**c, "group_size": 128})
+    found = quantmill.plan(folder).findings.errors
+    assert [item.code for item in found] == ["QM-AWQ-010"]
+    assert found[0].where.startswith(name)
+
+
+def test_autoawqs_early_config_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
+    early = {"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"}
+    folder = _copy(tmp_path / "copy", None, "quant_config.json", lambda _: early)
+    expected = load_file(DATA / "awq-4-g64-gemm" / "expected.safetensors")
+    model: Any = quantmill.load(folder, dtype="float32")
+    with torch.inference_mode():
+        logits = model(input_ids=expected["input_ids"]).logits.float()
+    assert (logits - expected["logits_fp32"]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("version", ["exllama", "gemv_fast", "llm-awq"])
+def test_other_words_for_the_layout(version: str) -> None:
+    raw = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": version}
+    if version == "exllama":
+        assert AwqConfig.from_checkpoint(raw)[0].version == "gemm"
+        return
+    with pytest.raises(QuantmillError, match="interleaved"):
+        AwqConfig.from_checkpoint(raw)
+
+
 def test_nibbles_of_a_gemm_word_hold_columns_in_their_order() -> None:
     form = make_form(8, 32, 32, 0)
     codes = form.codes.unpack()
@@ -106,6 +164,8 @@ def test_nibbles_of_a_gemm_word_hold_columns_in_their_order() -> None:
         ("qweight", lambda t: t.float()),
         ("qzeros", lambda t: t[:, :-1]),
         ("scales", lambda t: t[:, :-1]),
+        ("scales", lambda t: t.to(torch.int32)),
+        ("scales", lambda t: t * float("nan")),
     ],
 )
 def test_damage_is_named(name: str, damage: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,8 @@ def test_the_state_dict_is_the_file(name: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
-    rows=st.integers(1, 4),
-    columns=st.integers(1, 4),
+    rows=st.sampled_from([24, 32, 50, 128]),
+    columns=st.sampled_from([24, 32, 90, 128]),
     size=st.sampled_from([8, 24, 32, 64]),
     seed=st.integers(0, 1000),
     ordered=st.booleans(),
@@ -80,9 +82,9 @@ def test_the_state_dict_is_the_file(name: str) -> None:
 def test_encoding_is_undone_by_decoding(
     bits: int, rows: int, columns: int, size: int, seed: int, ordered: bool, version: Any
 ) -> None:
-    target = make_target(32 * rows, 32 * columns)
-    size = min(size, 32 * columns)
-    form = make_form(32 * rows, 32 * columns, bits, size, seed, ordered)
+    target = make_target(rows, columns)
+    size = min(size, columns)
+    form = make_form(rows, columns, bits, size, seed, ordered)
     codec = GptqCodec(GptqConfig(bits=bits, group_size=size, checkpoint_format=version))  # type: ignore[arg-type]
     stored = codec.encode(form)
     assert {name: t.dtype for name, t in stored.items()} == {
@@ -128,6 +130,7 @@ def test_three_bit_zero_points_wrap_on_their_field() -> None:
         ("g_idx", lambda t: t[:-1]),
         ("g_idx", lambda t: t + 100),
         ("g_idx", lambda t: t - 1),
+        ("g_idx", lambda t: t.float()),
         ("qzeros", lambda t: t[:, :-1]),
         ("qzeros", lambda t: t[:-1]),
         ("qzeros", lambda t: t.float()),
@@ -135,6 +138,8 @@ def test_three_bit_zero_points_wrap_on_their_field() -> None:
         ("qweight", lambda t: t[:, :-1]),
         ("scales", lambda t: t[:-1]),
         ("scales", lambda t: t.reshape(-1)),
+        ("scales", lambda t: t.to(torch.int32)),
+        ("scales", lambda t: t * float("nan")),
     ],
 )
 def test_damage_is_named(name: str, damage: Any) -> None:
@@ -154,14 +159,51 @@ def test_a_missing_tensor_is_named(name: str) -> None:
         codec.decode(stored, make_target(64, 96), torch.float32)
 
 
-def test_two_configs_that_disagree_are_refused(tmp_path: Path) -> None:
-    import json
-    import shutil
-
-    pytest.importorskip("quantmill_transformers")
-    folder = tmp_path / "copy"
+def _copy(folder: Path, inside: Any, beside: Any) -> Path:
+    """A peer's checkpoint with other configs: functions of the one it has."""
     shutil.copytree(DATA / "gptq-8-g64", folder)
-    beside = json.loads((folder / "quantize_config.json").read_text())
-    (folder / "quantize_config.json").write_text(json.dumps({**beside, "bits": 4}))
-    codes = [item.code for item in quantmill.plan(folder).findings.errors]
-    assert codes == ["QM-GPTQ-010"]
+    config = json.loads((folder / "config.json").read_text())
+    stored = config.pop("quantization_config")
+    if inside is not None:
+        config["quantization_config"] = inside(stored)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(beside(stored)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("inside", "beside"),
+    [
+        (lambda c: c, lambda c: {**c, "bits": 4}),
+        (lambda c: c, lambda c: {**c, "group_size": -1}),
+        (lambda c: {**c, "dynamic": {"-:.*o_proj": {}}}, lambda c: {**c, "dynamic": {}}),
+        (
+            lambda c: {k: v for k, v in c.items() if k != "format"},
+            lambda c: {"bits": 8, "group_size": 64, "format": "gptq_v2"},
+        ),
+        (lambda c: c, lambda c: {**c, "bits": "eight"}),
+        (lambda c: c, lambda c: [c]),
+    ],
+    ids=["bits", "group_size", "dynamic", "format", "invalid", "no object"],
+)
+def test_two_configs_that_disagree_are_refused(inside: Any, beside: Any, tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
+    folder = _copy(tmp_path / "copy", inside, beside)
+    found = quantmill.plan(folder).findings.errors
+    assert [item.code for item in found] == ["QM-GPTQ-010"]
+    assert "quantize_config.json" in found[0].where
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_config_that_lies_beside_alone_is_read(named: bool, tmp_path: Path) -> None:
+    """AutoGPTQ's early files: config.json says nothing, and no quant_method anywhere."""
+    pytest.importorskip("quantmill_transformers")
+    names = ("bits", "group_size", "desc_act", "sym", "quant_method")[: 5 if named else 4]
+    folder = _copy(
+        tmp_path / "copy", None, lambda c: {"damp_percent": 0.01} | {k: c[k] for k in names}
+    )
+    expected = load_file(DATA / "gptq-8-g64" / "expected.safetensors")
+    model: Any = quantmill.load(folder, dtype="float32")
+    with torch.inference_mode():
+        logits = model(input_ids=expected["input_ids"]).logits.float()
+    assert (logits - expected["logits_fp32"]).abs().max() < 1e-3

@@ -6,8 +6,8 @@ Relative to the module, for 4 bits and groups of ``g`` input columns::
            qzeros   int32 [in / g, out / 8] the same order
            scales   float16 or bfloat16 [in / g, out]
     GEMV   qweight  int32 [out, in / 8]     eight codes of one row, in order
-           qzeros   int32 [out, w]          in order, padded with zeros
-           scales   float16 [out, 8 * w]    padded with zeros
+           qzeros   int32 [out, w]          in order, padded
+           scales   float16 [out, 8 * w]    padded
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class AwqCodec(Codec[AwqConfig]):
         out_features, in_features = form.shape
         groups = form.scale.shape[1]
         gemm = self.config.version == "gemm"
-        width = _zeros_width(in_features, form.grouping.size)
+        width = _zeros_width(groups, form.grouping.size)
         if form.codes.data.is_meta:
             shapes = (
                 ((in_features, out_features // 8), (groups, out_features // 8))
@@ -119,6 +119,8 @@ class AwqCodec(Codec[AwqConfig]):
         qweight, qzeros = tensors["qweight"], tensors["qzeros"]
         if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
             raise _refuse(target, "qweight and qzeros are not int32")
+        if not tensors["scales"].is_floating_point():
+            raise _refuse(target, f"scales is {tensors['scales'].dtype}, no float type")
         if version == "gemm":
             codes = _fields(qweight, _FROM).t().contiguous()
             zeros = _fields(qzeros, _FROM).t().contiguous()
@@ -130,6 +132,8 @@ class AwqCodec(Codec[AwqConfig]):
             packed = Codes(data, 4, (target.out_features, target.in_features), "dense")
             zeros = _fields(qzeros, _PLAIN)[:, :groups].contiguous()
             scale = tensors["scales"][:, :groups].contiguous()
+        if not bool(torch.isfinite(scale).all()):
+            raise _refuse(target, "scales holds NaN or infinity")
         return Affine(packed, scale, Group(size), zeros, "zero", dtype=dtype)
 
     @classmethod
@@ -207,21 +211,26 @@ class AwqCodec(Codec[AwqConfig]):
     def _gemv(
         self, shapes: Mapping[str, tuple[int, ...]], out_features: int, in_features: int
     ) -> tuple[str, int, int] | None:
-        for size in (self.config.group_size, 128, 64, 32, in_features):
-            size = in_features if size == -1 else size
-            width = _zeros_width(in_features, size)
-            wanted = {
-                "qweight": (out_features, in_features // 8),
-                "qzeros": (out_features, width),
-                "scales": (out_features, 8 * width),
-            }
-            if all(shapes[name] == shape for name, shape in wanted.items()):
-                return "gemv", size, -(-in_features // size)
-        return None
+        if shapes["qweight"] != (out_features, in_features // 8):
+            return None
+        width = shapes["qzeros"][-1] if shapes["qzeros"] else 0
+        if shapes["qzeros"] != (out_features, width) or shapes["scales"] != (
+            out_features,
+            8 * width,
+        ):
+            return None
+        asked = self.config.group_size if self.config.group_size > 0 else in_features
+        for size in (asked, 128, 64, 32, 16, in_features):
+            groups = -(-in_features // size)
+            if width == _zeros_width(groups, size):
+                return "gemv", size, groups
+        # Padded otherwise than AutoAWQ does: then the config says what the groups are.
+        groups = -(-in_features // asked)
+        return ("gemv", asked, groups) if groups <= 8 * width else None
 
 
-def _zeros_width(columns: int, size: int) -> int:
+def _zeros_width(groups: int, size: int) -> int:
     """Words per row of GEMV's qzeros: padded as its kernel reads them."""
-    multiple = {64: 2, 32: 4}.get(size, 1)
-    words = -(-(columns // size) // 8)
+    multiple = {64: 2, 32: 4, 16: 8}.get(size, 1)
+    words = -(-groups // 8)
     return -(-words // multiple) * multiple

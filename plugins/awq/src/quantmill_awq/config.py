@@ -31,6 +31,10 @@ _UNUSED = (
 )
 """Fields of peers that have no say in this layout; the ones a checkpoint brings are kept."""
 
+_KERNELS = ("exllama", "ipex")
+"""Kernels that transformers names in place of the layout that they read, GEMM."""
+_INTERLEAVED = ("gemv_fast", "llm-awq")
+
 
 class AwqConfig(MethodConfig):
     """What AWQ can be told; names and defaults are those of AutoAWQ."""
@@ -56,13 +60,21 @@ class AwqConfig(MethodConfig):
     @field_validator("version", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) else value
+        name = value.lower() if isinstance(value, str) else value
+        if name in _KERNELS:
+            return "gemm"
+        if name in _INTERLEAVED:
+            raise ValueError(
+                "its words are interleaved for one kernel, and gemm and gemv are read: get the"
+                " checkpoint in one of these"
+            )
+        return name
 
     @field_validator("group_size")
     @classmethod
     def _size(cls, value: int) -> int:
         if value != -1 and value < 8:
-            raise ValueError("group_size is -1 (one group per row) or at least 8")
+            raise ValueError("it is -1 (one group per row) or at least 8")
         return value
 
     @classmethod
@@ -72,7 +84,7 @@ class AwqConfig(MethodConfig):
             if old in data:
                 data.setdefault(new, data.pop(old))
         written = data.get("format") or data.get("checkpoint_format")
-        if isinstance(written, str) and written.lower() in ("gemm", "gemv"):
+        if isinstance(written, str) and written.lower() in ("gemm", "gemv", *_INTERLEAVED):
             data.setdefault("version", written.lower())
         for name in _UNUSED:
             data.pop(name, None)

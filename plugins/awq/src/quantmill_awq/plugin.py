@@ -11,6 +11,7 @@ from quantmill.registrations import (
     ConfigReader,
     Method,
     Preset,
+    Validator,
 )
 
 QUANTMILL_API = 1
@@ -60,6 +61,8 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             method="awq",
             marker_keys=("zero_point", "w_bit"),
             rules="quantmill_awq.config:rules",
+            detect="quantmill_awq.validate:detect",
+            signs=("quantize_config.json", "quant_config.json"),
         ),
         ConfigReader(
             name="auto-round-awq",
@@ -74,3 +77,8 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
 @hookimpl
 def quantmill_codecs() -> Sequence[CodecRegistration]:
     return [CodecRegistration("awq", "affine", "quantmill_awq.codec:AwqCodec", "awq")]
+
+
+@hookimpl
+def quantmill_validators() -> Sequence[Validator]:
+    return [Validator("awq", "quantmill_awq.validate:check", methods=("awq",))]

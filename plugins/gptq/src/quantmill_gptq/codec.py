@@ -7,6 +7,8 @@ Relative to the module, with ``in`` and ``out`` features and ``groups`` of input
     scales   float16 or bfloat16 [groups, out]
     g_idx    int32 [in]                       group of each input column
 
+A stream that does not fill its last word is padded with zeros.
+
 Format ``gptq`` (v1) stores zero points minus one. With 2, 4 and 8 bits its writers subtract the
 ones from whole 32-bit words, so a zero point of 0 borrows from the next field; with 3 bits they
 work on fields, modulo 8. ``gptq_v2`` stores them as they are.
@@ -15,7 +17,6 @@ work on fields, modulo 8. ``gptq_v2`` stores them as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -74,10 +75,8 @@ class GptqCodec(Codec[GptqConfig]):
         out_features, in_features = form.shape
         bits = form.codes.bits
         groups = form.scale.shape[1]
-        data = form.codes.repacked("dense").data if not form.codes.data.is_meta else None
-        words = in_features * bits // 32
-        zero_words = out_features * bits // 32
-        if data is None:
+        words, zero_words = _words(in_features, bits), _words(out_features, bits)
+        if form.codes.data.is_meta:
             meta = torch.device("meta")
             return {
                 "qweight": torch.empty(words, out_features, dtype=torch.int32, device=meta),
@@ -87,13 +86,21 @@ class GptqCodec(Codec[GptqConfig]):
             }
         index = form.group_index
         if index is None:
-            index = torch.arange(in_features, device=data.device) // form.grouping.size
-        zeros = Codes.pack(form.offset.t().contiguous(), bits, "dense").data
-        packed = zeros.view(torch.int32).reshape(groups, zero_words)
-        if self.config.checkpoint_format == "gptq":
-            packed = _minus_one(packed, form.offset.t(), bits)
+            index = torch.arange(in_features, device=form.scale.device) // form.grouping.size
+        zeros = form.offset.t().contiguous()
+        first = self.config.checkpoint_format == "gptq"
+        if first and bits == 3:
+            zeros = (zeros - 1) & 7
+        packed = _streams(zeros, bits)
+        if first and bits != 3:
+            packed = _signed(packed.to(torch.int64) - _ones(bits))
+        if in_features * bits % 32:
+            stream = _streams(form.codes.unpack(), bits)
+        else:
+            data = form.codes.repacked("dense").data
+            stream = data.view(torch.int32).reshape(out_features, words)
         return {
-            "qweight": data.view(torch.int32).reshape(out_features, words).t().contiguous(),
+            "qweight": stream.t().contiguous(),
             "qzeros": packed,
             "scales": form.scale.t().contiguous(),
             "g_idx": index.to(torch.int32).clone(),
@@ -106,14 +113,29 @@ class GptqCodec(Codec[GptqConfig]):
         for name in ("qweight", "qzeros"):
             if tensors[name].dtype != torch.int32:
                 raise _refuse(target, f"{name} is {tensors[name].dtype}, not int32")
+        scales = tensors["scales"]
+        if not scales.is_floating_point():
+            raise _refuse(target, f"scales is {scales.dtype}, no float type")
+        if not bool(torch.isfinite(scales).all()):
+            raise _refuse(target, "scales holds NaN or infinity")
         qweight = tensors["qweight"].t().contiguous()
-        data = qweight.view(torch.uint8).reshape(-1)
-        zeros = _plus_one(tensors["qzeros"], bits, self.config.checkpoint_format == "gptq")
+        if in_features * bits % 32:
+            codes = Codes.pack(_fields(qweight, bits, in_features), bits, "dense")
+        else:
+            data = qweight.view(torch.uint8).reshape(-1)
+            codes = Codes(data, bits, (out_features, in_features), "dense")
+        qzeros = tensors["qzeros"].contiguous()
+        first = self.config.checkpoint_format == "gptq"
+        if first and bits != 3:
+            qzeros = _signed(qzeros.to(torch.int64) + _ones(bits))
+        zeros = _fields(qzeros, bits, out_features)
+        if first and bits == 3:
+            zeros = (zeros + 1) & 7
         return Affine(
-            Codes(data, bits, (out_features, in_features), "dense"),
-            tensors["scales"].t().contiguous(),
+            codes,
+            scales.t().contiguous(),
             Group(size),
-            zeros.reshape(groups, out_features).t().contiguous(),
+            zeros.t().contiguous(),
             "zero",
             self._order(tensors.get("g_idx"), size, groups, target),
             dtype=dtype,
@@ -165,22 +187,33 @@ class GptqCodec(Codec[GptqConfig]):
         missing = [name for name in ("qweight", "qzeros", "scales") if name not in shapes]
         if missing:
             raise _refuse(target, f"{' and '.join(missing)} are missing")
-        rows, columns = (*shapes["qweight"], 0, 0)[:2]
-        if columns != out_features or rows * 32 % in_features:
+        stored = shapes["qweight"]
+        if len(stored) != 2 or stored[1] != out_features:
             raise _refuse(
                 target,
-                f"qweight is {list(shapes['qweight'])}, the model wants {out_features} columns"
+                f"qweight is {list(stored)}, the model wants {out_features} columns"
                 f" of {in_features} codes",
             )
-        bits = rows * 32 // in_features
-        if bits not in (2, 3, 4, 8):
-            raise _refuse(target, f"qweight {list(shapes['qweight'])} would hold {bits} bits")
+        found = [bits for bits in (2, 3, 4, 8) if _words(in_features, bits) == stored[0]]
+        if not found:
+            raise _refuse(
+                target,
+                f"qweight is {list(stored)}: {stored[0]} words are not {in_features} codes of 2,"
+                " 3, 4 or 8 bits",
+            )
+        # A narrow one may be read in several ways: then the config decides.
+        bits = self.config.bits if self.config.bits in found else found[-1]
         groups = shapes["scales"][0] if shapes["scales"] else 0
         if shapes["scales"] != (groups, out_features) or not 0 < groups <= in_features:
-            raise _refuse(target, f"scales is {list(shapes['scales'])}")
-        if prod(shapes["qzeros"]) * 32 // bits != groups * out_features:
             raise _refuse(
-                target, f"qzeros is {list(shapes['qzeros'])}, not {groups} groups of {out_features}"
+                target, f"scales is {list(shapes['scales'])}, not [groups, {out_features}]"
+            )
+        wanted = (groups, _words(out_features, bits))
+        if shapes["qzeros"] != wanted:
+            raise _refuse(
+                target,
+                f"qzeros is {list(shapes['qzeros'])}, and {groups} groups of {out_features} zero"
+                f" points of {bits} bits are {list(wanted)}",
             )
         size = self.config.group_size
         if size <= 0 or -(-in_features // size) != groups:
@@ -194,6 +227,8 @@ class GptqCodec(Codec[GptqConfig]):
             return None
         if index.shape != (target.in_features,):
             raise _refuse(target, f"g_idx is {list(index.shape)}, not [{target.in_features}]")
+        if index.dtype not in (torch.int32, torch.int64):
+            raise _refuse(target, f"g_idx is {index.dtype}, not int32")
         plain = torch.arange(target.in_features, device=index.device) // size
         if not self.config.desc_act and torch.equal(index.to(torch.int64), plain):
             return None
@@ -213,20 +248,24 @@ def _signed(words: Tensor) -> Tensor:
     return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
 
 
-def _minus_one(packed: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """v1's zero points: minus one, on words, or with 3 bits on fields."""
-    if bits == 3:
-        fields = (zeros.to(torch.int16) - 1) & 7
-        data = Codes.pack(fields.contiguous(), 3, "dense").data
-        return data.view(torch.int32).reshape(packed.shape)
-    return _signed(packed.to(torch.int64) - _ones(bits))
+def _words(count: int, bits: int) -> int:
+    """32-bit words of a stream of so many codes."""
+    return -(-count * bits // 32)
 
 
-def _plus_one(packed: Tensor, bits: int, first: bool) -> Tensor:
-    """uint8 zero points of ``qzeros``; ``first`` for format v1."""
-    words = packed.contiguous()
-    if first and bits != 3:
-        words = _signed(words.to(torch.int64) + _ones(bits))
-    count = words.numel() * 32 // bits
-    fields = Codes(words.view(torch.uint8).reshape(-1), bits, (count,), "dense").unpack()
-    return (fields + 1) & 7 if first and bits == 3 else fields
+def _streams(fields: Tensor, bits: int) -> Tensor:
+    """int32 ``[rows, words]``: each row of uint8 ``[rows, count]`` a stream of its own."""
+    rows, count = fields.shape
+    pad = -count % (32 if bits == 3 else 32 // bits)
+    whole = torch.nn.functional.pad(fields, (0, pad)).contiguous()
+    data = Codes.pack(whole, bits, "dense").data
+    words = data.view(torch.int32).reshape(rows, -1)
+    return words[:, : _words(count, bits)].contiguous()
+
+
+def _fields(words: Tensor, bits: int, count: int) -> Tensor:
+    """uint8 ``[rows, count]`` of the streams int32 ``[rows, words]``."""
+    pad = -words.shape[1] % (3 if bits == 3 else 1)
+    whole = torch.nn.functional.pad(words, (0, pad)).contiguous()
+    shape = (words.shape[0], whole.shape[1] * 32 // bits)
+    return Codes(whole.view(torch.uint8).reshape(-1), bits, shape, "dense").unpack()[:, :count]

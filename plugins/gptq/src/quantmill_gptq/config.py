@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from quantmill.config import MethodConfig
 from quantmill.targeting.dialects import from_gptq_dynamic
@@ -83,10 +83,15 @@ class GptqConfig(MethodConfig):
             data = {"act_group_aware": False, **data}
         return data
 
+    @field_validator("group_size")
+    @classmethod
+    def _size(cls, value: int) -> int:
+        if value != -1 and value < 8:
+            raise ValueError("it is -1 (one group per row) or at least 8")
+        return value
+
     @model_validator(mode="after")
-    def _groups(self) -> GptqConfig:
-        if self.group_size != -1 and self.group_size < 8:
-            raise ValueError("group_size is -1 (one group per row) or at least 8")
+    def _entries(self) -> GptqConfig:
         for entry, options in (self.dynamic or {}).items():
             stray = set(options) - set(type(self).model_fields)
             if stray:

@@ -64,6 +64,8 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             marker_keys=("desc_act", "damp_percent"),
             rules="quantmill_gptq.config:rules",
             accepts="quantmill_gptq.config:is_gptq",
+            detect="quantmill_gptq.validate:detect",
+            signs=("quantize_config.json",),
         ),
         ConfigReader(
             name="auto-round-gptq",

@@ -1,41 +1,69 @@
-"""Findings of the GPTQ backend before anything is loaded."""
+"""The config that writers keep in a file of its own: instead of config.json's, or beside it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantmill.findings import Finding, declare
-from quantmill.job import Job
+from quantmill.checkpoint.files import read_json
+from quantmill.findings import Finding, FindingsError, declare
+from quantmill_gptq.config import GptqConfig, is_gptq
 
-__all__ = ["check"]
+if TYPE_CHECKING:
+    from quantmill.checkpoint.headers import CheckpointHeaders
+    from quantmill.job import Job
+
+__all__ = ["check", "detect"]
 
 CONFIGS_DISAGREE = declare(
     "QM-GPTQ-010", "quantize_config.json and config.json of a checkpoint disagree"
 )
-_SAME = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "lm_head", "dynamic")
+BESIDE = "quantize_config.json"
+_MAY_DIFFER = GptqConfig.runtime_fields | {"act_group_aware", "meta"}
+_OTHERS = ("zero_point", "w_bit")
+
+
+def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a checkpoint whose config.json has none: AutoGPTQ's early
+    files say all in ``quantize_config.json``.
+
+    Raises:
+        FindingsError: that file is no JSON object.
+    """
+    if not any(name.endswith(".qweight") for name in headers.tensors):
+        return None
+    problems: list[Finding] = []
+    found = read_json(headers.source, BESIDE, problems, CONFIGS_DISAGREE)
+    if problems:
+        raise FindingsError(problems)
+    if not found or found.get("quant_method", "gptq") != "gptq" or not is_gptq(found):
+        return None
+    if "quant_method" not in found and any(key in found for key in _OTHERS):
+        return None
+    return {**found, "quant_method": "gptq"}
 
 
 def check(job: Job) -> Iterator[Finding]:
     """Compare the two configs that a checkpoint of GPTQModel carries."""
     stored = job.headers.config.get("quantization_config")
-    source = job.headers.source
     if not job.prequantized or not isinstance(stored, dict):
         return
-    if not source.exists("quantize_config.json"):
+    problems: list[Finding] = []
+    beside = read_json(job.headers.source, BESIDE, problems, CONFIGS_DISAGREE)
+    yield from problems
+    if beside is None or stored.get("quant_method") != "gptq":
         return
     try:
-        beside: Any = json.loads(
-            source.read("quantize_config.json", 0, source.size("quantize_config.json"))
+        differing = GptqConfig.contradictions(stored, beside, _MAY_DIFFER)
+    except FindingsError as error:
+        yield from (
+            CONFIGS_DISAGREE(f"{BESIDE}: {item.where}", item.cause, item.fix)
+            for item in error.findings
         )
-    except (ValueError, UnicodeDecodeError) as error:
-        yield CONFIGS_DISAGREE("quantize_config.json", f"not valid JSON: {error}", "remove it")
         return
-    for name in _SAME:
-        if name in beside and name in stored and beside[name] != stored[name]:
-            yield CONFIGS_DISAGREE(
-                f"quantize_config.json: {name}",
-                f"it says {beside[name]!r}, config.json says {stored[name]!r}",
-                "correct or remove the wrong one",
-            )
+    for name, inside, outside in differing:
+        yield CONFIGS_DISAGREE(
+            f"{BESIDE}: {name}",
+            f"it says {outside!r}, config.json says {inside!r}",
+            "correct or remove the wrong one",
+        )
