@@ -108,7 +108,8 @@ def verify_job(job: Job) -> Verification:
     found.checked["headers"] = len(job.headers.tensors)
     for item in job.findings:
         if not item.code.startswith(("QM-MEMORY", "QM-METHOD", "QM-HOST", "QM-PLUGIN")):
-            config = item.code.startswith(("QM-CONFIG", "QM-TARGET", "QM-GPTQ-010"))
+            config = item.code.startswith(("QM-CONFIG", "QM-TARGET"))
+            config |= item.data.get("check") == "config"
             found.add("config" if config else "headers", [item])
     _checksums(job, found)
     if not any(job.headers.source.exists(name) for name in _TOKENIZERS):

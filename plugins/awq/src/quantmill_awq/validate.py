@@ -61,7 +61,7 @@ def check(job: Job) -> Iterator[Finding]:
             differing = AwqConfig.contradictions(stored, beside, ("meta",))
         except FindingsError as error:
             yield from (
-                CONFIGS_DISAGREE(f"{file}: {item.where}", item.cause, item.fix)
+                CONFIGS_DISAGREE(f"{file}: {item.where}", item.cause, item.fix, check="config")
                 for item in error.findings
             )
             continue
@@ -70,4 +70,5 @@ def check(job: Job) -> Iterator[Finding]:
                 f"{file}: {name}",
                 f"it says {outside!r}, config.json says {inside!r}",
                 "correct or remove the wrong one",
+                check="config",
             )

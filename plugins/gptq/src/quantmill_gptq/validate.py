@@ -57,7 +57,7 @@ def check(job: Job) -> Iterator[Finding]:
         differing = GptqConfig.contradictions(stored, beside, _MAY_DIFFER)
     except FindingsError as error:
         yield from (
-            CONFIGS_DISAGREE(f"{BESIDE}: {item.where}", item.cause, item.fix)
+            CONFIGS_DISAGREE(f"{BESIDE}: {item.where}", item.cause, item.fix, check="config")
             for item in error.findings
         )
         return
@@ -66,4 +66,5 @@ def check(job: Job) -> Iterator[Finding]:
             f"{BESIDE}: {name}",
             f"it says {outside!r}, config.json says {inside!r}",
             "correct or remove the wrong one",
+            check="config",
         )
