@@ -91,24 +91,31 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--peer", action="store_true", help="also run transformers (minutes)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--what", nargs="*", choices=["bnb-nf4", "bnb-int8", "stored"],
+        default=["bnb-nf4", "bnb-int8", "stored"],
+    )  # fmt: skip
     parser.add_argument("--layers", type=int, nargs="*", default=[4, 8, 16, 32])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     source = fabricate(options.work / "llama-1.1b", "1.1b")
     stored = options.work / "llama-1.1b-nf4"
-    if not stored.exists():
+    if "stored" in options.what and not stored.exists():
         import quantmill
 
         quantmill.quantize(source, stored, "bnb-nf4")
     largest = 32000 * 2048 * 2  # the embedding
     rows = []
-    for folder, method in ((source, "bnb-nf4"), (source, "bnb-int8"), (stored, "stored")):
+    for method in options.what:
+        folder = stored if method == "stored" else source
         kinds = ["quantmill", "transformers"] if options.peer else ["quantmill"]
         runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for _ in range(options.rounds):
             for kind in kinds:
-                runs[kind].append(measure(kind, folder, method, options.device))
+                run = measure(kind, folder, method, options.device)
+                runs[kind].append(run)
+                print(f"{kind} {method}: {run['seconds']:.2f} s", file=sys.stderr, flush=True)
         for kind in kinds:
             seconds = [run["seconds"] for run in runs[kind]]
             rows.append(
@@ -142,7 +149,7 @@ def main() -> None:
             f"  model {row['model'] / 2**20:7.0f} MiB  peak {row['peak'] / 2**20:7.0f} MiB"
             f"  ({row['peak'] / bound:.2f} of {words})"
         )
-    for method in ("bnb-nf4", "bnb-int8", "stored"):
+    for method in options.what:
         pair = {row["who"]: row["seconds"] for row in rows if row["what"] == method}
         if len(pair) == 2:
             ratio = pair["quantmill"] / pair["transformers"]

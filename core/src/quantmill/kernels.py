@@ -17,6 +17,12 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
 ``matmul``
     ``fn(x, form, bias)``, ``x`` float ``[..., in]``, result ``[..., out]`` in the dtype of ``x``.
     A kernel with a ``layout`` gets the :class:`Prepared` tensors in place of the form.
+``activations``, for products in 8 bits
+    ``fn(x, *, size, bound, rows)``: ``x`` float ``[tokens, in]``; blocks of ``size`` columns of a
+    token share a scale, with None all of them do; no scale is chosen for more than ``bound``;
+    ``rows`` of the result, those beyond the tokens are zeros. Returns the codes ``[rows, in]`` and
+    float32 scales ``[rows, ceil(in / size)]``, of which the rows are neighbours in memory. The
+    scale is the largest magnitude over the codes' largest number, and 1e-12 over it at least.
 ``dequantize``
     ``fn(form, dtype)``, result ``[*form.shape]``.
 """

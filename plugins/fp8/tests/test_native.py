@@ -14,7 +14,7 @@ from quantmill.findings import Severity
 from quantmill.forms import Blocks, Channel, Group, PerTensor, ScaledFloat
 from quantmill_fp8 import fbgemm
 from quantmill_fp8.config import FbgemmFp8Config, Fp8Config
-from quantmill_fp8.native import _block_codes, kind_of, scaled_product, unavailable, unfit
+from quantmill_fp8.native import kind_of, plain_activations, scaled_product, unavailable, unfit
 from quantmill_fp8.validate import _activations, _library
 
 E4M3 = torch.float8_e4m3fn
@@ -56,7 +56,7 @@ def test_static_scales_are_used_as_they_are() -> None:
 def test_codes_of_blocks_are_scaled_by_128_columns_of_a_token() -> None:
     x = random(5, 256)
     x[:, 128:] *= 100
-    codes, scale = _block_codes(x)
+    codes, scale = plain_activations(x, size=128)
     assert scale.shape == (5, 2) and scale.stride() == (1, 5)
     wide = scale.repeat_interleave(128, dim=1)
     assert off(codes.float() * wide, x) < 0.04

@@ -7,6 +7,7 @@ as they come and the best kernel reads the weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from quantmill.linear import FormLinear, FormLinearFactory
 from quantmill.targeting.types import Target
 from quantmill_fp8.config import FbgemmFp8Config, Fp8Config
 from quantmill_fp8.form import joined, parted
-from quantmill_fp8.native import kind_of, scaled_product, unavailable, unfit
+from quantmill_fp8.native import BLOCK, kind_of, scaled_product, unavailable, unfit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,8 @@ class FP8Linear(FormLinear):
         plain, self.activation = parted(form)
         self.native = _native(plain, str(plain.values.device))
         """Whether it computes in 8 bits."""
+        self.rounding = rounding_kernel(self._kernels, plain, self._dtype) if self.native else None
+        """The kernel that rounds activations, if there is one."""
         if self.native:
             # The product reads the weight as it is: no kernel's layout is made of it.
             self._live, self._ways = plain, {}
@@ -72,7 +75,8 @@ class FP8Linear(FormLinear):
             return super().forward(x)
         form = self._live
         assert isinstance(form, ScaledFloat)
-        result = scaled_product(x, form, self.activation if self.static else None, self.bound)
+        scale = self.activation if self.static else None
+        result = scaled_product(x, form, scale, self.bound, self.rounding)
         return result if self.bias is None else result + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -84,6 +88,21 @@ def _native(form: ScaledFloat, device: str) -> bool:
     if not device.startswith("cuda") or kind is None or unfit(form) is not None:
         return False
     return unavailable(kind, device) is None
+
+
+def rounding_kernel(
+    kernels: KernelRegistry, form: ScaledFloat, dtype: str
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel that rounds the activations of a product with ``form``, if there is one."""
+    size = (BLOCK,) if kind_of(form.grouping) == "block" else None
+    choice = kernels.choose(
+        "activations",
+        "scaled_float",
+        {"values": "float8_e4m3fn", "group_size": size},
+        device=str(form.values.device),
+        dtype=dtype,
+    )
+    return None if choice is None else choice.load()
 
 
 class FP8LinearFactory(FormLinearFactory):

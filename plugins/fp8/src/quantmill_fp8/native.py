@@ -8,11 +8,13 @@ tried once, with a small product, and the reason why not is a finding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quantmill.forms import Blocks, Channel, Grouping, PerTensor, ScaledFloat
 from quantmill_fp8.fbgemm import problem as fbgemm_problem
@@ -75,7 +77,11 @@ def unavailable(kind: Kind, device: str) -> str | None:
 
 
 def scaled_product(
-    x: Tensor, form: ScaledFloat, scale: Tensor | None = None, bound: float | None = None
+    x: Tensor,
+    form: ScaledFloat,
+    scale: Tensor | None = None,
+    bound: float | None = None,
+    activations: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """``x @ W.T`` with both rounded to 8 bits.
 
@@ -84,6 +90,7 @@ def scaled_product(
         form: a weight ``[out, in]`` that :func:`unfit` has nothing against.
         scale: float, of static activations; None takes it from ``x``.
         bound: the largest magnitude that scales are chosen for (``activation_scale_ub``).
+        activations: a kernel of that operation; None rounds in plain PyTorch.
 
     Returns:
         ``[..., out]`` in the dtype of ``x``.
@@ -95,24 +102,35 @@ def scaled_product(
     wide = form.scale.to(torch.float32)
     if kind == "block":
         # Columns of scales have to begin at multiples of 16 bytes.
-        padded = torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % 16))
-        codes, by_token = _block_codes(padded)
+        rows = -(-flat.shape[0] // 16) * 16
+        codes, by_token = (activations or plain_activations)(flat, size=BLOCK, rows=rows)
         result = _block_product(codes, by_token, weight, wide, x.dtype)[: flat.shape[0]]
     elif scale is not None and kind == "tensor":
         codes = _codes(flat.to(torch.float32), scale.to(torch.float32).reshape(1, 1))
         one = scale.to(torch.float32).reshape(())
         result = _mm(codes, weight, one, wide.reshape(()), x.dtype)
     else:
-        work = flat.to(torch.float32)
         if scale is None:
-            most = work.abs().amax(dim=1, keepdim=True).clamp(min=_LEAST, max=bound)
-            by_row = most / TOP
+            codes, by_row = (activations or plain_activations)(flat, bound=bound)
         else:
             by_row = scale.to(torch.float32).reshape(1, 1).expand(flat.shape[0], 1).contiguous()
-        codes = _codes(work, by_row)
+            codes = _codes(flat.to(torch.float32), by_row)
         per_output = wide.reshape(1, -1).expand(1, form.shape[0]).contiguous()
         result = _mm(codes, weight, by_row, per_output, x.dtype)
     return result.to(x.dtype).reshape(*x.shape[:-1], form.shape[0])
+
+
+def plain_activations(
+    x: Tensor, *, size: int | None = None, bound: float | None = None, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The operation ``activations`` of :mod:`quantmill.kernels`, in plain PyTorch."""
+    work = functional.pad(x, (0, 0, 0, (rows or x.shape[0]) - x.shape[0])).to(torch.float32)
+    if size is None:
+        scale = work.abs().amax(dim=1, keepdim=True).clamp(min=_LEAST, max=bound) / TOP
+        return _codes(work, scale), scale
+    tiles = work.unflatten(1, (-1, size))
+    scale = tiles.abs().amax(dim=2).clamp(min=_LEAST, max=bound) / TOP
+    return _codes(tiles, scale.unsqueeze(2)).flatten(1), scale.t().contiguous().t()
 
 
 def _codes(work: Tensor, scale: Tensor) -> Tensor:
@@ -123,7 +141,13 @@ def _mm(codes: Tensor, weight: Tensor, first: Tensor, second: Tensor, dtype: tor
     out = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
     try:
         result: Tensor = torch._scaled_mm(
-            codes, weight, scale_a=first, scale_b=second, out_dtype=out
+            # Sums stay in the tensor cores (with fewer bits), as the peers' linears have them.
+            codes,
+            weight,
+            scale_a=first,
+            scale_b=second,
+            out_dtype=out,
+            use_fast_accum=True,
         )
     except (RuntimeError, ValueError):
         if codes.device.type != "cuda" or first.ndim != 2 or fbgemm_problem() is not None:
@@ -133,14 +157,6 @@ def _mm(codes: Tensor, weight: Tensor, first: Tensor, second: Tensor, dtype: tor
         operator: Any = torch.ops.fbgemm.f8f8bf16_rowwise
         result = operator(codes, weight.t(), first.reshape(-1), second.reshape(-1))
     return result
-
-
-def _block_codes(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales ``[tokens, in / 128]`` with tokens as the fastest axis, as cuBLAS asks."""
-    tiles = flat.to(torch.float32).unflatten(1, (-1, BLOCK))
-    scale = tiles.abs().amax(dim=2).clamp(min=_LEAST) / TOP
-    codes = _codes(tiles, scale.unsqueeze(2)).flatten(1)
-    return codes, scale.t().contiguous().t()
 
 
 def _block_product(
@@ -157,7 +173,7 @@ def _block_product(
         weight,
         by_token,
         ScalingType.BlockWise1x128,
-        padded.t()[:blocks],
+        padded.t(),
         ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )

@@ -75,4 +75,20 @@ def quantmill_kernels() -> Sequence[Kernel]:
             _ADA,
         ),
         *_pair("fp8-row", "scaled_float", {**fp8, **whole}, _ADA),
+        Kernel(
+            name="triton-activations-fp8",
+            operation="activations",
+            form="scaled_float",
+            implementation="quantmill_triton.activations:activations",
+            device="cuda",
+            constraints={
+                "values": ("float8_e4m3fn",),
+                "group_size": (None, *((size,) for size in _GROUPS[1:-1])),
+            },
+            cost=0.1,
+            requirements=(
+                Requirement("triton", ">=3.5", "compiles the kernels", compute_capability=_ADA),
+            ),
+            available="quantmill_triton.available:unavailable",
+        ),
     ]
