@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantmill.api import load, load_tokenizer, method_schema, plan, quantize
+    from quantmill.choosing import choose
     from quantmill.comparing import compare
     from quantmill.converting import convert
     from quantmill.findings import Finding, FindingsError, QuantmillError, Severity
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "choose": "quantmill.choosing",
     "compare": "quantmill.comparing",
     "convert": "quantmill.converting",
     "dequantize": "quantmill.plain",
@@ -54,6 +56,7 @@ __all__ = [
     "QuantmillError",
     "Severity",
     "__version__",
+    "choose",
     "compare",
     "convert",
     "default_host",

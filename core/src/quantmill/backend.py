@@ -295,3 +295,9 @@ class LinearFactory(ABC, Generic[ConfigT]):
     def resident_bytes(self, form: Form) -> int:
         """Bytes the module keeps in memory for ``form``, which may be on the meta device."""
         return form.nbytes
+
+    def forward_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        """Bytes that a forward pass over many rows needs beside its input and output: the float
+        weight, unless what computes does without. ``form`` may be on the meta device."""
+        rows, columns = form.shape[-2:]
+        return int(rows * columns * dtype.itemsize)

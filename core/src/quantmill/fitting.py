@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantmill.api import make_job, prepare
-from quantmill.findings import QuantmillError
+from quantmill.findings import Finding, QuantmillError, declare
 from quantmill.host import Host, default_host
+from quantmill.job import Progress
+from quantmill.memory import Needs, needs
+from quantmill.plugin_info import Status
 
-__all__ = ["Candidate", "cache_bytes", "fits"]
+if TYPE_CHECKING:
+    from quantmill.architecture import Architecture
+    from quantmill.job import Job
+    from quantmill.registrations import Method
+
+__all__ = ["FLOAT", "Candidate", "Situation", "fits"]
+
+STORED = declare("QM-CHOOSE-001", "The model to choose a method for is quantized already")
+TOO_LARGE = declare("QM-CHOOSE-010", "A method does not fit into the memory")
+NOT_TRAINABLE = declare("QM-CHOOSE-011", "A method's linears pass no gradients")
+NOT_INSTALLED = declare("QM-CHOOSE-012", "A plugin can't be used here")
+FLOAT = "float"
+"""Name of the candidate that keeps the model as it is."""
+_ANY_MEMORY = "QM-MEMORY-001"
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a model is wanted for."""
+
+    memory: int
+    """Bytes there are."""
+    device: str = "cpu"
+    dtype: str | None = None
+    context: int = 2048
+    """Tokens of the key-value cache, or of a training sequence."""
+    training: bool = False
+    rank: int = 16
+    """Of the adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,75 +50,163 @@ class Candidate:
     """A method and whether a model fits with it."""
 
     name: str
-    fits: bool
-    bytes: int
-    peak: int
+    summary: str
     bits_per_weight: float
     loss_bits: float
     """Bits of each code that are given up against 16."""
-    reason: str
+    calibrated: bool
+    """Quantizes with calibration data only."""
+    bytes: int
+    """On the disk."""
+    needs: Needs | None
+    """None where it can't be planned."""
+    finding: Finding | None
+    """Why it can't be taken."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be taken."""
+        return self.finding is None
+
+    @property
+    def reason(self) -> str:
+        """In words: why it can't be taken, or what it is."""
+        return self.summary if self.finding is None else self.finding.cause
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data."""
-        return dataclasses.asdict(self)
+        return {
+            "name": self.name,
+            "fits": self.fits,
+            "bytes": self.bytes,
+            "needs": None if self.needs is None else self.needs.to_dict(),
+            "peak": 0 if self.needs is None else self.needs.peak,
+            "bits_per_weight": self.bits_per_weight,
+            "loss_bits": self.loss_bits,
+            "calibrated": self.calibrated,
+            "reason": self.reason,
+            "finding": None if self.finding is None else self.finding.to_dict(),
+        }
 
 
 def fits(
-    source: str | Path,
+    source: str | Path | Any,
     memory: int,
     *,
     device: str = "cpu",
     dtype: str | None = None,
-    host: Host | None = None,
     context: int = 2048,
+    training: bool = False,
+    rank: int = 16,
+    methods: Sequence[str] = (),
+    progress: Progress | None = None,
+    host: Host | None = None,
 ) -> list[Candidate]:
     """Every installed method for ``memory`` bytes: those that fit first, least loss first.
 
-    ``memory`` must hold the weights, the loader's working set and a key-value cache for
-    ``context`` tokens.
+    ``methods`` are the short names to consider, all by default. ``memory`` must hold the weights,
+    the loader's working set, and what computing needs: a key-value cache and activations for
+    ``context`` tokens, or in ``training`` adapters of ``rank`` with their optimizer. The model as
+    it is (``float``) is among the candidates.
+
+    Raises:
+        QuantmillError: the source can't be read, or is quantized already.
     """
     host = host or default_host()
-    first = make_job(source, None, device=device, dtype=dtype, host=host)
-    found: list[Candidate] = []
-    architecture = None
-    for name, (method, preset) in host.presets.items():
-        job = make_job(
-            first.headers.source, name, device=device, dtype=dtype, host=host, planning=True
-        )
-        job.architecture = architecture
-        loss = 16.0 - preset.bits
-        try:
-            made = prepare(job)
-        except QuantmillError as error:
-            cause = "; ".join(item.cause for item in error.findings)
-            found.append(Candidate(name, False, 0, 0, 0.0, loss, cause))
-            continue
-        architecture = job.architecture
-        totals = made.totals
-        peak = totals["peak_bytes"] + cache_bytes(job.headers.config, context)
-        others = [item.cause for item in made.findings.errors if item.code != "QM-MEMORY-001"]
-        reason = "; ".join(others)
-        if not reason and peak > memory:
-            reason = f"needs {peak:,} bytes at its peak, {memory:,} are allowed"
-        found.append(
-            Candidate(
-                name,
-                not reason,
-                totals["bytes_memory"],
-                peak,
-                totals["bits_per_weight"],
-                loss,
-                reason or method.summary,
+    situation = Situation(memory, device, dtype, context, training, rank)
+    first = make_job(source, None, device=device, dtype=dtype, host=host, planning=True)
+    if first.headers.config.get("quantization_config"):
+        raise QuantmillError(
+            STORED(
+                first.headers.source.describe(),
+                "its weights are quantized, and quantizing them again would add error",
+                "give the float checkpoint, or plan this one as it is: `quantmill plan SOURCE`",
             )
         )
-    return sorted(found, key=lambda item: (not item.fits, item.loss_bits, item.name))
+    plain = _judged(first, FLOAT, None, 0.0, situation)
+    found = [plain] if not methods or FLOAT in methods else []
+    architecture = first.architecture
+    wanted = {k: v for k, v in host.presets.items() if not methods or k in methods}
+    for index, (name, (method, preset)) in enumerate(wanted.items()):
+        if progress is not None:
+            progress(index, len(wanted), name)
+        loss = max(0.0, 16.0 - preset.bits)
+        try:
+            job = make_job(
+                first.headers.source, name, device=device, dtype=dtype, host=host, planning=True
+            )
+        except QuantmillError as error:
+            found.append(_refused(name, method, loss, error.findings[0]))
+            continue
+        job.architecture = architecture
+        found.append(_judged(job, name, method, loss, situation))
+    if not methods:
+        found += _unusable(host)
+    return sorted(
+        found, key=lambda item: (not item.fits, item.loss_bits, item.name != FLOAT, item.name)
+    )
 
 
-def cache_bytes(config: Mapping[str, Any], context: int) -> int:
-    """Key-value cache of one sequence of ``context`` tokens in 16 bits, as the config tells."""
-    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
-    hidden = config.get("hidden_size") or config.get("n_embd") or 0
-    attention = config.get("num_attention_heads") or config.get("n_head") or 1
-    width = config.get("head_dim") or hidden // max(1, attention)
-    return int(2 * layers * heads * width * context * 2)
+def _judged(
+    job: Job, name: str, method: Method | None, loss: float, situation: Situation
+) -> Candidate:
+    try:
+        made = prepare(job, allow_float=method is None)
+    except QuantmillError as error:
+        return _refused(name, method, loss, error.findings[0])
+    wanted = needs(
+        made,
+        _settings(job.architecture),
+        context=situation.context,
+        training=situation.training,
+        rank=situation.rank,
+    )
+    totals = made.totals
+    able = method.capabilities if method is not None else None
+    finding = next((item for item in made.findings.errors if item.code != _ANY_MEMORY), None)
+    if finding is None and situation.training and able is not None and not able.trainable:
+        finding = NOT_TRAINABLE(
+            name, "its linears pass no gradients to adapters", "take a method that is trainable"
+        )
+    if finding is None and wanted.peak > situation.memory:
+        finding = TOO_LARGE(
+            name,
+            f"needs {wanted.peak:,} bytes at its peak, {situation.memory:,} are allowed",
+            "take fewer bits, a shorter context, or more memory",
+        )
+    return Candidate(
+        name=name,
+        summary=method.summary if method is not None else f"as it is, {made.dtype}",
+        bits_per_weight=totals["bits_per_weight"] if method is not None else _float_bits(made),
+        loss_bits=loss,
+        calibrated=able is not None and able.calibrated and not able.on_the_fly,
+        bytes=totals["bytes_after"],
+        needs=wanted,
+        finding=finding,
+    )
+
+
+def _float_bits(plan: Any) -> float:
+    import torch
+
+    return 8.0 * int(getattr(torch, plan.dtype).itemsize)
+
+
+def _settings(architecture: Architecture | None) -> Any:
+    assert architecture is not None
+    return architecture.settings
+
+
+def _refused(name: str, method: Method | None, loss: float, finding: Finding) -> Candidate:
+    summary = method.summary if method is not None else ""
+    return Candidate(name, summary, 0.0, loss, False, 0, None, finding)
+
+
+def _unusable(host: Host) -> Iterator[Candidate]:
+    """Plugins that are there and can't be used: their methods are not known."""
+    for info in host.plugins.values():
+        if info.status not in (Status.OK, Status.DISABLED):
+            finding = NOT_INSTALLED(
+                info.name, f"{info.status.value}: {info.reason}", "see `quantmill plugins`"
+            )
+            yield _refused(f"({info.name})", None, 16.0, finding)

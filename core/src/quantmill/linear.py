@@ -228,3 +228,17 @@ class FormLinearFactory(LinearFactory[Any]):
 
     def resident_bytes(self, form: Form) -> int:
         return _live(self.kernels, form, self.device, self.dtype).nbytes
+
+    def forward_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        live = _live(self.kernels, form, self.device, self.dtype)
+        skeleton = live.skeleton if isinstance(live, Prepared) else live
+        kernel = self.kernels.choose(
+            "matmul",
+            skeleton.kind,
+            skeleton.traits(),
+            device=self.device,
+            dtype=str(dtype).removeprefix("torch."),
+            rows=sys.maxsize,
+            layout=live.kernel.layout if isinstance(live, Prepared) else "",
+        )
+        return super().forward_bytes(form, dtype) if kernel is None else 0

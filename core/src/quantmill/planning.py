@@ -36,6 +36,8 @@ class ModulePlan:
     """In the live model."""
     working_bytes: int = 0
     """While it is being made, beyond ``bytes_memory``."""
+    forward_bytes: int = 0
+    """While it computes, beyond ``bytes_memory``, its input and its output."""
     target: Target | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from quantmill.findings import QuantmillError
 __all__ = ["main"]
 
 COMMANDS = {
+    "choose": "Which method fits into a memory, and which costs least, measured.",
     "compare": "Two checkpoints of one model, by weights and by what they compute.",
     "convert": "Convert a checkpoint to another format, without loss where one exists.",
     "doctor": "What this environment can do, and what is missing.",

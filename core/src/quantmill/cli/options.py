@@ -16,6 +16,7 @@ __all__ = [
     "JSON",
     "QUIET",
     "calibration_arguments",
+    "calibration_file",
     "calibration_options",
     "memory_bytes",
     "model_options",
@@ -126,15 +127,18 @@ def model_options(command: Command) -> Command:
     return command
 
 
+calibration_file = click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text, JSONL or tokens for a calibrated method.",
+)
+
+
 def calibration_options(command: Command) -> Command:
     """``--calibration`` and what is taken from that file, for methods that need it."""
     for option in reversed(
         (
-            click.option(
-                "--calibration",
-                type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                help="Text, JSONL or tokens for a calibrated method.",
-            ),
+            calibration_file,
             click.option(
                 "--calibration-samples",
                 type=click.IntRange(min=1),

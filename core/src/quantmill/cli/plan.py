@@ -94,8 +94,8 @@ def _compare(source: str, memory: int, context: int, options: dict[str, Any], as
                 (
                     item.name,
                     "yes" if item.fits else "no",
-                    size(item.bytes),
-                    size(item.peak),
+                    size(item.needs.weights if item.needs is not None else 0),
+                    size(item.needs.peak if item.needs is not None else 0),
                     f"{item.bits_per_weight:.2f}",
                     item.reason,
                 )

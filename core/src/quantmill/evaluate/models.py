@@ -20,7 +20,14 @@ from quantmill.evaluate.run import EvalResult, ModelFn, Progress, evaluate
 from quantmill.evaluate.writer import ReferenceWriter
 from quantmill.findings import QuantmillError, declare
 
-__all__ = ["default_context", "evaluate_model", "max_positions", "model_fn_of", "tokenize"]
+__all__ = [
+    "check_context",
+    "default_context",
+    "evaluate_model",
+    "max_positions",
+    "model_fn_of",
+    "tokenize",
+]
 
 TOO_LONG = declare("QM-EVAL-032", "The context is longer than the model's positions")
 BAD_TOKENIZER = declare("QM-EVAL-033", "The tokenizer gives no usable ids")
@@ -70,6 +77,24 @@ def max_positions(model: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def check_context(length: int, limit: int | None) -> None:
+    """Refuse a context of ``length`` tokens beyond the ``limit`` of a model's positions.
+
+    Raises:
+        QuantmillError: ``QM-EVAL-032``.
+    """
+    if limit is not None and length > limit:
+        raise QuantmillError(
+            TOO_LONG(
+                f"context {length}",
+                f"the model has {limit} positions",
+                f"use a context of at most {limit}",
+                context=length,
+                positions=limit,
+            )
+        )
 
 
 def default_context(model: Any) -> int:
@@ -146,18 +171,8 @@ def evaluate_model(
         QuantmillError: also ``QM-EVAL-032`` (context beyond the model's positions) and
             ``QM-EVAL-033`` (output of the tokenizer).
     """
-    limit = max_positions(model)
     length = default_context(model) if context is None else context
-    if limit is not None and length > limit:
-        raise QuantmillError(
-            TOO_LONG(
-                f"context {length}",
-                f"the model has {limit} positions",
-                f"use a context of at most {limit}",
-                context=length,
-                positions=limit,
-            )
-        )
+    check_context(length, max_positions(model))
     tokens, bos_id = tokenize(tokenizer, text)
     with _evaluating(model):
         return evaluate(

@@ -18,7 +18,7 @@ from quantmill.evaluate.reference import ReferenceLogits, ReferenceSpec
 from quantmill.evaluate.writer import ReferenceWriter
 from quantmill.findings import QuantmillError, declare
 
-__all__ = ["EvalResult", "ModelFn", "Progress", "evaluate"]
+__all__ = ["EvalResult", "ModelFn", "Progress", "evaluate", "token_batch"]
 
 ModelFn: TypeAlias = Callable[[Tensor], Tensor]
 """Token ids int64 [B, T] to logits [B, T, V] of any floating dtype."""
@@ -178,10 +178,7 @@ def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[Window
 
 def _forward(model_fn: ModelFn, tokens: Tensor, group: Sequence[Window]) -> Tensor:
     """Logits [B, T, V] of windows of one length T."""
-    batch = torch.stack([tokens[window.input] for window in group])
-    for row, window in enumerate(group):
-        if window.bos_id is not None:
-            batch[row, 0] = window.bos_id
+    batch = token_batch(tokens, group)
     logits: object = model_fn(batch)
     if isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == batch.shape:
         return logits
@@ -193,6 +190,15 @@ def _forward(model_fn: ModelFn, tokens: Tensor, group: Sequence[Window]) -> Tens
             "return the logits of every position, [batch, time, vocabulary]",
         )
     )
+
+
+def token_batch(tokens: Tensor, group: Sequence[Window]) -> Tensor:
+    """Token ids of windows of one length T, int64 [B, T]."""
+    batch = torch.stack([tokens[window.input] for window in group])
+    for row, window in enumerate(group):
+        if window.bos_id is not None:
+            batch[row, 0] = window.bos_id
+    return batch
 
 
 def _running(scores: Sequence[WindowScores]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantmill.architecture import open_architecture
 from quantmill.backend import Codec, Quantizer
@@ -149,6 +149,16 @@ def _configured(job: Job, decision: Decision) -> Decision:
     return replace(decision, method=add_selection(job, made))
 
 
+class _Measure(NamedTuple):
+    """Of a form: its words, and bytes on the disk, in memory, while made and while computing."""
+
+    form: str
+    stored: int
+    resident: int
+    working: int
+    forward: int
+
+
 class _Planner:
     def __init__(self, job: Job) -> None:
         import torch
@@ -163,7 +173,7 @@ class _Planner:
         self.dtype: torch.dtype = getattr(torch, self.dtype_name)
         self.target_cast = job.dtype is not None
         # Layers repeat: the same shape with the same method has the same form and bytes.
-        self._cache: dict[Any, tuple[str, int, int, int]] = {}
+        self._cache: dict[Any, _Measure] = {}
 
     def module(self, module: ModuleInfo, decision: Decision) -> Iterator[ModulePlan]:
         """One plan entry, or one per parameter of a stacked module."""
@@ -200,7 +210,7 @@ class _Planner:
         rest_after = sum(self._written(module, item)[1] for item in others if item.sources)
         for index, target in enumerate(targets):
             self.job.findings.extend(quantizer.check(target))
-            form, after, memory, working = self._measure(selection, quantizer, target)
+            measure = self._measure(selection, quantizer, target)
             extra = rest if index == 0 else 0
             before = _bytes(module.parameters[target.parameter])
             yield ModulePlan(
@@ -209,20 +219,19 @@ class _Planner:
                 shape=tuple(module.parameters[target.parameter].shape),
                 action="quantize",
                 method=selection.label,
-                form=form,
+                form=measure.form,
                 reason=decision.reason,
                 origin=decision.origin,
                 parameters=target.weights,
                 bytes_before=before + extra,
-                bytes_after=after + (rest_after if index == 0 else 0),
-                bytes_memory=memory + extra,
-                working_bytes=working,
+                bytes_after=measure.stored + (rest_after if index == 0 else 0),
+                bytes_memory=measure.resident + extra,
+                working_bytes=measure.working,
+                forward_bytes=measure.forward,
                 target=target,
             )
 
-    def _measure(
-        self, selection: Selection, quantizer: Quantizer[Any], target: Any
-    ) -> tuple[str, int, int, int]:
+    def _measure(self, selection: Selection, quantizer: Quantizer[Any], target: Any) -> _Measure:
         dtype = self._source_dtype(target)
         key = (
             selection.label,
@@ -235,11 +244,13 @@ class _Planner:
         )
         if key not in self._cache:
             form = quantizer.abstract(target, dtype)
-            self._cache[key] = (
+            factory = factory_of(self.job, selection)
+            self._cache[key] = _Measure(
                 describe_form(form),
                 encoded_bytes(codec_of(self.job, selection), form),
-                factory_of(self.job, selection).resident_bytes(form),
+                factory.resident_bytes(form),
                 quantizer.working_bytes(target, dtype),
+                factory.forward_bytes(form, self.dtype),
             )
         return self._cache[key]
 
@@ -291,9 +302,10 @@ class _Planner:
         stored = sum(item.nbytes for item in members.values())
         names = {suffix.split(".")[0] for suffix in codec.suffixes}
         rest = sum(_bytes(p) for local, p in module.parameters.items() if local not in names)
-        resident = factory_of(self.job, selection).resident_bytes(form)
+        factory = factory_of(self.job, selection)
+        resident, forward = factory.resident_bytes(form), factory.forward_bytes(form, self.dtype)
         if self.job.options.dequantize:
-            resident = target.weights * self.dtype.itemsize
+            resident, forward = target.weights * self.dtype.itemsize, 0
         return ModulePlan(
             name=module.name,
             kind=target.kind,
@@ -307,6 +319,7 @@ class _Planner:
             bytes_before=stored + rest,
             bytes_after=stored + rest,
             bytes_memory=resident + rest,
+            forward_bytes=forward,
             target=target,
         )
 
