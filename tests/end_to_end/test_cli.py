@@ -116,7 +116,7 @@ def test_a_longer_context_needs_more_memory(cli: Cli) -> None:
     peaks = []
     for context in (1, 10_000):
         _, out, _ = cli("plan", NOVELLA, "--memory", "1GiB", "--context", context, "--json")
-        peaks.append(json.loads(out)["candidates"][0]["peak"])
+        peaks.append(json.loads(out)["candidates"][0]["needs"]["cache"])
     # Two tensors of 2 heads of 64 in 16 bits for each of 8 layers.
     assert peaks[1] - peaks[0] == 9_999 * 2 * 8 * 2 * 64 * 2
 

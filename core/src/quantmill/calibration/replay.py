@@ -210,19 +210,25 @@ class Replay:
 
     def finish(self) -> Generator[Any]:
         """The model's output per batch, from the hidden states after the last block."""
+        for number in range(len(self.batches)):
+            with torch.no_grad():
+                output = self.output(number, self.hidden[number])
+            yield output
+
+    def output(self, number: int, hidden: Tensor) -> Any:
+        """The model's output for one batch from its hidden states after the last block; gradients
+        flow to them if they are wanted."""
         count = len(self.blocks)
-        with torch.no_grad(), self._passing(count):
-            for number, batch in enumerate(self.batches):
-                hidden = self.hidden[number]
 
-                def put(module: nn.Module, args: Any, output: Any, hidden: Tensor = hidden) -> Any:
-                    return self.like_output(hidden)
+        def put(module: nn.Module, args: Any, output: Any) -> Any:
+            return self.like_output(hidden)
 
-                handle = self.blocks[count - 1].register_forward_hook(put)
-                try:
-                    yield self._call(batch)
-                finally:
-                    handle.remove()
+        with self._passing(count):
+            handle = self.blocks[count - 1].register_forward_hook(put)
+            try:
+                return self._call(self.batches[number])
+            finally:
+                handle.remove()
 
 
 def _with_hidden(
