@@ -27,6 +27,13 @@ MAGIC: Final = b"GGUF"
 ALIGNMENT: Final = 32
 """Of tensor data, where the file does not say otherwise."""
 MAX_DIMS: Final = 4
+_MAX_ENTRIES: Final = 1 << 15
+"""Keys, and tensors, of a file: some ten times what any model has. A small file can claim more of
+them than its size bounds usefully, since each costs more in memory than in the file."""
+_MAX_KEY: Final = (1 << 16) - 1
+"""Bytes of a name, as the specification has it."""
+_MAX_TEXTS: Final = 16 << 20
+"""Bytes of all texts that are no part of an array."""
 _AGAIN: Final = "the file is damaged or was cut off: get it again from its source"
 _MAX_ELEMENTS: Final = 2**63 - 1
 _STRING: Final = 8
@@ -150,6 +157,8 @@ class _Cursor:
         self.data, self.file, self.size = data, file, len(data)
         self.position = 0
         self.order = "<"
+        self.texts = 0
+        """Bytes of the texts that were kept."""
 
     def error(self, code: FindingCode, cause: str, fix: str = _AGAIN) -> QuantmillError:
         return QuantmillError(code(self.file, cause, fix))
@@ -170,20 +179,27 @@ class _Cursor:
         self.position += width
         return value
 
-    def count(self, least: int, what: str) -> int:
+    def count(self, least: int, what: str, most: int | None = None) -> int:
         """A count of things that take at least ``least`` bytes each."""
         value: int = self.number("Q", what)
         if value * least > self.left:
             cause = f"{what} is {value}, and {self.left} bytes are left"
             raise self.error(codes.COUNT, cause)
+        if most is not None and value > most:
+            raise self.error(codes.COUNT, f"{what} is {value}; up to {most} are read")
         return value
 
-    def skip_text(self, what: str) -> bytes:
+    def skip_text(self, what: str, most: int | None = None) -> bytes:
         length = self.number("Q", what)
         if length > self.left:
             cause = (
                 f"{what} at byte {self.position} claims {length} bytes, and {self.left} are left"
             )
+            raise self.error(codes.STRING, cause)
+        self.texts += length
+        if (most is not None and length > most) or self.texts > _MAX_TEXTS:
+            limit = _MAX_TEXTS if most is None or length <= most else most
+            cause = f"with {what} at byte {self.position} texts are longer than {limit} bytes"
             raise self.error(codes.STRING, cause)
         start = self.position
         self.position += length
@@ -191,7 +207,7 @@ class _Cursor:
 
     def text(self, what: str) -> str:
         try:
-            return self.skip_text(what).decode("utf-8")
+            return self.skip_text(what, _MAX_KEY).decode("utf-8")
         except UnicodeDecodeError:
             cause = f"{what} before byte {self.position} is not UTF-8"
             raise self.error(codes.STRING, cause) from None
@@ -258,8 +274,8 @@ def parse(data: Buffer, path: Path) -> GgufFile:
         fix = "convert the model again with a current llama.cpp" if version == 1 else _AGAIN
         raise cursor.error(codes.VERSION, f"it is of version {version}; 2 and 3 are read", fix)
     # The least a tensor takes: an empty name, no dimension, a type and an offset; then a key.
-    tensor_count = cursor.count(8 + 4 + 4 + 8, "the number of tensors")
-    key_count = cursor.count(8 + 4 + 1, "the number of metadata keys")
+    tensor_count = cursor.count(8 + 4 + 4 + 8, "the number of tensors", _MAX_ENTRIES)
+    key_count = cursor.count(8 + 4 + 1, "the number of metadata keys", _MAX_ENTRIES)
     metadata: dict[str, Any] = {}
     kinds: dict[str, int] = {}
     for index in range(key_count):

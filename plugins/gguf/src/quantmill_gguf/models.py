@@ -118,6 +118,8 @@ def _parameter(entry: Entry, tensor: GgufTensor, file: str) -> Parameter:
             raise refuse(f"it is {list(shape)}, and slice {entry.part} of it is needed")
         shape = shape[1:]
     problem = entry.move.problem(shape)
+    if 0 in shape:
+        problem = "a weight has elements"
     if problem:
         raise refuse(f"it is {list(shape)}, and {problem}")
     quantized = not tensor.type.plain
@@ -133,7 +135,8 @@ def _parameter(entry: Entry, tensor: GgufTensor, file: str) -> Parameter:
 def shown(value: Any) -> Any:
     """A metadata value as JSON-able data that fits a line: long arrays as their length."""
     if isinstance(value, Array):
-        return list(value) if len(value) <= 8 else f"[{len(value)} values]"
+        short = len(value) <= 8 and value.stop - value.start <= 1024
+        return list(value) if short else f"[{len(value)} values]"
     if isinstance(value, str) and len(value) > 120:
         return value[:117] + "..."
     return value

@@ -359,10 +359,10 @@ def _add_as_it_is(
 def _table(file: GgufFile, name: str) -> bytes:
     """The little-endian float32 of a small tensor."""
     tensor = file.tensors[name]
-    raw = bytes(file.data[tensor.start : tensor.stop])
-    if tensor.type.name != "F32" or not raw or tensor.nbytes > 1 << 20:
+    if tensor.type.name != "F32" or not 0 < tensor.nbytes <= 1 << 20:
         cause = f"{name} is {tensor.type.name} of {tensor.nbytes} bytes, not a small F32"
         raise QuantmillError(codes.UNSUPPORTED(file.path.name, cause, "get it again"))
+    raw = bytes(file.data[tensor.start : tensor.stop])
     if file.big_endian:
         raw = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
     return raw

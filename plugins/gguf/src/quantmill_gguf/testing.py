@@ -46,7 +46,8 @@ def write(path: Path, tensors: dict[str, tuple[str, Tensor]], **options: Any) ->
         info = TYPES[kind].info
         specs.append(TensorSpec(name, kind, (raw.shape[0], raw.shape[1] // info.size * info.block)))
     metadata = options.pop("metadata", METADATA)
-    with GgufWriter(path, metadata, specs, kinds=KINDS, **options) as writer:
+    kinds = {**KINDS, **options.pop("kinds", {})}
+    with GgufWriter(path, metadata, specs, kinds=kinds, **options) as writer:
         for _, raw in tensors.values():
             writer.write(raw)
     return path

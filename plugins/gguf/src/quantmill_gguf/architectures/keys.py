@@ -121,10 +121,14 @@ class Keys:
             "tie_word_embeddings": "output.weight" not in tensors,
             "use_cache": True,
         }
-        # llama.cpp computes in float32 around its matrix products.
-        stored = {item.type.name for item in tensors.values() if len(item.shape) > 1}
+        # llama.cpp computes in float32 around its matrix products. Of a file of floats that is
+        # too much: what stays float32 there are norms and their like.
+        stored = {item.type for item in tensors.values()}
+        packed = any(not item.plain for item in stored)
+        names = {item.name for item in stored}
+        short = "BF16" if "BF16" in names else "F16" if "F16" in names else ""
         found["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(
-            next(iter(stored)) if len(stored) == 1 else "", "float32"
+            "" if packed else short, "float32"
         )
         for name in ("bos", "eos", "pad"):
             key = "padding" if name == "pad" else name

@@ -36,7 +36,7 @@ def read_rope(keys: Keys, *, base: float = 10000.0, head_dim: int | None = None)
         count = keys.whole("rope.dimension_count", head_dim)
         found["partial_rotary_factor"] = count / head_dim
     if FREQUENCIES in keys.tables:
-        return found | _llama3(keys, _numbers(keys.tables[FREQUENCIES]), theta)
+        return found | _llama3(keys, _factors(keys, FREQUENCIES), theta)
     if kind in ("none", "", None):
         # Old files scale by a divisor alone.
         scale = keys.get("rope.scale_linear")
@@ -56,8 +56,8 @@ def read_rope(keys: Keys, *, base: float = 10000.0, head_dim: int | None = None)
     if kind == "longrope" and LONG in keys.tables and SHORT in keys.tables:
         return found | {
             "rope_type": "longrope",
-            "long_factor": _numbers(keys.tables[LONG]),
-            "short_factor": _numbers(keys.tables[SHORT]),
+            "long_factor": _factors(keys, LONG),
+            "short_factor": _factors(keys, SHORT),
             "original_max_position_embeddings": keys.whole("rope.scaling.original_context_length"),
             **(
                 {"attention_factor": keys.real("rope.scaling.attn_factor")}
@@ -74,8 +74,12 @@ def _linear(keys: Keys, key: str) -> dict[str, Any]:
     return {"rope_type": "linear", "factor": keys.real(key)}
 
 
-def _numbers(raw: bytes) -> list[float]:
+def _factors(keys: Keys, name: str) -> list[float]:
+    """The values of a table: what frequencies are divided by."""
+    raw = keys.tables[name]
     values = struct.unpack(f"<{len(raw) // 4}f", raw)
+    if not all(math.isfinite(value) and value > 0 for value in values):
+        raise keys.unsupported(f"{name} holds factors that are not positive numbers")
     return [float(f"{value:.7g}") for value in values]
 
 

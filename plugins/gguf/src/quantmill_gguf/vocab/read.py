@@ -6,6 +6,7 @@ and WordPiece (``bert``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from quantmill_gguf.vocab.write import BYTE, CONTROL, UNUSED, USER_DEFINED
 __all__ = ["merges_of", "tokenizer_of"]
 
 _SPACE: Final = "\u2581"
+_LONGEST: Final = 1024
+"""Characters of a token that is taken apart at every place."""
 
 
 def tokenizer_of(metadata: Mapping[str, Any], file: str) -> Any:
@@ -30,10 +33,7 @@ def tokenizer_of(metadata: Mapping[str, Any], file: str) -> Any:
     tokens = _texts(metadata, "tokenizer.ggml.tokens")
     if kind is None or tokens is None:
         return None
-    types = _numbers(metadata, "tokenizer.ggml.token_type")
-    if types is not None and len(types) != len(tokens):
-        raise _refuse(file, f"it has {len(tokens)} tokens and types of {len(types)}")
-    types = types or [1] * len(tokens)
+    types = _for_each(metadata, "tokenizer.ggml.token_type", len(tokens), file) or [1] * len(tokens)
     if kind == "gpt2":
         made = _byte_level(metadata, tokens, types, file)
     elif kind == "llama":
@@ -65,10 +65,21 @@ def _texts(metadata: Mapping[str, Any], key: str) -> list[str] | None:
     return list(value) if good and value is not None else None
 
 
-def _numbers(metadata: Mapping[str, Any], key: str) -> list[Any] | None:
+def _for_each(
+    metadata: Mapping[str, Any], key: str, count: int, file: str, needed: bool = False
+) -> list[Any] | None:
+    """One finite number for each of ``count`` tokens."""
     value = metadata.get(key)
-    good = isinstance(value, Array) and value.kind != 8
-    return list(value) if good and value is not None else None
+    if not isinstance(value, Array) or value.kind == 8:
+        if needed or value is not None:
+            raise _refuse(file, f"{key} is no array of numbers")
+        return None
+    if len(value) != count:
+        raise _refuse(file, f"it has {count} tokens, and {len(value)} values in {key}")
+    found = list(value)
+    if not all(math.isfinite(item) for item in found):
+        raise _refuse(file, f"{key} holds NaN or infinity")
+    return found
 
 
 def _byte_level(
@@ -139,9 +150,10 @@ def merges_of(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str,
 def _spm(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int], file: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = _numbers(metadata, "tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
-        raise _refuse(file, "its SentencePiece vocabulary has no score for every token")
+    scores = _for_each(metadata, "tokenizer.ggml.scores", len(tokens), file, needed=True)
+    assert scores is not None
+    if max(map(len, tokens), default=0) > _LONGEST:
+        raise _refuse(file, f"one of its tokens has more than {_LONGEST} characters")
     # Tokens that are found in a text before it is cut are made of no others.
     apart = (CONTROL, UNUSED, USER_DEFINED, BYTE)
     pieces = [text if types[i] not in apart else "" for i, text in enumerate(tokens)]
@@ -171,9 +183,8 @@ def _unigram(
 ) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    scores = _numbers(metadata, "tokenizer.ggml.scores")
-    if scores is None or len(scores) != len(tokens):
-        raise _refuse(file, "its unigram vocabulary has no score for every token")
+    scores = _for_each(metadata, "tokenizer.ggml.scores", len(tokens), file, needed=True)
+    assert scores is not None
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 2)
     made = Tokenizer(
         models.Unigram(
@@ -183,10 +194,11 @@ def _unigram(
         )
     )
     steps: list[Any] = []
-    charsmap = _numbers(metadata, "tokenizer.ggml.precompiled_charsmap")
-    if charsmap:
+    charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if isinstance(charsmap, Array) and charsmap.kind in (0, 1) and len(charsmap):
+        raw = bytes(charsmap.data[charsmap.start : charsmap.stop])
         try:
-            steps.append(normalizers.Precompiled(bytes(item & 255 for item in charsmap)))
+            steps.append(normalizers.Precompiled(raw))
         except Exception as error:
             raise _refuse(file, f"its table of characters can't be read: {error}") from error
     if metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
