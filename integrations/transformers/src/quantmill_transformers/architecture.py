@@ -160,7 +160,13 @@ class TransformersArchitecture(Architecture):
     @cached_property
     def ties(self) -> Ties:
         """Parameters that share storage."""
-        return Ties(self.skeleton.all_tied_weights_keys, self.names.sources, self._headers)
+        packed = bool(self._headers.config.get("quantization_config"))
+        return Ties(
+            self.skeleton.all_tied_weights_keys,
+            self.names.sources,
+            self._headers,
+            lambda name: packed and name.rpartition(".")[0] in self.names.beside,
+        )
 
     @property
     def default_dtype(self) -> str | None:

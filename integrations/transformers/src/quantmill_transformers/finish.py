@@ -30,11 +30,15 @@ def finish_model(architecture: TransformersArchitecture, model: nn.Module, devic
     # A quantized weight is no parameter: who shares it was given its form, or the checkpoint had
     # one for it alone, whatever its config says of ties.
     parameters = dict(base.named_parameters(remove_duplicate=False))
+
+    def plain(name: str) -> bool:
+        return _unchanged(architecture, base, name.rpartition(".")[0])
+
     base.all_tied_weights_keys = {
         target: source
         for target, source in base.all_tied_weights_keys.items()
-        if target in parameters
-        or (source in parameters and _unchanged(architecture, base, target.rpartition(".")[0]))
+        if (target in parameters and (source in parameters or plain(source)))
+        or (source in parameters and plain(target))
     }
     base.tie_weights(missing_keys=set(architecture.tied), recompute_mapping=False)
     _remember_names(architecture, base)

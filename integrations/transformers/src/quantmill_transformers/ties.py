@@ -28,11 +28,14 @@ class Ties:
         declared: Mapping[str, str] | None,
         sources: Callable[[str], tuple[str, ...]],
         headers: CheckpointHeaders,
+        quantized: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """``declared`` maps targets to sources, ``sources`` gives a parameter's tensors."""
+        """``declared`` maps targets to sources, ``sources`` gives a parameter's tensors, and
+        ``quantized`` says of one without any whether it is stored in another form."""
         self._declared = dict(declared or {})
         self._sources = sources
         self._headers = headers
+        self._quantized = quantized
         self._equal: set[str] = set()
 
     @property
@@ -40,7 +43,8 @@ class Ties:
         """Parameter without storage of its own to the one whose storage it shares."""
         found = {}
         for target, source in self._declared.items():
-            if self._sources(target) and not self._sources(source):
+            stored = self._sources(source) or self._quantized(source)
+            if self._sources(target) and not stored:
                 target, source = source, target
             if not self._sources(target) or target in self._equal:
                 found[target] = source
