@@ -22,7 +22,7 @@ from quantmill_gguf.layout import Layout, Planned, layout_of, nbytes
 from quantmill_gguf.metadata import metadata_of, metadata_problems
 from quantmill_gguf.split import SplitWriter
 from quantmill_gguf.types import TYPES
-from quantmill_gguf.types.sizes import PLAIN
+from quantmill_gguf.types.sizes import BY_NAME, PLAIN
 from quantmill_gguf.writer import TensorSpec
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ def types_of(job: Job, layout: Layout) -> dict[str, str]:
         form = planned_form(job, selection, entry.target, dtype)
         assert form is not None
         made = type_of(form)
+        move = layout.entries[entry.target.weight_name].move
+        if not move.keeps(BY_NAME[made].block):
+            cause = f"its columns lie in another order in a file, which cuts blocks of {made}"
+            fix = "take a type of smaller blocks for it (Q8_0), or keep it float"
+            raise QuantmillError(codes.NO_BLOCKS(entry.target.name, cause, fix))
         parts[planned.name] = parts.get(planned.name, 0) + 1
         if given.setdefault(planned.name, made) != made:
             raise _uneven(planned.name, f"some of it would be {made}, some {given[planned.name]}")

@@ -110,9 +110,7 @@ def seeds() -> list[tuple[bytes, int]]:
         (stacked, _model("qwen2moe", _BPE, **more), {"big_endian": True}),
         (
             stacked,
-            _model(
-                "qwen3moe", _SPM, rope__scaling__factor=2.0, rope__scaling__type="linear", **more
-            ),
+            _model("qwen3moe", _SPM, **scaled, **more),
             {},
         ),
         (fused, _model("falcon", _BPE, attention__layer_norm_epsilon=1e-5), {}),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from quantmill_gguf.architectures import FAMILIES, by_model_type
+from quantmill_gguf.architectures import FAMILIES, by_config
 from quantmill_gguf.architectures.family import Entry, Family
 from quantmill_gguf.types.sizes import BY_NAME
 
@@ -75,7 +75,7 @@ def _layout(job: Job) -> Layout:
     architecture = job.architecture
     assert architecture is not None
     config = dict(architecture.settings) or dict(job.headers.config)
-    family = by_model_type(config.get("model_type"))
+    family = by_config(config)
     if family is None:
         known = ", ".join(sorted({name for item in FAMILIES for name in item.model_types}))
         cause = f"no architecture of llama.cpp is known for {config.get('model_type')!r:.60}"
@@ -93,7 +93,7 @@ def _layout(job: Job) -> Layout:
                 found.problems.append(f"{parameter.name} has no place in a file of {family.arch}")
                 continue
             _add(found, entry, module, parameter, job.dtype)
-    if family.needs_output and "output.weight" not in found.tensors:
+    if family.needs_head(config) and "output.weight" not in found.tensors:
         found.problems.append("llama.cpp expects an output head of its own, and it has none")
     found.problems.extend(family.problems(config))
     found.tables = family.extra(config)

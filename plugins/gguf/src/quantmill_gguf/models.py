@@ -123,7 +123,7 @@ def _parameter(entry: Entry, tensor: GgufTensor, file: str) -> Parameter:
     if problem:
         raise refuse(f"it is {list(shape)}, and {problem}")
     quantized = not tensor.type.plain
-    packed = quantized and entry.move.packed and len(shape) == 2
+    packed = quantized and entry.move.keeps(tensor.type.block) and len(shape) == 2
     if quantized and not packed and len(shape) < 2 and not entry.move.plain:
         raise refuse(f"it is {tensor.type.name}, and a vector that is moved must be plain")
     if not packed:

@@ -10,7 +10,8 @@ from quantmill.targeting.patterns import parse
 from quantmill.targeting.types import ModuleInfo, Rule
 from quantmill_gguf.config import GgufConfig
 from quantmill_gguf.layout import FLOAT32, Layout, Planned, layout_of
-from quantmill_gguf.mixes import MixOptions, ModelFacts, choose, mix_named
+from quantmill_gguf.mixes import MixOptions, ModelFacts, choose, fallback, mix_named
+from quantmill_gguf.types.sizes import BY_NAME
 
 if TYPE_CHECKING:
     from quantmill.job import Job
@@ -19,6 +20,8 @@ __all__ = ["mixed_types", "pattern_of", "rules"]
 
 _ORIGIN = "plugin:gguf"
 
+_SMALL = 32
+"""A width that types of small blocks fit alone."""
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -33,7 +36,8 @@ def rules(job: Job) -> Iterable[Rule]:
         return list(_unknown(job))
     if isinstance(main.config, GgufConfig) and main.config.type is None:
         return list(_mixed(layout, job, main.config))
-    return list(_uniform(layout, job))
+    config = main.config if isinstance(main.config, GgufConfig) else GgufConfig()
+    return list(_uniform(layout, job, config))
 
 
 def _matrices(layout: Layout, job: Job) -> Iterator[tuple[ModuleInfo, Planned]]:
@@ -53,12 +57,20 @@ def _unknown(job: Job) -> Iterator[Rule]:
         yield Rule(pattern_of(kept), "skip", _ORIGIN, reason="it is looked up", optional=True)
 
 
-def _uniform(layout: Layout, job: Job) -> Iterator[Rule]:
+def _holds(layout: Layout, planned: Planned, type_name: str) -> bool:
+    """Whether blocks of a type stay whole where columns lie in another order."""
+    block = BY_NAME[type_name].block
+    return all(layout.entries[name].move.keeps(block) for name in planned.parameters)
+
+
+def _uniform(layout: Layout, job: Job, config: GgufConfig) -> Iterator[Rule]:
     """One type for all that is computed with."""
     kept: list[str] = []
     quantized: list[str] = []
     for module, planned in _matrices(layout, job):
-        (kept if planned.name.endswith(FLOAT32) else quantized).append(module.name)
+        form = config.type_for(planned.shape[-1])
+        stays = planned.name.endswith(FLOAT32) or not _holds(layout, planned, form)
+        (kept if stays else quantized).append(module.name)
     yield from _split(quantized, kept)
 
 
@@ -102,7 +114,13 @@ def mixed_types(layout: Layout, config: GgufConfig) -> dict[str, str]:
         embedding=config.embedding_type,
     )
     tensors = [(item.name, item.shape, item.kept) for item in layout.tensors.values()]
-    return choose(mix_named(config.mix or "Q8_0"), facts, tensors, options)
+    types = choose(mix_named(config.mix or "Q8_0"), facts, tensors, options)
+    for name, planned in layout.tensors.items():
+        if types[name] != planned.kept and not _holds(layout, planned, types[name]):
+            # As for a width that blocks don't divide.
+            other = fallback(types[name], _SMALL)
+            types[name] = other if _holds(layout, planned, other) else planned.kept
+    return types
 
 
 def pattern_of(names: Iterable[str]) -> str:

@@ -66,7 +66,8 @@ DECODER: Final[dict[str, str]] = {
 def both(tensor: str, module: str, move: Move | None = None) -> Iterator[Entry]:
     """Entries of a module's weight and bias."""
     for local in ("weight", "bias"):
-        made = move if move is not None else Move()
+        used = move is not None and (local == "weight" or move.biases)
+        made = move if used and move is not None else Move()
         yield Entry(f"{module}.{local}", f"{tensor}.{local}", made)
 
 
@@ -124,6 +125,10 @@ class Family:
     """Done to every norm's weight."""
     needs_output: ClassVar[bool] = False
     """llama.cpp wants an output head of its own even where the embedding serves as one."""
+
+    def needs_head(self, config: Config) -> bool:
+        """Whether a file without an output head would be another model, or none."""
+        return self.needs_output
 
     def moves(self, config: Config) -> Mapping[str, Move]:
         """By name of the part in the file."""

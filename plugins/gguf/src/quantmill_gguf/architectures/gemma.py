@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantmill_gguf.architectures.family import DECODER, Config, Field, Tensors
 from quantmill_gguf.architectures.llama import Decoder
-from quantmill_gguf.architectures.moves import PlusOne
+from quantmill_gguf.architectures.moves import Move, PlusOne
 
 if TYPE_CHECKING:
     from quantmill_gguf.architectures.keys import Keys
 
-__all__ = ["Gemma", "Gemma2", "Gemma3"]
+__all__ = ["PARTS", "Gemma", "Gemma2", "Gemma3"]
 
-_PARTS: Mapping[str, str] = {
+PARTS: Mapping[str, str] = {
     **DECODER,
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -32,7 +32,7 @@ class Gemma(Decoder):
     model_types: ClassVar[tuple[str, ...]] = ("gemma",)
     cls = "GemmaForCausalLM"
     activation = "gelu_pytorch_tanh"
-    norms = PlusOne()
+    norms: ClassVar[Move] = PlusOne()
 
     def problems(self, config: Config) -> Iterator[str]:
         act = config.get("hidden_activation") or config.get("hidden_act")
@@ -53,7 +53,7 @@ class Gemma2(Gemma):
     arch = "gemma2"
     model_types = ("gemma2",)
     cls = "Gemma2ForCausalLM"
-    parts = _PARTS
+    parts = PARTS
     fields = (
         *Decoder.fields,
         Field("attention.sliding_window", "sliding_window", default=4096),
@@ -92,7 +92,7 @@ class Gemma3(Gemma):
     model_types = ("gemma3_text", "gemma3")
     cls = "Gemma3ForCausalLM"
     parts: ClassVar[Mapping[str, str]] = {
-        **_PARTS,
+        **PARTS,
         "attn_q_norm": "self_attn.q_norm",
         "attn_k_norm": "self_attn.k_norm",
     }

@@ -97,7 +97,10 @@ class Keys:
         """One number, or a list with one for each of ``count`` layers; zeros are allowed."""
         value = self.get(key)
         if isinstance(value, Array) and value.kind not in (6, 7, 8, 12) and len(value) == count:
-            return [int(item) for item in value]
+            found = [int(item) for item in value]
+            if not all(0 <= item <= _MOST.get(key, 2**31 - 1) for item in found):
+                raise self.refuse(key, found, "numbers that are not negative")
+            return found
         return [self.whole(key)] * count
 
     def flags(self, key: str, count: int) -> list[bool] | None:

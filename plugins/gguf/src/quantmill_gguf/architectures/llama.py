@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from quantmill_gguf.architectures.family import (
     Config,
@@ -19,10 +19,10 @@ from quantmill_gguf.architectures.rope import read_rope, write_rope
 if TYPE_CHECKING:
     from quantmill_gguf.architectures.keys import Keys
 
-__all__ = ["Decoder", "Llama"]
+__all__ = ["MIXTRAL", "Decoder", "Llama"]
 
 
-_LEAVES = ("w1", "w3", "w2")
+MIXTRAL: Final = ("w1", "w3", "w2")
 """Mixtral's names of an expert's gate, up and down."""
 
 
@@ -108,7 +108,7 @@ class Llama(Decoder):
         for index in range(int(config["num_hidden_layers"])):
             gate = f"model.layers.{index}.mlp.gate.weight"
             yield Entry(gate, f"blk.{index}.ffn_gate_inp.weight")
-        yield from experts(config, int(config["num_local_experts"]), _LEAVES)
+        yield from experts(config, int(config["num_local_experts"]), MIXTRAL)
 
     def older(self, config: Config, tensors: Tensors) -> Iterator[Entry]:
         """Experts as files of 2023 have them: one matrix each."""
@@ -116,7 +116,7 @@ class Llama(Decoder):
             return
         for index in range(int(config["num_hidden_layers"])):
             for expert in range(int(config["num_local_experts"])):
-                for part, leaf in zip(("gate", "up", "down"), _LEAVES, strict=True):
+                for part, leaf in zip(("gate", "up", "down"), MIXTRAL, strict=True):
                     name = f"model.layers.{index}.mlp.experts.{expert}.{leaf}.weight"
                     yield Entry(name, f"blk.{index}.ffn_{part}.{expert}.weight")
 

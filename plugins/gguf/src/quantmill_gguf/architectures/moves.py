@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Both",
     "GroupedQkv",
     "Heads",
     "MinusExp",
@@ -21,6 +22,8 @@ __all__ = [
     "PlusOne",
     "RowOrder",
     "Squeezed",
+    "TiledColumns",
+    "TiledHeads",
     "Transposed",
 ]
 
@@ -35,6 +38,12 @@ class Move:
     """Holds for quantized rows."""
     plain: ClassVar[bool] = True
     """The parameter's elements lie in the file as they do in the model."""
+    biases: ClassVar[bool] = True
+    """Done to the bias of a module too."""
+
+    def keeps(self, block: int) -> bool:
+        """Whether it holds for rows of blocks of so many values each."""
+        return self.packed
 
     def shape(self, shape: Shape) -> Shape:
         """The parameter's shape, from the tensor's."""
@@ -152,12 +161,97 @@ class PerHeadQkv(RowOrder):
         return torch.arange(rows).view(3, self.heads, -1).transpose(0, 1).reshape(-1)
 
 
+@dataclass(frozen=True, slots=True)
+class TiledHeads(RowOrder):
+    """Gated delta net: heads of values that share a key lie together in the model; in the file
+    come the first of every key, then the second of every key. Rows before ``offset`` stay."""
+
+    keys: int
+    each: int
+    """Heads of values for a key."""
+    width: int = 1
+    """Rows of a head."""
+    offset: int = 0
+
+    def problem(self, shape: Shape) -> str:
+        wanted = self.offset + self.keys * self.each * self.width
+        return f"its heads have {wanted} rows" if not shape or shape[0] != wanted else ""
+
+    def order(self, rows: int) -> Tensor:
+        import torch
+
+        moved = torch.arange(rows - self.offset).view(self.each, self.keys, self.width)
+        moved = moved.transpose(0, 1).reshape(-1) + self.offset
+        return torch.cat([torch.arange(self.offset), moved])
+
+
+@dataclass(frozen=True, slots=True)
+class TiledColumns(Move):
+    """The same for the matrix that takes the heads in: its columns are in another order. That
+    holds for quantized rows where a head is whole blocks."""
+
+    packed: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+    biases: ClassVar[bool] = False
+    keys: int
+    each: int
+    width: int
+
+    def keeps(self, block: int) -> bool:
+        return self.width % block == 0
+
+    def problem(self, shape: Shape) -> str:
+        wanted = self.keys * self.each * self.width
+        return f"its heads have {wanted} columns" if shape[-1:] != (wanted,) else ""
+
+    def read(self, tensor: Tensor) -> Tensor:
+        parts = tensor.unflatten(-1, (self.each, self.keys, -1))
+        return parts.transpose(-3, -2).flatten(-3)
+
+    def write(self, tensor: Tensor) -> Tensor:
+        parts = tensor.unflatten(-1, (self.keys, self.each, -1))
+        return parts.transpose(-3, -2).flatten(-3)
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        return self.read(rows)
+
+    def write_rows(self, rows: Tensor) -> Tensor:
+        return self.write(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Both(Move):
+    """First one move, then another, as a file is read."""
+
+    packed: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
+    biases: ClassVar[bool] = False
+    first: Move
+    last: Move
+
+    def problem(self, shape: Shape) -> str:
+        return self.first.problem(shape) or self.last.problem(self.first.shape(shape))
+
+    def shape(self, shape: Shape) -> Shape:
+        return self.last.shape(self.first.shape(shape))
+
+    def file_shape(self, shape: Shape) -> Shape:
+        return self.first.file_shape(self.last.file_shape(shape))
+
+    def read(self, tensor: Tensor) -> Tensor:
+        return self.last.read(self.first.read(tensor))
+
+    def write(self, tensor: Tensor) -> Tensor:
+        return self.first.write(self.last.write(tensor))
+
+
 class PlusOne(Move):
     """The weight of a norm that the model adds one to; llama.cpp adds none."""
 
     __slots__ = ()
     packed: ClassVar[bool] = False
     plain: ClassVar[bool] = False
+    biases: ClassVar[bool] = False
 
     def read(self, tensor: Tensor) -> Tensor:
         return tensor - 1
@@ -172,6 +266,7 @@ class MinusExp(Move):
     __slots__ = ()
     packed: ClassVar[bool] = False
     plain: ClassVar[bool] = False
+    biases: ClassVar[bool] = False
 
     def read(self, tensor: Tensor) -> Tensor:
         return (-tensor).log()
@@ -185,6 +280,7 @@ class Transposed(Move):
 
     __slots__ = ()
     plain: ClassVar[bool] = False
+    biases: ClassVar[bool] = False
 
     def shape(self, shape: Shape) -> Shape:
         return (*shape[:-2], shape[-1], shape[-2])
@@ -204,6 +300,7 @@ class Squeezed(Move):
     """An axis of length 1 that the file leaves out."""
 
     packed: ClassVar[bool] = False
+    biases: ClassVar[bool] = False
     axis: int
 
     def shape(self, shape: Shape) -> Shape:

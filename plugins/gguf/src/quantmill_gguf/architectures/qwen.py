@@ -12,7 +12,7 @@ from quantmill_gguf.architectures.moves import Squeezed
 if TYPE_CHECKING:
     from quantmill_gguf.architectures.keys import Keys
 
-__all__ = ["Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe"]
+__all__ = ["Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "router", "shared_expert"]
 
 _NORMED: Mapping[str, str] = {
     **DECODER,
@@ -24,6 +24,21 @@ _NORMED: Mapping[str, str] = {
 def _window(config: Config) -> Iterator[str]:
     if config.get("use_sliding_window"):
         yield "some of its layers see a window of tokens only, and llama.cpp computes all for all"
+
+
+def router(index: int) -> Entry:
+    """The entry of what chooses a block's experts."""
+    return Entry(f"model.layers.{index}.mlp.gate.weight", f"blk.{index}.ffn_gate_inp.weight")
+
+
+def shared_expert(config: Config) -> Iterator[Entry]:
+    """Entries of an expert that all tokens share, and of its gate: a vector in the file."""
+    for index in range(int(config["num_hidden_layers"])):
+        name, tensor = f"model.layers.{index}.mlp", f"blk.{index}.ffn"
+        gate = f"{tensor}_gate_inp_shexp.weight"
+        yield Entry(f"{name}.shared_expert_gate.weight", gate, Squeezed(0))
+        for part in ("gate", "up", "down"):
+            yield Entry(f"{name}.shared_expert.{part}_proj.weight", f"{tensor}_{part}_shexp.weight")
 
 
 class Qwen2(Decoder):
@@ -64,8 +79,7 @@ class _Experts(Decoder):
             if ".mlp." not in entry.parameter:
                 yield entry
         for index in range(int(config["num_hidden_layers"])):
-            gate = f"model.layers.{index}.mlp.gate.weight"
-            yield Entry(gate, f"blk.{index}.ffn_gate_inp.weight")
+            yield router(index)
         # The library has had two names for it.
         number = config.get("num_experts") or config.get("num_local_experts")
         yield from experts(config, int(number or 0))
@@ -98,15 +112,7 @@ class Qwen2Moe(_Experts):
 
     def entries(self, config: Config) -> Iterator[Entry]:
         yield from super().entries(config)
-        for index in range(int(config["num_hidden_layers"])):
-            name, tensor = f"model.layers.{index}.mlp", f"blk.{index}.ffn"
-            # The gate is a vector in the file.
-            shared = f"{tensor}_gate_inp_shexp.weight"
-            yield Entry(f"{name}.shared_expert_gate.weight", shared, Squeezed(0))
-            for part in ("gate", "up", "down"):
-                yield Entry(
-                    f"{name}.shared_expert.{part}_proj.weight", f"{tensor}_{part}_shexp.weight"
-                )
+        yield from shared_expert(config)
 
     def complete(self, config: dict[str, Any], keys: Keys, tensors: Tensors) -> None:
         super().complete(config, keys, tensors)

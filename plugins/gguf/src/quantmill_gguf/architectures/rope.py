@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from quantmill_gguf.architectures.keys import Keys
 
-__all__ = ["FREQUENCIES", "LONG", "SHORT", "factors_of", "parameters", "read_rope", "write_rope"]
+__all__ = [
+    "FREQUENCIES",
+    "LONG",
+    "SHORT",
+    "factors_of",
+    "parameters",
+    "read_rope",
+    "table_of",
+    "write_rope",
+]
 
 FREQUENCIES: Final = "rope_freqs.weight"
 LONG: Final = "rope_factors_long.weight"
@@ -36,7 +45,7 @@ def read_rope(keys: Keys, *, base: float = 10000.0, head_dim: int | None = None)
         count = keys.whole("rope.dimension_count", head_dim)
         found["partial_rotary_factor"] = count / head_dim
     if FREQUENCIES in keys.tables:
-        return found | _llama3(keys, _factors(keys, FREQUENCIES), theta)
+        return found | _llama3(keys, table_of(keys, FREQUENCIES), theta)
     if kind in ("none", "", None):
         # Old files scale by a divisor alone.
         scale = keys.get("rope.scale_linear")
@@ -56,8 +65,8 @@ def read_rope(keys: Keys, *, base: float = 10000.0, head_dim: int | None = None)
     if kind == "longrope" and LONG in keys.tables and SHORT in keys.tables:
         return found | {
             "rope_type": "longrope",
-            "long_factor": _factors(keys, LONG),
-            "short_factor": _factors(keys, SHORT),
+            "long_factor": table_of(keys, LONG),
+            "short_factor": table_of(keys, SHORT),
             "original_max_position_embeddings": keys.whole("rope.scaling.original_context_length"),
             **(
                 {"attention_factor": keys.real("rope.scaling.attn_factor")}
@@ -74,7 +83,7 @@ def _linear(keys: Keys, key: str) -> dict[str, Any]:
     return {"rope_type": "linear", "factor": keys.real(key)}
 
 
-def _factors(keys: Keys, name: str) -> list[float]:
+def table_of(keys: Keys, name: str) -> list[float]:
     """The values of a table: what frequencies are divided by."""
     raw = keys.tables[name]
     values = struct.unpack(f"<{len(raw) // 4}f", raw)
