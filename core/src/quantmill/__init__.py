@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantmill.findings import Finding, FindingsError, QuantmillError, Severity
     from quantmill.fitting import fits
     from quantmill.host import Host, default_host
+    from quantmill.importance import imatrix
     from quantmill.inspection import inspect
     from quantmill.plain import dequantize, dequantize_model, load_into, quantize_model
     from quantmill.saving import save
@@ -31,6 +32,7 @@ _PUBLIC = {
     "dequantize": "quantmill.plain",
     "dequantize_model": "quantmill.plain",
     "fits": "quantmill.fitting",
+    "imatrix": "quantmill.importance",
     "inspect": "quantmill.inspection",
     "load": "quantmill.api",
     "load_into": "quantmill.plain",
@@ -63,6 +65,7 @@ __all__ = [
     "dequantize",
     "dequantize_model",
     "fits",
+    "imatrix",
     "inspect",
     "load",
     "load_into",

@@ -44,11 +44,14 @@ def make_job(
     dtype: str | None = None,
     skip: Sequence[str] = (),
     include: Sequence[str] = (),
+    imatrix: str | Path | None = None,
     host: Host | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Job:
     """A job for ``source`` (folder, file, Hub id) and METHOD, with its headers read.
+
+    ``imatrix`` is an option of the method, of those that take an importance matrix.
 
     Raises:
         QuantmillError: the source or METHOD can't be read.
@@ -67,6 +70,9 @@ def make_job(
     request = dataclasses.replace(
         request, skip=(*request.skip, *skip), include=(*request.include, *include)
     )
+    if imatrix is not None:
+        raw = {**(request.raw or {}), "imatrix": str(imatrix)}
+        request = dataclasses.replace(request, raw=raw)
     _check_device(str(device))
     headers = source if isinstance(source, CheckpointHeaders) else open_checkpoint(source, host)
     detect(headers, host)
@@ -121,11 +127,13 @@ def plan(
     strict: bool = False,
     max_memory: Mapping[str, int] | None = None,
     output: str | Path | None = None,
+    imatrix: str | Path | None = None,
     host: Host | None = None,
 ) -> Plan:
     """What would happen to every module, in exact bytes. Reads headers, never weights.
 
-    With ``output`` it is planned how :func:`quantize` would write that folder or file.
+    With ``output`` it is planned how :func:`quantize` would write that folder or file. With
+    ``imatrix``, methods that weigh errors do so by the importance matrix in that file.
 
     Problems are in ``plan.findings``; :meth:`Plan.raise_errors` raises the errors among them.
 
@@ -145,6 +153,7 @@ def plan(
         max_memory=max_memory,
         output=None if output is None else str(output),
         planning=True,
+        imatrix=imatrix,
     )
     return prepare(job)
 
@@ -230,6 +239,7 @@ def quantize(
     length: int = 512,
     seed: int = 0,
     share: bool = True,
+    imatrix: str | Path | None = None,
     progress: Progress | None = None,
     host: Host | None = None,
 ) -> WriteReport:
@@ -243,6 +253,9 @@ def quantize(
     and goes on, with the same bytes in the end, when it is called again in the same way. Started
     by ``torchrun``, the processes that make the same call share the work, the first one writes, and
     all return when the folder is there; with ``share=False`` each is on its own.
+
+    ``imatrix`` is the path of an importance matrix (see :func:`imatrix`), for methods that weigh
+    errors by one.
 
     Raises:
         FindingsError: every error found before anything is written, at once.
@@ -269,6 +282,7 @@ def quantize(
         length=length,
         seed=seed,
         share=share,
+        imatrix=imatrix,
     )
     prepare(job).raise_errors()
     folder, keep = Path(output), resume_folder(Path(output))

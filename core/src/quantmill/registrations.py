@@ -282,3 +282,9 @@ class Container:
     """A subclass of :class:`quantmill.backend.ContainerWriter`; without one files are read only."""
     methods: tuple[str, ...] = ()
     """Names of the methods whose weights a file can hold."""
+    importance: ImportString | None = None
+    """``importance(job, measured, path)``: writes a
+    :class:`quantmill.calibration.importance.Measured` as an importance matrix of the format;
+    ``job`` was planned with the first of ``methods``."""
+    importance_suffixes: tuple[str, ...] = ()
+    """File name endings of importance matrices."""

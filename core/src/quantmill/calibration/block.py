@@ -215,6 +215,31 @@ class Block:
                 except _Enough:
                     continue
 
+    def pass_on(self, observers: Mapping[str, Observer]) -> None:
+        """Run all batches through the block once; what they give are the next block's inputs.
+
+        Inputs of targets (by name) go to observers on their way.
+        """
+        number = 0
+
+        def hook(observer: Observer) -> Any:
+            def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
+                observer(args[0].detach().reshape(-1, args[0].shape[-1]), number)
+
+            return seen
+
+        outputs = []
+        with ExitStack() as stack:
+            for name, observer in observers.items():
+                handle = self.model.get_submodule(name).register_forward_pre_hook(hook(observer))
+                stack.callback(handle.remove)
+            calls = zip(self._replay.numbers, self.inputs(), strict=True)
+            for number, (args, kwargs) in calls:  # noqa: B007 the hooks read it
+                with torch.no_grad():
+                    outputs.append(self.module(*args, **kwargs))
+        self._replay.take(self.index, outputs)
+        self.finished = True
+
     def moments(
         self, groups: Sequence[Sequence[Target]], magnitudes: bool = False
     ) -> list[Moments]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantmill.findings import QuantmillError, declare
 from quantmill.job import Job
 from quantmill.stages.quantize import Sink, run
 
-__all__ = ["carry_out", "needs_calibration", "resume_folder"]
+if TYPE_CHECKING:
+    from quantmill.calibration.data import CalibrationData
+
+__all__ = ["calibration_data", "carry_out", "needs_calibration", "resume_folder"]
 
 NOT_ALONE = declare("QM-CALIB-050", "Calibration needs a framework that builds the model")
 
@@ -40,8 +43,23 @@ def carry_out(job: Job, sink: Sink | None, keep: Path | None = None) -> None:
         if sink is not None:
             run(job, sink)
         return
-    from quantmill.calibration.data import read_calibration, read_calls
+    from quantmill.calibration.data import read_calls
     from quantmill.calibration.engine import calibrate
+
+    assert job.architecture is not None
+    if job.architecture.source_name == "module":
+        calibrate(job, sink, read_calls(job.options.calibration), None)
+        return
+    calibrate(job, sink, calibration_data(job), keep)
+
+
+def calibration_data(job: Job) -> CalibrationData:
+    """The windows of tokens that the job's options name.
+
+    Raises:
+        QuantmillError: no framework can build the model, or the data can't be read.
+    """
+    from quantmill.calibration.data import read_calibration
 
     assert job.architecture is not None
     if job.architecture.source_name == "headers":
@@ -53,11 +71,8 @@ def carry_out(job: Job, sink: Sink | None, keep: Path | None = None) -> None:
             )
         )
     options = job.options
-    if job.architecture.source_name == "module":
-        calibrate(job, sink, read_calls(options.calibration), None)
-        return
     vocabulary: Any = job.headers.config.get("vocab_size")
-    data = read_calibration(
+    return read_calibration(
         options.calibration,
         lambda: _tokenizer(job),
         samples=options.samples,
@@ -65,15 +80,21 @@ def carry_out(job: Job, sink: Sink | None, keep: Path | None = None) -> None:
         seed=options.seed,
         vocabulary=vocabulary if isinstance(vocabulary, int) else None,
     )
-    calibrate(job, sink, data, keep)
 
 
 def _tokenizer(job: Job) -> Any:
+    from quantmill.checkpoint.containers import container_of
     from quantmill.registrations import resolve
 
-    for source in job.host.model_sources:
-        loader = resolve(source.tokenizer) if source.tokenizer else None
-        made = loader(job.headers.source) if loader else None
+    source = job.headers.source
+    container = container_of(source.describe(), job.host)
+    loaders: list[tuple[str | None, Any]] = [
+        (item.tokenizer, source) for item in job.host.model_sources
+    ]
+    if container is not None:
+        loaders = [(container.tokenizer, Path(source.describe()))]
+    for loader, argument in loaders:
+        made = resolve(loader)(argument) if loader is not None else None
         if made is not None:
             return made
     raise QuantmillError(

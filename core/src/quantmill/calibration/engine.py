@@ -34,7 +34,7 @@ from quantmill.registrations import resolve
 from quantmill.stages.quantize import Sink, codec_of, keep_non_finite, open_reader, run_modules
 from quantmill.targeting.types import ModuleInfo, Target
 
-__all__ = ["calibrate"]
+__all__ = ["Run", "calibrate"]
 
 NOT_REACHED = declare(
     "QM-CALIB-040",
@@ -56,7 +56,7 @@ def calibrate(
             ``keep`` holds another job.
     """
     with open_reader(job.headers) as reader:
-        run = _Run(job, sink, data, keep, reader)
+        run = Run(job, sink, data, keep, reader)
         try:
             run.run()
         except QuantmillError as error:
@@ -66,7 +66,9 @@ def calibrate(
             raise
 
 
-class _Run:
+class Run:
+    """One job: its state between two blocks. :func:`calibrate` is what to call."""
+
     def __init__(
         self,
         job: Job,
@@ -325,6 +327,9 @@ class _Run:
 
 class _Tail(Block):
     """The model around its blocks: calls give the output through the stored hidden states."""
+
+    def pass_on(self, observers: Mapping[str, Observer]) -> None:
+        self.observe(observers)
 
     def inputs(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """One call of the whole model per batch, made by :meth:`Replay.finish`."""

@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": "What this environment can do, and what is missing.",
     "eval": "Perplexity and KL divergence on a text.",
     "generate": "Continue a prompt.",
+    "imatrix": "Measure an importance matrix on a text.",
     "inspect": "What a checkpoint holds, from its headers.",
     "kernels": "The kernels, and which one a module would use.",
     "plan": "What would happen to every module, in exact bytes.",

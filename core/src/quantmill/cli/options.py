@@ -13,6 +13,7 @@ import click
 __all__ = [
     "DEVICE",
     "DTYPES",
+    "IMATRIX",
     "JSON",
     "QUIET",
     "calibration_arguments",
@@ -131,6 +132,13 @@ calibration_file = click.option(
     "--calibration",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text, JSONL or tokens for a calibrated method.",
+)
+
+IMATRIX = click.option(
+    "--imatrix",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Importance matrix to weigh errors by, for methods that take one.",
 )
 
 

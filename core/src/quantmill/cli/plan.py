@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantmill.cli.exits import OK, PROBLEM
-from quantmill.cli.options import JSON, memory_bytes, model_options, not_empty
+from quantmill.cli.options import IMATRIX, JSON, memory_bytes, model_options, not_empty
 from quantmill.cli.output import print_json, show_findings, size, spanned, starred, table
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     help="Plan how this folder or file would be written: a file's format may store what stays"
     " float in another dtype.",
 )
+@IMATRIX
 @click.option("--all", "everything", is_flag=True, help="Every module, not one row per kind.")
 @JSON
 def command(
@@ -68,7 +69,7 @@ def _refuse_with_memory(method: str | None, everything: bool, options: dict[str,
     """What a comparison of every method would silently ignore."""
     if method is not None:
         raise click.UsageError("--memory compares every installed method: leave METHOD out")
-    names = ("skip", "include", "allow_unmatched", "strict", "output")
+    names = ("skip", "include", "allow_unmatched", "strict", "output", "imatrix")
     ignored = [f"--{name.replace('_', '-')}" for name in names if options[name]]
     if everything:
         ignored.append("--all")

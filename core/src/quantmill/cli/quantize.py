@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from quantmill.cli.options import (
+    IMATRIX,
     JSON,
     QUIET,
     calibration_arguments,
@@ -36,6 +37,7 @@ from quantmill.cli.output import print_json, progress_bar, show_findings, size
     metavar="SIZE",
     help="Most bytes of tensors in one file. [default: 5GB in a folder, no limit in a file]",
 )
+@IMATRIX
 @calibration_options
 @QUIET
 @JSON

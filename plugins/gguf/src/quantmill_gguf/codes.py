@@ -18,6 +18,7 @@ __all__ = [
     "MISSING_KEY",
     "NOT_FINITE",
     "NOT_GGUF",
+    "NOT_MEASURED",
     "NOT_QUANTIZED",
     "NO_BLOCKS",
     "NO_TOKENIZER",
@@ -69,3 +70,6 @@ UNKNOWN_MIX = declare("QM-GGUF-031", "A mix or type that was asked for does not 
 NOT_FINITE = declare("QM-GGUF-032", "A weight can't be quantized to finite blocks")
 IMPORTANCE = declare("QM-GGUF-033", "An importance matrix can't be read or does not fit")
 REQUANTIZED = declare("QM-GGUF-034", "A tensor is quantized already")
+NOT_MEASURED = declare(
+    "QM-GGUF-035", "An importance matrix lacks tensors of the model", Severity.WARNING
+)

@@ -17,8 +17,11 @@ from quantmill.registrations import (
 )
 
 if TYPE_CHECKING:
-    from quantmill.job import Job
-    from quantmill.targeting.types import Rule
+    from quantmill.backend import WeightSource
+    from quantmill.findings import Finding
+    from quantmill.forms import Form
+    from quantmill.job import Job, Selection
+    from quantmill.targeting.types import Rule, Target
 
 QUANTMILL_API = 1
 
@@ -105,6 +108,8 @@ def quantmill_containers() -> Sequence[Container]:
             tokenizer="quantmill_gguf.tokenizer:load_tokenizer",
             write="quantmill_gguf.export:GgufExport",
             methods=("gguf",),
+            importance="quantmill_gguf.importance:write",
+            importance_suffixes=(".gguf", ".dat"),
         )
     ]
 
@@ -113,3 +118,29 @@ def quantmill_containers() -> Sequence[Container]:
 def quantmill_target(job: Job) -> Iterable[Rule]:
     rules: Iterable[Rule] = resolve("quantmill_gguf.planning:rules")(job)
     return rules
+
+
+def _weighs(job: Job) -> bool:
+    """Whether the job has an importance matrix."""
+    chosen = [item.config for item in job.selections.values() if item.method.name == "gguf"]
+    return any(getattr(config, "imatrix", None) is not None for config in chosen)
+
+
+@hookimpl
+def quantmill_validate(job: Job) -> Iterable[Finding]:
+    found: Iterable[Finding] = ()
+    if _weighs(job):
+        found = resolve("quantmill_gguf.importance:findings")(job)
+    return found
+
+
+@hookimpl
+def quantmill_quantize(
+    job: Job, selection: Selection, target: Target, weight: WeightSource
+) -> Form | None:
+    if selection.method.name != "gguf" or not _weighs(job):
+        return None
+    form: Form | None = resolve("quantmill_gguf.importance:quantize")(
+        job, selection, target, weight
+    )
+    return form

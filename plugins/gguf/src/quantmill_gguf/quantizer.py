@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding
@@ -42,7 +43,11 @@ class GgufQuantizer(Quantizer[GgufConfig]):
                 f"keep it float: --skip {target.name}",
             )
 
-    def quantize(self, target: Target, weight: WeightSource) -> Form:
+    def quantize(
+        self, target: Target, weight: WeightSource, importance: Tensor | None = None
+    ) -> Form:
+        """Blocks of the target's type; ``importance`` is float32 ``[columns]``, see
+        :func:`~quantmill_gguf.encode.encode`."""
         info = BY_NAME[self.config.type_for(target.in_features)]
         columns = target.in_features
         raw = torch.empty(
@@ -52,6 +57,6 @@ class GgufQuantizer(Quantizer[GgufConfig]):
             for start, block in weight.row_blocks():
                 finite.look(block, start * columns)
                 raw[start : start + block.shape[0]] = encode(
-                    info.name, block, name=weight.name, kernels=self.kernels
+                    info.name, block, importance, name=weight.name, kernels=self.kernels
                 )
         return RawForm(raw, info.name, weight.dtype)
