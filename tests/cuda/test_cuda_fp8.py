@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantmill.forms import Blocks, Channel, Grouping, PerTensor, ScaledFloat
-from quantmill_fp8.native import kind_of, scaled_product, unavailable
+from quantmill_fp8.native import Product, kind_of, unavailable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +29,6 @@ def test_products_are_near(grouping: Grouping, rows: int, shape: tuple[int, int]
     weight[:, :128] *= 8
     form = ScaledFloat.quantize(weight, torch.float8_e4m3fn, grouping).to("cuda")
     x = torch.randn(rows, shape[1], generator=generator).to("cuda", torch.bfloat16)
-    found: Tensor = scaled_product(x, form)
+    found: Tensor = Product(form)(x)
     wanted = x.float() @ form.dequantize(torch.float32).t()
     assert (found.float() - wanted).norm() < 0.04 * wanted.norm()

@@ -14,7 +14,7 @@ from quantmill.findings import Severity
 from quantmill.forms import Blocks, Channel, Group, PerTensor, ScaledFloat
 from quantmill_fp8 import fbgemm
 from quantmill_fp8.config import FbgemmFp8Config, Fp8Config
-from quantmill_fp8.native import kind_of, plain_activations, scaled_product, unavailable, unfit
+from quantmill_fp8.native import Product, kind_of, plain_activations, unavailable, unfit
 from quantmill_fp8.validate import _activations, _library
 
 E4M3 = torch.float8_e4m3fn
@@ -37,7 +37,7 @@ def test_rows_are_rounded_per_token(bound: float | None) -> None:
     scale = rows.abs().amax(dim=1, keepdim=True).clamp(max=bound or float("inf")) / 448
     codes = (rows / scale).clamp(-448, 448).to(E4M3).float()
     wanted = (codes * scale) @ form.dequantize(torch.float32).t()
-    found = scaled_product(x, form, None, bound)
+    found = Product(form, bound)(x)
     assert found.shape == (2, 5, 48) and found.dtype == torch.bfloat16
     assert off(found.reshape(-1, 48), wanted) < 0.005
     if bound is None:
@@ -50,7 +50,7 @@ def test_static_scales_are_used_as_they_are() -> None:
     scale = torch.tensor(0.01)
     codes = (x.float() / scale).clamp(-448, 448).to(E4M3).float()
     wanted = (codes * scale) @ form.dequantize(torch.float32).t()
-    assert off(scaled_product(x, form, scale), wanted) < 0.005
+    assert off(Product(form)(x, scale), wanted) < 0.005
 
 
 def test_codes_of_blocks_are_scaled_by_128_columns_of_a_token() -> None:

@@ -20,7 +20,7 @@ from quantmill.linear import FormLinear, FormLinearFactory
 from quantmill.targeting.types import Target
 from quantmill_fp8.config import FbgemmFp8Config, Fp8Config
 from quantmill_fp8.form import joined, parted
-from quantmill_fp8.native import BLOCK, kind_of, scaled_product, unavailable, unfit
+from quantmill_fp8.native import BLOCK, Product, kind_of, unavailable, unfit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,11 +42,11 @@ class FP8Linear(FormLinear):
         kernels: KernelRegistry,
         dtype: str = "bfloat16",
     ) -> None:
-        super().__init__(form, bias, codec, kernels, dtype)
         config = codec.config
         self.bound = config.activation_scale_ub if isinstance(config, FbgemmFp8Config) else None
         """The largest magnitude that activations are scaled for."""
         self.static = isinstance(config, Fp8Config) and config.activation_scheme == "static"
+        super().__init__(form, bias, codec, kernels, dtype)
 
     def _hold(self, form: Form) -> None:
         assert isinstance(form, ScaledFloat)
@@ -54,11 +54,11 @@ class FP8Linear(FormLinear):
         plain, self.activation = parted(form)
         self.native = _native(plain, str(plain.values.device))
         """Whether it computes in 8 bits."""
-        self.rounding = rounding_kernel(self._kernels, plain, self._dtype) if self.native else None
-        """The kernel that rounds activations, if there is one."""
         if self.native:
             # The product reads the weight as it is: no kernel's layout is made of it.
             self._live, self._ways = plain, {}
+            rounding = rounding_kernel(self._kernels, plain, self._dtype)
+            self.eight_bit = Product(plain, self.bound, rounding)
         else:
             super()._hold(plain)
 
@@ -73,10 +73,7 @@ class FP8Linear(FormLinear):
         grads = x.requires_grad and torch.is_grad_enabled()
         if not self.native or grads or x.dtype == torch.float32 or not x.numel():
             return super().forward(x)
-        form = self._live
-        assert isinstance(form, ScaledFloat)
-        scale = self.activation if self.static else None
-        result = scaled_product(x, form, scale, self.bound, self.rounding)
+        result = self.eight_bit(x, self.activation if self.static else None)
         return result if self.bias is None else result + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:

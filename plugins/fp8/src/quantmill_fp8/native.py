@@ -19,7 +19,7 @@ from torch.nn import functional
 from quantmill.forms import Blocks, Channel, Grouping, PerTensor, ScaledFloat
 from quantmill_fp8.fbgemm import problem as fbgemm_problem
 
-__all__ = ["Kind", "kind_of", "scaled_product", "unavailable", "unfit"]
+__all__ = ["Kind", "Product", "kind_of", "plain_activations", "unavailable", "unfit"]
 
 Kind = Literal["tensor", "row", "block"]
 TOP = 448.0
@@ -66,7 +66,7 @@ def unavailable(kind: Kind, device: str) -> str | None:
     form = ScaledFloat(weight, torch.ones(shape, device=device), grouping)
     x = torch.ones(32, size, device=device, dtype=torch.bfloat16)
     try:
-        found = scaled_product(x, form)
+        found = Product(form)(x)
         torch.cuda.synchronize(device)
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
         text = (str(error).splitlines() or [""])[0]
@@ -76,48 +76,77 @@ def unavailable(kind: Kind, device: str) -> str | None:
     return None
 
 
-def scaled_product(
-    x: Tensor,
-    form: ScaledFloat,
-    scale: Tensor | None = None,
-    bound: float | None = None,
-    activations: Callable[..., tuple[Tensor, Tensor]] | None = None,
-) -> Tensor:
-    """``x @ W.T`` with both rounded to 8 bits.
+class Product:
+    """``x @ W.T`` with both rounded to 8 bits, for one weight.
 
-    Args:
-        x: bfloat16 or float16 ``[..., in]``.
+    What depends on the weight alone is made once: a small batch takes less time on the device than
+    a few more operations take to start.
+    """
+
+    def __init__(
+        self,
+        form: ScaledFloat,
+        bound: float | None = None,
+        activations: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        """Args:
         form: a weight ``[out, in]`` that :func:`unfit` has nothing against.
-        scale: float, of static activations; None takes it from ``x``.
         bound: the largest magnitude that scales are chosen for (``activation_scale_ub``).
         activations: a kernel of that operation; None rounds in plain PyTorch.
+        """
+        assert isinstance(form.scale, Tensor)
+        kind = kind_of(form.grouping)
+        assert kind is not None
+        self.kind: Kind = kind
+        self.bound = bound
+        self.activations = activations or plain_activations
+        self.weight = form.values.t()
+        wide = form.scale.to(torch.float32)
+        if kind == "block":
+            # The weight's scales lie column by column, each padded to a multiple of four.
+            blocks = wide.shape[1]
+            wide = functional.pad(wide, (0, -blocks % 4), value=1.0).t()
+        elif kind == "row":
+            wide = wide.reshape(1, -1).contiguous()
+        self.scale = wide
+        self._by_row: Tensor | None = None
 
-    Returns:
-        ``[..., out]`` in the dtype of ``x``.
-    """
-    assert isinstance(form.scale, Tensor)
-    kind = kind_of(form.grouping)
-    flat = x.reshape(-1, x.shape[-1])
-    weight = form.values.t()
-    wide = form.scale.to(torch.float32)
-    if kind == "block":
-        # Columns of scales have to begin at multiples of 16 bytes.
-        rows = -(-flat.shape[0] // 16) * 16
-        codes, by_token = (activations or plain_activations)(flat, size=BLOCK, rows=rows)
-        result = _block_product(codes, by_token, weight, wide, x.dtype)[: flat.shape[0]]
-    elif scale is not None and kind == "tensor":
-        codes = _codes(flat.to(torch.float32), scale.to(torch.float32).reshape(1, 1))
-        one = scale.to(torch.float32).reshape(())
-        result = _mm(codes, weight, one, wide.reshape(()), x.dtype)
-    else:
-        if scale is None:
-            codes, by_row = (activations or plain_activations)(flat, bound=bound)
+    def __call__(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """The product.
+
+        Args:
+            x: bfloat16 or float16 ``[..., in]``.
+            scale: float, of static activations; None takes it from ``x``.
+
+        Returns:
+            ``[..., out]`` in the dtype of ``x``.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        tokens = flat.shape[0]
+        if self.kind == "block":
+            # Columns of scales have to begin at multiples of 16 bytes.
+            codes, by_token = self.activations(flat, size=BLOCK, rows=-(-tokens // 16) * 16)
+            result = _block_mm(codes, self.weight, by_token, self.scale)[:tokens]
+        elif scale is not None and self.kind == "tensor":
+            one = scale.to(torch.float32)
+            codes = _codes(flat.to(torch.float32), one.reshape(1, 1))
+            result = _mm(codes, self.weight, one.reshape(()), self.scale.reshape(()), x.dtype)
         else:
-            by_row = scale.to(torch.float32).reshape(1, 1).expand(flat.shape[0], 1).contiguous()
-            codes = _codes(flat.to(torch.float32), by_row)
-        per_output = wide.reshape(1, -1).expand(1, form.shape[0]).contiguous()
-        result = _mm(codes, weight, by_row, per_output, x.dtype)
-    return result.to(x.dtype).reshape(*x.shape[:-1], form.shape[0])
+            if scale is None:
+                codes, by_row = self.activations(flat, bound=self.bound)
+            else:
+                by_row = scale.to(torch.float32).reshape(1, 1).expand(tokens, 1).contiguous()
+                codes = _codes(flat.to(torch.float32), by_row)
+            result = _mm(codes, self.weight, by_row, self._per_output(), x.dtype)
+        return result.to(x.dtype).reshape(*x.shape[:-1], self.weight.shape[1])
+
+    def _per_output(self) -> Tensor:
+        """A scale for every output, ``[1, out]``: tokens have scales of their own."""
+        if self.kind == "row":
+            return self.scale
+        if self._by_row is None:
+            self._by_row = self.scale.reshape(1, 1).expand(1, self.weight.shape[1]).contiguous()
+        return self._by_row
 
 
 def plain_activations(
@@ -159,22 +188,16 @@ def _mm(codes: Tensor, weight: Tensor, first: Tensor, second: Tensor, dtype: tor
     return result
 
 
-def _block_product(
-    codes: Tensor, by_token: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _block_mm(codes: Tensor, weight: Tensor, by_token: Tensor, scale: Tensor) -> Tensor:
     from torch.nn.functional import ScalingType, scaled_mm
 
-    # The weight's scales lie column by column, each column padded to a multiple of four.
-    blocks = scale.shape[1]
-    padded = scale.new_ones(scale.shape[0], -(-blocks // 4) * 4)
-    padded[:, :blocks] = scale
     result: Tensor = scaled_mm(
         codes,
         weight,
         by_token,
         ScalingType.BlockWise1x128,
-        padded.t(),
+        scale,
         ScalingType.BlockWise128x128,
         output_dtype=torch.bfloat16,
     )
-    return result.to(dtype)
+    return result
