@@ -83,7 +83,10 @@ def test_hqq(source: Path, method: str) -> None:
         assert near(layer.dequantize().reshape(wanted.shape), wanted, 4), name
 
 
-@pytest.mark.parametrize("method", ["quanto-int8", "quanto-float8", "quanto-int4", "quanto-int2"])
+@pytest.mark.parametrize(
+    "method",
+    ["quanto-int8", "quanto-float8", "quanto:weights=float8_e5m2", "quanto-int4", "quanto-int2"],
+)
 def test_quanto(tmp_path: Path, method: str) -> None:
     quanto = pytest.importorskip("optimum.quanto")
     # Groups of 128 need rows of more than that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,8 +20,9 @@ from quantmill.findings import FindingsError, QuantmillError
 from quantmill.forms import Affine, Codes
 from quantmill.testing.base import make_target
 from quantmill.testing.fabricate import write_tiny_llama
-from quantmill_hqq.codec import HqqCodec, grouping_of
+from quantmill_hqq.codec import HqqCodec
 from quantmill_hqq.config import HqqConfig
+from quantmill_hqq.forms import Settings, StoredAffine, grouping_of
 from quantmill_hqq.packing import fits, pack, unpack
 
 DATA = Path(__file__).parent / "data"
@@ -154,6 +156,38 @@ def test_encoding_is_undone_by_decoding(
     assert shapes == {name: tuple(t.shape) for name, t in stored.items()}
 
 
+@pytest.mark.parametrize("view", [None, torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("bits", "said"), [(1, None), (2, 1.58), (3, None), (8, 5), (8, 6)])
+def test_other_settings_are_read_and_written_back(
+    bits: int, said: float | None, view: torch.dtype | None
+) -> None:
+    plain = make_form(64, 64, bits, 64, 1)
+    codec = HqqCodec(HqqConfig())
+    settings = Settings(optimize=False, offload_meta=True, view=view, nbits=said)
+    fields = {item.name: getattr(plain, item.name) for item in dataclasses.fields(plain)}
+    stored = codec.encode(StoredAffine(**fields, settings=settings))
+    assert stored["W_q"].dtype == (view or (torch.int32 if bits == 3 else torch.uint8))
+    assert float(stored["nbits"]) == pytest.approx(said or bits)
+    again: Any = codec.decode(stored, make_target(64, 64), torch.bfloat16)
+    assert again.settings == settings
+    assert torch.equal(again.dequantize(), plain.dequantize())
+    written = codec.encode(again)
+    assert all(bytes_of(written[name]) == bytes_of(tensor) for name, tensor in stored.items())
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    # Codes seen as floats may be NaN, which equals nothing.
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(("stored", "bits"), [(5, 8), (6, 8), (1.58, 2), (4, 4)])
+def test_bits_of_a_config_that_lie_in_wider_words(stored: float, bits: int) -> None:
+    raw = HqqConfig().to_checkpoint()
+    raw["quant_config"]["weight_quant_params"] |= {"nbits": stored, "view_as_float": True}
+    config, findings = HqqConfig.from_checkpoint(raw)
+    assert config.nbits == bits and not findings
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "code"),
     [
@@ -177,7 +211,7 @@ def test_encoding_is_undone_by_decoding(
         ("unpack_view_dtype", lambda t: t[1:], "001"),
         ("quant_scale", lambda t: t + 1, "002"),
         ("quant_zero", lambda t: t + 1, "002"),
-        ("view_as_float", lambda t: t + 1, "002"),
+        ("view_as_float", lambda t: t + 1, "001"),
         ("channel_wise", lambda t: t * 0, "002"),
     ],
 )

@@ -30,15 +30,17 @@ def made(kind: str = "int8", weights: str = "int8") -> tuple[Any, Any]:
     return QuantoCodec(config), joined(form, scales)
 
 
-@pytest.mark.parametrize("kind", ["int8", "float8"])
-@pytest.mark.parametrize("weights", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("kind", ["int8", "float8", "float8_e5m2"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "float8", "float8_e4m3fnuz"])
 def test_inputs_and_outputs_are_rounded_by_their_scales(kind: str, weights: str) -> None:
     codec, form = made(kind, weights)
 
     def rounded(x: Tensor, scale: float) -> Tensor:
         if kind == "int8":
             return torch.round(x / scale).clamp(-128, 127) * scale
-        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        narrow = torch.float8_e5m2 if kind == "float8_e5m2" else torch.float8_e4m3fn
+        top = torch.finfo(narrow).max
+        return (x / scale).clamp(-top, top).to(narrow).float() * scale
 
     bias = torch.randn(12)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))

@@ -12,14 +12,15 @@ every setting as a tensor. With ``n`` weights and groups of ``size``, relative t
     stores_quant_config, encoded_state_dict                  uint8 []: booleans
     packing, unpack_view_dtype, compute_dtype                uint8 [length]: ASCII text
 
-Tensors outrank the config; settings that contradict the shapes of ``W_q`` and ``scale`` are an
-error. Source: the bytes of the checkpoints in ``tests/data``.
+With ``view_as_float`` the words are stored as floats, of as many bytes a row. ``nbits`` may be 5 or
+6 in 8-bit words, and 1.58 (a float32) in 2-bit ones. Tensors outrank the config; settings that
+contradict the shapes of ``W_q`` and ``scale`` are an error. Source: the bytes of the checkpoints in
+``tests/data``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -27,15 +28,17 @@ from torch import Tensor
 
 from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
+from quantmill.checkpoint.reader import torch_dtype
 from quantmill.findings import QuantmillError, declare
-from quantmill.forms import Affine, Codes, Flat, Form, Group, Grouping, Strided
+from quantmill.forms import Affine, Codes, Flat, Form, Group, Strided
 from quantmill.forms.convert import not_exact
 from quantmill.forms.fit import Conditions, fit_integers
 from quantmill.targeting.types import Target
 from quantmill_hqq.config import HqqConfig
+from quantmill_hqq.forms import Layout, Settings, StoredAffine, abstract_form, grouping_of
 from quantmill_hqq.packing import NAMES, WORDS, fits, pack, unpack, words_of
 
-__all__ = ["HqqCodec", "Layout", "abstract_form", "grouping_of"]
+__all__ = ["HqqCodec"]
 
 BAD_TENSORS = declare("QM-HQQ-001", "A quantized weight's tensors contradict each other")
 UNREADABLE = declare("QM-HQQ-002", "A weight is stored in a variant of HQQ that is not read")
@@ -43,57 +46,16 @@ UNREADABLE = declare("QM-HQQ-002", "A weight is stored in a variant of HQQ that 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUMBERS = ("nbits", "group_size", "axis")
 _ON = ("channel_wise", "stores_quant_config", "encoded_state_dict")
-_OFF = ("view_as_float", "quant_scale", "quant_zero")
-_FREE = ("optimize", "round_zero", "offload_meta")
+_OFF = ("quant_scale", "quant_zero")
+_FREE = ("optimize", "round_zero", "offload_meta", "view_as_float")
+_WIDER = {5: 8, 6: 8, 1.58: 2}
+"""Bits that hqq has without a packing of their own, to those of the words they lie in."""
 _TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
 
 
 def _refuse(target: Target, cause: str) -> QuantmillError:
     return QuantmillError(
         BAD_TENSORS(target.name, cause, "the checkpoint is damaged: get it again")
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What the shapes of ``W_q`` and ``scale`` say."""
-
-    bits: int
-    size: int
-    axis: int
-
-    def matrix(self, count: int) -> tuple[int, int]:
-        """Rows and columns of the codes as they are packed, for ``count`` weights."""
-        groups = count // self.size
-        return (groups, self.size) if self.axis == 1 else (self.size, groups)
-
-    def column(self, count: int) -> tuple[int, int]:
-        """Shape of scales and zero points on disk."""
-        groups = count // self.size
-        return (groups, 1) if self.axis == 1 else (1, groups)
-
-
-def grouping_of(size: int, axis: int, columns: int) -> Grouping:
-    """The grouping; groups that never cross a row are :class:`Group`, for which kernels are."""
-    if axis == 0:
-        return Strided(size)
-    return Flat(size) if columns % size else Group(size)
-
-
-def abstract_form(
-    layout: Layout, shape: tuple[int, int], scale: torch.dtype, dtype: torch.dtype
-) -> Affine:
-    """An affine form on the meta device."""
-    meta = torch.device("meta")
-    grouping = grouping_of(layout.size, layout.axis, shape[1])
-    groups = grouping.scale_shape(shape)
-    return Affine(
-        Codes.empty(shape, layout.bits, "dense", meta),
-        torch.empty(groups, dtype=scale, device=meta),
-        grouping,
-        torch.empty(groups, dtype=scale, device=meta),
-        "zero",
-        dtype=dtype,
     )
 
 
@@ -121,6 +83,13 @@ class HqqCodec(Codec[HqqConfig]):
             words = torch.empty(words_of(rows, bits), columns, dtype=WORDS[bits], device="meta")
         else:
             words = pack(form.codes.unpack().reshape(rows, columns), bits)
+        settings = (
+            form.settings
+            if isinstance(form, StoredAffine)
+            else Settings(optimize=self.config.optimize, round_zero=bits == 4)
+        )
+        if settings.view is not None:
+            words = words.view(settings.view)
         device = form.codes.data.device
         stored = {
             "W_q": words,
@@ -128,14 +97,16 @@ class HqqCodec(Codec[HqqConfig]):
             "zero": form.offset.reshape(layout.column(count)),
             "shape": torch.tensor(form.shape, dtype=torch.int64, device=device),
         }
-        for name, number in zip(_NUMBERS, (bits, layout.size, axis), strict=True):
-            stored[name] = torch.tensor(number, dtype=torch.int32, device=device)
+        for name, number in zip(_NUMBERS, (settings.nbits or bits, layout.size, axis), strict=True):
+            kind = torch.float32 if isinstance(number, float) else torch.int32
+            stored[name] = torch.tensor(number, dtype=kind, device=device)
         flags = {
             **dict.fromkeys(_ON, True),
             **dict.fromkeys(_OFF, False),
-            "optimize": self.config.optimize,
-            "round_zero": bits == 4,
-            "offload_meta": False,
+            "optimize": settings.optimize,
+            "round_zero": settings.round_zero,
+            "offload_meta": settings.offload_meta,
+            "view_as_float": settings.view is not None,
         }
         for name, flag in flags.items():
             stored[name] = torch.tensor(int(flag), dtype=torch.uint8, device=device)
@@ -145,12 +116,12 @@ class HqqCodec(Codec[HqqConfig]):
 
     def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        wide = "W_q" in tensors and tensors["W_q"].dtype == torch.int32
-        layout = _measure(shapes, wide, target)
-        _check_settings(tensors, layout, target)
+        kind = tensors["W_q"].dtype if "W_q" in tensors else torch.uint8
+        layout = _measure(shapes, kind, target)
+        settings = _settings(tensors, layout, target)
         words, scale, zero = tensors["W_q"], tensors["scale"], tensors["zero"]
-        if words.dtype != WORDS[layout.bits]:
-            raise _refuse(target, f"W_q is {words.dtype}, not {WORDS[layout.bits]}")
+        if settings.view is not None:
+            words = words.contiguous().view(WORDS[layout.bits])
         for name, tensor in (("scale", scale), ("zero", zero)):
             if tensor.dtype not in _FLOATS.values() or tensor.dtype != scale.dtype:
                 raise _refuse(target, f"{name} is {tensor.dtype}, scale is {scale.dtype}")
@@ -163,13 +134,14 @@ class HqqCodec(Codec[HqqConfig]):
         codes = unpack(words, layout.bits, layout.matrix(count)[0]).reshape(shape)
         grouping = grouping_of(layout.size, layout.axis, target.in_features)
         groups = grouping.scale_shape(shape)
-        return Affine(
+        return StoredAffine(
             Codes.pack(codes, layout.bits, "dense"),
             scale.reshape(groups),
             grouping,
             zero.reshape(groups),
             "zero",
             dtype=dtype,
+            settings=settings,
         )
 
     @classmethod
@@ -213,11 +185,18 @@ class HqqCodec(Codec[HqqConfig]):
         if "W_q" not in headers:
             return None
         shapes = {name: tuple(item.shape) for name, item in headers.items()}
-        layout = _measure(shapes, headers["W_q"].dtype == "I32", target)
+        kind = torch_dtype(headers["W_q"].dtype)
+        layout = _measure(shapes, kind, target)
         scale = _FLOATS.get(headers["scale"].dtype)
         if scale is None:
             raise _refuse(target, f"scale is {headers['scale'].dtype}")
-        return abstract_form(layout, (target.out_features, target.in_features), scale, dtype)
+        nbits = headers.get("nbits")
+        settings = Settings(
+            view=kind if kind in _FLOATS.values() else None,
+            nbits=1.58 if nbits is not None and nbits.dtype == "F32" else None,
+        )
+        shape = (target.out_features, target.in_features)
+        return abstract_form(layout, shape, scale, dtype, settings)
 
 
 def _texts(bits: int, scale: torch.dtype) -> dict[str, str]:
@@ -228,8 +207,8 @@ def _texts(bits: int, scale: torch.dtype) -> dict[str, str]:
     }
 
 
-def _measure(shapes: Mapping[str, tuple[int, ...]], wide: bool, target: Target) -> Layout:
-    """Bits, group size and axis, from the shapes; ``wide`` for words of 32 bits."""
+def _measure(shapes: Mapping[str, tuple[int, ...]], kind: torch.dtype, target: Target) -> Layout:
+    """Bits, group size and axis, from the shapes; ``kind`` is the dtype of ``W_q``."""
     missing = [name for name in ("W_q", "scale", "zero") if name not in shapes]
     if missing:
         raise _refuse(target, f"{' and '.join(missing)} are missing")
@@ -245,26 +224,32 @@ def _measure(shapes: Mapping[str, tuple[int, ...]], wide: bool, target: Target) 
         raise _refuse(target, f"{groups} scales do not divide {count} weights")
     size = count // groups
     for axis in (1, 0):
-        for bits in (3,) if wide else (8, 4, 2, 1):
+        for bits in (8, 4, 3, 2, 1):
             layout = Layout(bits, size, axis)
             rows, columns = layout.matrix(count)
-            packed = (words_of(rows, bits), columns)
-            if layout.column(count) == column and fits(rows, bits) and words == packed:
+            length = columns * WORDS[bits].itemsize
+            packed = (words_of(rows, bits), length // kind.itemsize)
+            if (
+                layout.column(count) == column
+                and fits(rows, bits)
+                and (
+                    kind == WORDS[bits] or (kind in _FLOATS.values() and not length % kind.itemsize)
+                )
+                and words == packed
+            ):
                 return layout
     raise _refuse(
         target,
-        f"W_q is {list(words)} and scale {list(column)}: that is no packing of"
+        f"W_q is {kind} {list(words)} and scale {list(column)}: that is no packing of"
         f" {target.out_features} x {target.in_features} weights",
     )
 
 
-def _check_settings(tensors: Mapping[str, Tensor], layout: Layout, target: Target) -> None:
-    """Compare what is written beside the codes with what their shapes say."""
-    for name in (*_ON, *_OFF, *_FREE):
+def _settings(tensors: Mapping[str, Tensor], layout: Layout, target: Target) -> Settings:
+    """What is written beside the codes, held against what their shapes say."""
+    for name in (*_ON, *_OFF):
         value = tensors.get(name)
-        if value is None or name in _FREE:
-            continue
-        if value.numel() != 1 or bool(value.item()) != (name in _ON):
+        if value is not None and _flag(value, name, target) != (name in _ON):
             raise QuantmillError(
                 UNREADABLE(
                     target.name,
@@ -272,10 +257,25 @@ def _check_settings(tensors: Mapping[str, Tensor], layout: Layout, target: Targe
                     "save it anew with hqq's present defaults",
                 )
             )
+    free = {
+        name: _flag(tensors[name], name, target) if name in tensors else False for name in _FREE
+    }
+    seen = tensors["W_q"].dtype
+    view = seen if seen in _FLOATS.values() else None
+    if free.pop("view_as_float") != (view is not None):
+        raise _refuse(
+            target, f"view_as_float is {tensors['view_as_float'].tolist()}, W_q is {seen}"
+        )
     wanted = {"nbits": layout.bits, "group_size": layout.size, "axis": layout.axis}
+    nbits: float | None = None
     for name, number in wanted.items():
         value = tensors.get(name)
-        if value is not None and (value.numel() != 1 or int(value.item()) != number):
+        if value is None:
+            continue
+        said = round(float(value.item()), 2) if value.numel() == 1 else None
+        if name == "nbits" and said in _WIDER and _WIDER[said] == number:
+            nbits = said if said == 1.58 else int(said)
+        elif said != number:
             raise _refuse(target, f"{name} is {value.tolist()}, its tensors are made for {number}")
     shape = tensors.get("shape")
     if shape is not None and shape.tolist() != [target.out_features, target.in_features]:
@@ -292,3 +292,10 @@ def _check_settings(tensors: Mapping[str, Tensor], layout: Layout, target: Targe
         text = bytes(value.reshape(-1).tolist()).decode("ascii", "replace")
         if text != expected[name]:
             raise _refuse(target, f"{name} is {text!r}, its tensors are {expected[name]!r}")
+    return Settings(**free, view=view, nbits=nbits)
+
+
+def _flag(value: Tensor, name: str, target: Target) -> bool:
+    if value.numel() != 1:
+        raise _refuse(target, f"{name} is {list(value.shape)}, not one truth value")
+    return bool(value.item())

@@ -38,7 +38,7 @@ class HqqConfig(MethodConfig):
     """Exponent of the error that the search minimises."""
     channel_wise: Literal[True] = True
     view_as_float: Literal[False] = False
-    """hqq can view codes as floats for distributed training; such files are not read."""
+    """hqq can store codes as if they were floats, for distributed training: read, not made."""
     quant_scale: Literal[False] = False
     quant_zero: Literal[False] = False
     """Early versions of hqq could quantize scales and zero points; such files are not read."""
@@ -68,9 +68,9 @@ class HqqConfig(MethodConfig):
         data = super().normalise(raw)
         stored = data.pop("quant_config", None)
         if isinstance(stored, Mapping) and _PARAMETERS in stored:
-            data = {**_flat(stored), **data}
+            data = {**_stored(stored), **data}
         elif isinstance(stored, Mapping):
-            data["dynamic_config"] = {tag: _flat(item) for tag, item in stored.items()}
+            data["dynamic_config"] = {tag: _stored(item) for tag, item in stored.items()}
         elif stored is not None:
             data["dynamic_config"] = stored  # no mapping: validation says so
         dynamic = data.get("dynamic_config")
@@ -128,6 +128,17 @@ class HqqConfig(MethodConfig):
     def summary(self) -> str:
         size = "no groups" if self.group_size is None else f"groups of {self.group_size}"
         return f"{self.nbits} bits, {size}, axis {self.axis}"
+
+
+def _stored(stored: Any) -> Any:
+    """The same of a file, whose tensors say how they are viewed and whose bits may lie in wider
+    words."""
+    data = _flat(stored)
+    if isinstance(data, dict):
+        data.pop("view_as_float", None)
+        if isinstance(bits := data.get("nbits"), int | float):
+            data["nbits"] = {5: 8, 6: 8, 1.58: 2}.get(bits, bits)
+    return data
 
 
 def _flat(stored: Any) -> Any:

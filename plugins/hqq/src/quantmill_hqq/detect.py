@@ -7,6 +7,7 @@ decoded by its own tensors.
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 from quantmill.findings import QuantmillError, declare
@@ -18,6 +19,8 @@ __all__ = ["detect"]
 
 PICKLED = declare("QM-HQQ-003", "An HQQ checkpoint is a pickle")
 _PICKLE = "qmodel.pt"
+_FORMATS = {"I32": "<i", "F32": "<f"}
+"""Of a number; 1.58 bits are a float."""
 
 
 def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
@@ -52,9 +55,10 @@ def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
     return None
 
 
-def _number(headers: CheckpointHeaders, name: str) -> int | None:
+def _number(headers: CheckpointHeaders, name: str) -> float | None:
     header = headers.tensors.get(name)
-    if header is None or header.dtype != "I32" or header.nbytes != 4:
+    if header is None or header.dtype not in _FORMATS or header.nbytes != 4:
         return None
     raw = headers.source.read(header.file, header.start, header.stop)
-    return int.from_bytes(raw, "little", signed=True)
+    value: float = struct.unpack(_FORMATS[header.dtype], raw)[0]
+    return round(value, 2)

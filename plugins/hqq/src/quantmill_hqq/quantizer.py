@@ -13,8 +13,8 @@ from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Affine, Codes, Form
 from quantmill.targeting.types import Target
-from quantmill_hqq.codec import Layout, abstract_form, grouping_of
 from quantmill_hqq.config import HqqConfig
+from quantmill_hqq.forms import Layout, abstract_form, grouping_of
 from quantmill_hqq.optimiser import solve
 from quantmill_hqq.packing import fits
 

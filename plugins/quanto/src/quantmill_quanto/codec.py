@@ -26,12 +26,13 @@ from torch import Tensor
 
 from quantmill.backend import Codec, Fit
 from quantmill.checkpoint.headers import TensorHeader
+from quantmill.checkpoint.reader import torch_dtype
 from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Affine, Channel, Codes, Form, Group, Grouping, ScaledFloat
 from quantmill.forms.convert import not_exact
 from quantmill.forms.fit import Conditions, fit_floats, fit_integers
 from quantmill.targeting.types import Target
-from quantmill_quanto.config import QuantoConfig
+from quantmill_quanto.config import FLOATS, QuantoConfig
 from quantmill_quanto.forms import joined, parted
 
 __all__ = ["QuantoCodec", "abstract_form", "group_size", "grouping_of", "pack", "unpack"]
@@ -40,7 +41,7 @@ BAD_TENSORS = declare("QM-QUANTO-001", "A quantized weight's tensors contradict 
 SCALED_ACTIVATIONS = declare("QM-QUANTO-002", "A module was stored with quantized activations")
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_FLOAT8 = {name: getattr(torch, kind) for name, kind in FLOATS.items()}
 _BYTES, _PACKED = "weight._data", "weight._data._data"
 _SCALE, _SHIFT = "weight._scale", "weight._shift"
 _ACTIVATIONS = ("input_scale", "output_scale")
@@ -197,14 +198,10 @@ class QuantoCodec(Codec[QuantoConfig]):
         weights = wanted.get("weights")
         scales = tuple(_FLOATS.values())
         if isinstance(form, ScaledFloat):
-            made: Affine | ScaledFloat = fit_floats(
-                form,
-                values=(torch.float8_e4m3fn,),
-                scales=scales,
-                grouping=Channel(0),
-                seen=seen,
-            )
-            found = "float8"
+            kinds = tuple(_FLOAT8.values()) if weights not in _FLOAT8 else (_FLOAT8[weights],)
+            floats = fit_floats(form, values=kinds, scales=scales, grouping=Channel(0), seen=seen)
+            found = next(name for name, kind in _FLOAT8.items() if kind == floats.values.dtype)
+            made: Affine | ScaledFloat = floats
         else:
             narrow = isinstance(form, Affine) and form.codes.bits <= 4
             if weights is not None:
@@ -248,7 +245,9 @@ class QuantoCodec(Codec[QuantoConfig]):
         if bits < 8:
             shift = torch.uint8 if headers[_SHIFT].dtype == "U8" else None
             return abstract_form(shape, bits, size, scale, dtype, shift=shift)
-        values = _FLOAT8.get(headers[_BYTES].dtype, torch.int8)
+        values = torch_dtype(headers[_BYTES].dtype)
+        if values not in (torch.int8, *_FLOAT8.values()):
+            raise _refuse(target, f"{_BYTES} is {headers[_BYTES].dtype}")
         return abstract_form(shape, 8, None, scale, dtype, values)
 
     def _measure(

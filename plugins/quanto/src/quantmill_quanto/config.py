@@ -11,8 +11,15 @@ from quantmill.config import MethodConfig
 from quantmill.targeting.dialects import from_transformers_skip
 from quantmill.targeting.types import Rule
 
-__all__ = ["QMAP", "QuantoConfig", "is_active", "is_plain", "plain", "rules"]
+__all__ = ["FLOATS", "QMAP", "QuantoConfig", "is_active", "is_plain", "plain", "rules"]
 
+Weights = Literal["int8", "int4", "int2", "float8", "float8_e5m2", "float8_e4m3fnuz"]
+FLOATS = {
+    "float8": "float8_e4m3fn",
+    "float8_e5m2": "float8_e5m2",
+    "float8_e4m3fnuz": "float8_e4m3fnuz",
+}
+"""Types of 8-bit floats to PyTorch's data type."""
 QMAP = "quanto_qmap.json"
 """Optimum-quanto's map: module to the types of its weights and activations."""
 
@@ -20,15 +27,16 @@ QMAP = "quanto_qmap.json"
 class QuantoConfig(MethodConfig):
     """What Quanto can be told; names and defaults are those of transformers' ``QuantoConfig``."""
 
-    weights: Literal["int8", "int4", "int2", "float8"] = "int8"
-    """``int8`` and ``float8`` have a scale per row; ``int4`` and ``int2`` one per group of 128
-    columns (or fewer, to divide the row), with a shift."""
-    activations: Literal["int8", "float8"] | None = None
+    weights: Weights = "int8"
+    """``int8`` and the kinds of ``float8`` (E4M3 if nothing more is said) have a scale per row;
+    ``int4`` and ``int2`` one per group of 128 columns (or fewer, to divide the row), with a
+    shift."""
+    activations: Literal["int8", "float8", "float8_e5m2", "float8_e4m3fnuz"] | None = None
     """8-bit inputs and outputs of the linears, by stored scales: read, and made by the method
     ``quanto-activations``, which calibrates."""
     modules_to_not_convert: list[str] | None = None
     """Modules to keep float, in addition to the defaults."""
-    mixed: list[Literal["int8", "int4", "int2", "float8"]] | None = None
+    mixed: list[Weights] | None = None
     """Other types of weights that a map of optimum-quanto gives some modules."""
     quantized: tuple[str, ...] = Field((), exclude=True, repr=False)
     """Set while a checkpoint is written: the modules that its map will name."""
@@ -46,7 +54,12 @@ class QuantoConfig(MethodConfig):
     @property
     def top(self) -> float:
         """The largest code of activations."""
-        return 448.0 if self.activations == "float8" else 127.0
+        kind = FLOATS.get(self.activations or "")
+        if kind is None:
+            return 127.0
+        import torch
+
+        return float(torch.finfo(getattr(torch, kind)).max)
 
     @property
     def packed_bits(self) -> list[int]:
@@ -72,10 +85,9 @@ class QuantoConfig(MethodConfig):
         return data
 
     def extra_files(self, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        names = {"int8": "qint8", "float8": "qfloat8_e4m3fn", None: "none"}
         entry = {
-            "weights": names.get(self.weights, f"q{self.weights}"),
-            "activations": names[self.activations],
+            field: "none" if name is None else f"q{FLOATS.get(name, name)}"
+            for field, name in (("weights", self.weights), ("activations", self.activations))
         }
         return {QMAP: dict.fromkeys(self.quantized, entry)} if self.quantized else {}
 
@@ -99,7 +111,7 @@ def is_plain(raw: Mapping[str, Any]) -> bool:
 
 
 def _bits(weights: str) -> int:
-    return int(weights.removeprefix("float").removeprefix("int"))
+    return int(weights.partition("_")[0].removeprefix("float").removeprefix("int"))
 
 
 def plain(name: Any) -> Any:
@@ -109,7 +121,7 @@ def plain(name: Any) -> Any:
     if name == "none":
         return None
     short = name.removeprefix("q")
-    return "float8" if short in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz") else short
+    return "float8" if short == "float8_e4m3fn" else short
 
 
 def rules(config: QuantoConfig, origin: str) -> list[Rule]:

@@ -1,7 +1,8 @@
 """``QLinear``: the core's linear under the name by which Quanto's users know it.
 
 Where activations are quantized, inputs and outputs are rounded by their stored scales. Codes of
-inputs are exact in 16 bits, so the product is a kernel's, times the scale.
+inputs are exact in 16 bits, so the product is a kernel's, times the scale. Activations are divided
+in their own dtype: scales were calibrated so, and another code is another model.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from quantmill.backend import Codec
 from quantmill.forms import Affine, Form, ScaledFloat
 from quantmill.kernels import KernelRegistry
 from quantmill.linear import FormLinear, FormLinearFactory
+from quantmill_quanto.config import FLOATS
 from quantmill_quanto.forms import joined, parted
 
 if TYPE_CHECKING:
@@ -63,16 +65,15 @@ class QLinear(FormLinear):
             return super().forward(x)
         result = x
         if before is not None:
-            result = _Rounded.apply(x, before.to(torch.float32), self.activations)
-        result = self.product(result).to(torch.float32)
+            result = _Rounded.apply(x, before, self.activations)
+        result = self.product(result)
         if before is not None:
-            result = result * before.to(torch.float32)
+            result = (result.to(torch.float32) * before.to(torch.float32)).to(x.dtype)
         if self.bias is not None:
-            result = result + self.bias.to(torch.float32)
+            result = result + self.bias.to(x.dtype)
         if after is not None:
-            wide = after.to(torch.float32)
-            result = _Rounded.apply(result, wide, self.activations) * wide
-        return result.to(x.dtype)
+            result = _Rounded.apply(result, after, self.activations) * after.to(x.dtype)
+        return result
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -84,17 +85,17 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, kind: str) -> Tensor:
-        ctx.scale = scale
-        codes = x.to(torch.float32) / scale
-        if kind == "float8":
-            codes = codes.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-        else:
-            codes = torch.round(codes).clamp(-128.0, 127.0)
-        return codes.to(x.dtype)
+        ctx.scale = scale.to(x.dtype)
+        codes = x / ctx.scale
+        if kind in FLOATS:
+            narrow: torch.dtype = getattr(torch, FLOATS[kind])
+            top = torch.finfo(narrow).max
+            return codes.clamp(-top, top).to(narrow).to(x.dtype)
+        return torch.round(codes).clamp(-128.0, 127.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return (grads[0] / ctx.scale).to(grads[0].dtype), None, None
+        return grads[0] / ctx.scale, None, None
 
 
 class QLinearFactory(FormLinearFactory):

@@ -12,13 +12,12 @@ from quantmill.finite import FiniteCheck
 from quantmill.forms import Affine, Codes, Form, ScaledFloat
 from quantmill.targeting.types import Target
 from quantmill_quanto.codec import abstract_form, group_size, grouping_of
-from quantmill_quanto.config import QuantoConfig
+from quantmill_quanto.config import FLOATS, QuantoConfig
 from quantmill_quanto.forms import joined
 
 __all__ = ["QuantoQuantizer"]
 
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
-_FLOAT8 = torch.float8_e4m3fn
 
 
 def _taken(dtype: torch.dtype) -> torch.dtype:
@@ -41,12 +40,18 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
             None if bits == 8 else group_size(target.in_features),
             _taken(dtype),
             dtype,
-            _FLOAT8 if self.config.weights == "float8" else torch.int8,
+            self._values,
         )
         if self.config.activations is None:
             return form
         one = torch.empty((), dtype=_taken(dtype), device="meta")
         return joined(form, (one, one.clone()))
+
+    @property
+    def _values(self) -> torch.dtype:
+        """Data type of 8-bit weights."""
+        kind: torch.dtype = getattr(torch, FLOATS.get(self.config.weights, "int8"))
+        return kind
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         form = self._bytes(weight) if self.config.bits == 8 else self._packed(weight)
@@ -58,11 +63,12 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
 
     def _bytes(self, weight: WeightSource) -> Affine | ScaledFloat:
         rows, columns = weight.shape
-        real = self.config.weights == "float8"
-        kind = _FLOAT8 if real else torch.int8
+        kind = self._values
+        real = kind.is_floating_point
         data = torch.empty((rows, columns), dtype=kind, device=self.device)
         scale = torch.empty(rows, dtype=_taken(weight.dtype), device=self.device)
-        low, high = (-448.0, 448.0) if real else (-128.0, 127.0)
+        high = torch.finfo(kind).max if real else 127.0
+        low = -high if real else -128.0
         with FiniteCheck(weight.name) as finite:
             for start, block in weight.row_blocks():
                 values = block.to(torch.float32, copy=True)
