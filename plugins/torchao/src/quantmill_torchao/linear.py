@@ -151,8 +151,9 @@ def rounded_inputs(
             if inputs.symmetric:
                 scale = torch.maximum(-low, high) / ((most_code - least) / 2)
             else:
-                scale = (high - low) / (most_code - least)
-            scale = scale.clamp(min=tiny)
+                scale = (high - low).to(x.dtype).to(torch.float32) / (most_code - least)
+            # torchao divides in the dtype of the inputs; with another scale codes would differ.
+            scale = scale.to(x.dtype).to(torch.float32).clamp(min=tiny)
             if not inputs.symmetric:
                 zero = (least - torch.round(low / scale)).clamp(least, most_code)
         else:
