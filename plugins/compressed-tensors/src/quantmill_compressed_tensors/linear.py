@@ -47,6 +47,7 @@ class CompressedLinear(FormLinear):
         self._scales: tuple[Tensor | None, Tensor | None] = (None, None)
         if isinstance(form, StoredAffine | StoredFloat):
             self._given = (form.input_scale, form.input_zero_point)
+            form = replace(form, input_scale=None, input_zero_point=None)
         elif isinstance(form, StoredFp4):
             self._scales = (form.whole, form.inputs)
             form = replace(form, whole=None, inputs=None)

@@ -74,7 +74,7 @@ def _group(where: str, group: Scheme) -> Iterator[Finding]:
     weights = group.weights
     if weights is None or weights.type == "float":
         return
-    if weights.means in ("block", "tensor_group", "token", "attn_head"):
+    if weights.means in ("tensor_group", "token", "attn_head"):
         yield BAD_WEIGHTS(
             f"{where}.weights",
             f"strategy {weights.means} is not for integer weights",
@@ -91,6 +91,12 @@ def _made(config: CompressedConfig) -> Iterator[Finding]:
                 f"config_groups.{name}.input_activations",
                 "stored scales of activations need calibration, which this method does not do",
                 "set dynamic to true",
+            )
+        if weights is not None and weights.type == "int" and weights.means == "block":
+            yield BAD_WEIGHTS(
+                f"config_groups.{name}.weights",
+                "integers by blocks are read, not made",
+                "take channel or group, or the type float",
             )
         packed = group.stores_as in ("pack-quantized", "int-quantized")
         if weights is None or (weights.type == "float" and packed):
