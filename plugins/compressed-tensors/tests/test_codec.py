@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantmill
@@ -357,3 +357,23 @@ def test_dynamic_inputs_stay_near_and_zeros_stay_zeros(args: Args) -> None:
     if args.means == "token":
         # A token's result does not depend on what else is in the batch.
         assert torch.equal(quantize_inputs(x[1:, 2:3], args), rounded[1:, 2:3])
+
+
+@pytest.mark.parametrize("name", ["ct-float8-channel", "ct-int8-channel"])
+def test_stored_scales_of_activations_survive_a_kernels_layout(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
+    stored = load_file(DATA / name / "model.safetensors")
+    for key in [key for key in stored if key.endswith("weight_scale")]:
+        stored[key.replace("weight_scale", "input_scale")] = torch.tensor([0.05])
+    save_file(stored, tmp_path / "model.safetensors")
+    config = json.loads((DATA / name / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    kind = group["weights"]["type"]
+    group["input_activations"] = {"num_bits": 8, "type": kind, "strategy": "tensor"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model: Any = quantmill.load(tmp_path)
+    with torch.inference_mode():
+        model(input_ids=torch.arange(8).reshape(1, 8))
+    state = model.state_dict()
+    assert all(torch.equal(state[key].float(), tensor.float()) for key, tensor in stored.items())
+    assert torch.isfinite(quantmill.load(tmp_path, dequantize=True).lm_head.weight).all()

@@ -203,6 +203,38 @@ def test_the_bound_of_early_fbgemm_files_is_kept() -> None:
     assert isinstance(form, Fp8Weight) and equal(codec.encode(form), stored)
 
 
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (48,), (48, 1)])
+def test_scales_say_what_shares_them_where_the_config_does_not(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    # AutoFP8 and vLLM write such files; the config has neither a block size nor the words inverse.
+    config, findings = Fp8Config.from_checkpoint(
+        {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    )
+    made = torch.Generator().manual_seed(0)
+    stored = {
+        "weight": torch.randn(48, 64, generator=made).to(torch.float8_e4m3fn),
+        name: torch.rand(shape, generator=made) + 0.5,
+        "input_scale": torch.tensor(0.02),
+    }
+    codec = BlockCodec(config)
+    form = codec.decode(stored, make_target(48, 64), torch.float32)
+    scale = stored[name].reshape(-1, 1)
+    assert not findings and torch.equal(form.dequantize(), stored["weight"].float() * scale)
+    written = codec.encode(form)
+    assert equal(written, stored) and written[name].shape == shape
+
+
+def test_a_block_size_in_the_config_is_a_promise() -> None:
+    stored = {**stored_blocks(), "weight_scale_inv": torch.ones(192, 1)}
+    with pytest.raises(QuantmillError, match="blocks of 64 x 64"):
+        block_codec((64, 64)).decode(stored, make_target(192, 160), torch.float32)
+    both = {**stored_blocks(), "weight_scale": torch.ones(3, 3)}
+    with pytest.raises(QuantmillError, match="both weight_scale_inv and weight_scale"):
+        block_codec((64, 64)).decode(both, make_target(192, 160), torch.float32)
+
+
 def test_a_plan_says_that_activations_stay_float() -> None:
     plan = quantmill.plan(DATA / "fp8-block")
     assert [item.code for item in plan.findings if item.code.startswith("QM-FP8")] == ["QM-FP8-011"]

@@ -8,6 +8,10 @@ Relative to the module, with ``in`` and ``out`` features and blocks of ``b0 x b1
                       [ceil(out / b0), ceil(in / b1)], or one number for the whole weight
     activation_scale  float32 []  static activations only
 
+    the same as AutoFP8 and vLLM name it
+    weight_scale      as above, or a scale per row, float [out, 1] or [out]
+    input_scale       float32 []  static activations only
+
     quant_method fbgemm_fp8
     weight            float8_e4m3fn [out, in]
     weight_scale      float32 [out, 1]
@@ -36,7 +40,7 @@ from quantmill.forms import Blocks, Channel, Form, Group, Grouping, PerTensor, S
 from quantmill.forms.fit import Conditions, fit_floats
 from quantmill.targeting.types import Target
 from quantmill_fp8.config import FbgemmFp8Config, Fp8Config
-from quantmill_fp8.form import VALUES, abstract_form, joined, parted
+from quantmill_fp8.form import VALUES, Fp8Weight, Layout, abstract_form, joined, parted
 
 __all__ = ["BlockCodec", "RowCodec", "grouping_of"]
 
@@ -70,101 +74,116 @@ def grouping_of(config: Fp8Config) -> Grouping:
 class _Fp8Codec(Codec[ConfigT]):
     """What the layouts share; they differ in names and in the shape of scales."""
 
-    scale_name: ClassVar[str]
-    activation_name: ClassVar[str]
+    scale_names: ClassVar[tuple[str, ...]]
+    """Of the scales; what is made gets the first."""
+    activation_names: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def _grouping(self) -> Grouping: ...
+    def _grouping(self, scale: tuple[int, ...], shape: tuple[int, int]) -> Grouping:
+        """What shares a scale, of a weight ``[out, in]`` with scales of such a shape."""
 
     @abstractmethod
-    def _stored_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+    def _stored_shape(self, grouping: Grouping, shape: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the scales in the file."""
 
     def encode(self, form: Form) -> dict[str, Tensor]:
         assert isinstance(form, ScaledFloat) and isinstance(form.scale, Tensor)
-        out_features, in_features = form.shape
+        layout = form.layout if isinstance(form, Fp8Weight) else Layout()
+        rows, columns = form.shape
         scale = form.scale
-        if not isinstance(form.grouping, PerTensor):
-            scale = scale.reshape(self._stored_shape((out_features, in_features)))
-        stored = {"weight": form.values, self.scale_name: scale}
+        if layout.shape is not None:
+            scale = scale.reshape(layout.shape)
+        elif not isinstance(form.grouping, PerTensor):
+            scale = scale.reshape(self._stored_shape(form.grouping, (rows, columns)))
+        if layout.as_bytes:
+            scale = scale.view(torch.uint8)
+        stored = {"weight": form.values, layout.scale or self.scale_names[0]: scale}
         _, activation = parted(form)
         if activation is not None:
-            stored[self.activation_name] = activation
+            stored[layout.activation or self.activation_names[0]] = activation
         return stored
 
     def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
-        self._complete(set(tensors), target)
-        weight, scale = tensors["weight"], tensors[self.scale_name]
+        name, given = self._names(set(tensors), target)
+        weight, scale = tensors["weight"], tensors[name]
         if weight.dtype != VALUES:
             raise _refuse(target, f"weight is {weight.dtype}, not float8_e4m3fn")
-        if scale.dtype == torch.uint8 and _SCALES["U8"] != torch.uint8:
+        as_bytes = scale.dtype == torch.uint8 and _SCALES["U8"] != torch.uint8
+        if as_bytes:
             scale = scale.view(_SCALES["U8"])
         if scale.dtype not in _SCALES.values() or scale.dtype == torch.uint8:
-            raise _refuse(target, f"{self.scale_name} is {scale.dtype}")
-        shape = self._fit(tuple(weight.shape), tuple(scale.shape), target)
-        grouping = self._grouping()
+            raise _refuse(target, f"{name} is {scale.dtype}")
+        shape, grouping = self._fit(tuple(weight.shape), name, tuple(scale.shape), target)
+        layout = Layout(name, given, tuple(scale.shape), as_bytes)
         if not isinstance(grouping, PerTensor):
             scale = scale.reshape(grouping.scale_shape(shape))
-        form = ScaledFloat(weight, scale, grouping, dtype=dtype)
-        self._check(form, scale, target)
-        activation = tensors.get(self.activation_name)
+        form = Fp8Weight(weight, scale, grouping, dtype, layout)
+        self._check(form, scale, name, target)
+        activation = tensors.get(given)
         if activation is not None:
-            self._positive(activation, target)
+            self._positive(activation, given, target)
         return joined(form, activation)
 
     def describe(
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
     ) -> Form | None:
-        weight, scale = headers.get("weight"), headers.get(self.scale_name)
+        weight = headers.get("weight")
         eight = weight is not None and weight.dtype.startswith("F8_")
-        if not eight and scale is None and self.activation_name not in headers:
+        others = {*self.scale_names, *self.activation_names}
+        if not eight and others.isdisjoint(headers):
             return None
-        self._complete(set(headers), target)
-        assert weight is not None and scale is not None
+        name, activation = self._names(set(headers), target)
+        weight, scale = headers["weight"], headers[name]
         if weight.dtype != "F8_E4M3":
             raise _refuse(target, f"weight is {weight.dtype}, not F8_E4M3")
         if scale.dtype not in _SCALES:
-            raise _refuse(target, f"{self.scale_name} is {scale.dtype}")
-        shape = self._fit(tuple(weight.shape), tuple(scale.shape), target)
-        grouping = self._grouping()
-        kept = tuple(scale.shape) if isinstance(grouping, PerTensor) else None
-        form = abstract_form(shape, grouping, _SCALES[scale.dtype], dtype, kept)
-        given = headers.get(self.activation_name)
+            raise _refuse(target, f"{name} is {scale.dtype}")
+        shape, grouping = self._fit(tuple(weight.shape), name, tuple(scale.shape), target)
+        layout = Layout(name, activation, tuple(scale.shape), scale.dtype == "U8")
+        form = abstract_form(shape, grouping, _SCALES[scale.dtype], dtype, layout)
+        given = headers.get(activation)
         if given is None:
             return form
         kind = _SCALES.get(given.dtype, torch.float32)
         return joined(form, torch.empty(tuple(given.shape), dtype=kind, device="meta"))
 
-    def _complete(self, names: set[str], target: Target) -> None:
-        missing = [name for name in ("weight", self.scale_name) if name not in names]
+    def _names(self, names: set[str], target: Target) -> tuple[str, str]:
+        """The names of the scales and of the scale of activations (if there is one)."""
+        scales = [name for name in self.scale_names if name in names]
+        missing = [] if "weight" in names else ["weight"]
+        missing += [] if scales else [self.scale_names[0]]
         if missing:
             raise _refuse(
                 target, f"it has {', '.join(sorted(names))} and no {' and no '.join(missing)}"
             )
+        if len(scales) > 1:
+            raise _refuse(target, f"it has both {' and '.join(scales)}")
+        given = [name for name in self.activation_names if name in names]
+        return scales[0], given[0] if given else ""
 
     def _fit(
-        self, weight: tuple[int, ...], scale: tuple[int, ...], target: Target
-    ) -> tuple[int, int]:
-        """The shape of the weight, if both tensors have the shapes they must have."""
+        self, weight: tuple[int, ...], name: str, scale: tuple[int, ...], target: Target
+    ) -> tuple[tuple[int, int], Grouping]:
+        """Shape and grouping of the weight, if both tensors have the shapes they must have."""
         wanted = (target.out_features, target.in_features)
         if weight != wanted:
             raise _refuse(target, f"weight is {list(weight)}, the model wants {list(wanted)}")
-        needed = self._stored_shape(wanted)
-        single = isinstance(self._grouping(), PerTensor)
+        grouping = self._grouping(scale, wanted)
+        needed = self._stored_shape(grouping, wanted)
         # A row's scale comes as [out, 1] or [out], a tensor's as [], [1] or [1, 1].
-        flat = single or isinstance(self._grouping(), Channel)
+        flat = isinstance(grouping, PerTensor | Channel)
         if scale != needed and not (flat and prod(scale) == prod(needed) and len(scale) < 3):
             raise _refuse(
                 target,
-                f"{self.scale_name} is {list(scale)}, and {self._why()} of a weight"
+                f"{name} is {list(scale)}, and {self._why()} of a weight"
                 f" {list(wanted)} need {list(needed)}",
             )
-        return wanted
+        return wanted, grouping
 
     def _why(self) -> str:
         return "the scales"
 
-    def _check(self, form: ScaledFloat, scale: Tensor, target: Target) -> None:
+    def _check(self, form: ScaledFloat, scale: Tensor, name: str, target: Target) -> None:
         """Refuse scales that no quantizer makes.
 
         Raises:
@@ -180,18 +199,17 @@ class _Fp8Codec(Codec[ConfigT]):
             if not bool((inside & (form.values.view(torch.uint8) & 0x7F != 0)).any()):
                 return
         index = int(torch.argmax(bad.reshape(-1).to(torch.uint8)).item())
-        raise self._bad_scale(target, self.scale_name, index, float(wide.reshape(-1)[index].item()))
+        raise self._bad_scale(target, name, index, float(wide.reshape(-1)[index].item()))
 
-    def _positive(self, activation: Tensor, target: Target) -> None:
+    def _positive(self, activation: Tensor, name: str, target: Target) -> None:
         if activation.numel() != 1 or not activation.is_floating_point():
             raise _refuse(
                 target,
-                f"{self.activation_name} is {activation.dtype} {list(activation.shape)},"
-                " not a single float",
+                f"{name} is {activation.dtype} {list(activation.shape)}, not a single float",
             )
         value = float(activation.item())
         if not 0 < value < float("inf"):
-            raise self._bad_scale(target, self.activation_name, 0, value)
+            raise self._bad_scale(target, name, 0, value)
 
     @staticmethod
     def _bad_scale(target: Target, name: str, index: int, value: float) -> QuantmillError:
@@ -207,9 +225,9 @@ class _Fp8Codec(Codec[ConfigT]):
 class BlockCodec(_Fp8Codec[Fp8Config]):
     """``fp8``: a scale per block, or one for all."""
 
-    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale_inv", "activation_scale")
-    scale_name: ClassVar[str] = "weight_scale_inv"
-    activation_name: ClassVar[str] = "activation_scale"
+    scale_names: ClassVar[tuple[str, ...]] = ("weight_scale_inv", "weight_scale")
+    activation_names: ClassVar[tuple[str, ...]] = ("activation_scale", "input_scale")
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", *scale_names, *activation_names)
 
     @classmethod
     def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
@@ -238,11 +256,19 @@ class BlockCodec(_Fp8Codec[Fp8Config]):
         }
         return Fit(made, options, tuple(seen.unless), tuple(seen.notes))
 
-    def _grouping(self) -> Grouping:
-        return grouping_of(self.config)
+    def _grouping(self, scale: tuple[int, ...], shape: tuple[int, int]) -> Grouping:
+        asked = grouping_of(self.config)
+        # A config that names no block says nothing of rows and tensors: the scales do.
+        silent = "weight_block_size" not in self.config.model_fields_set
+        if isinstance(asked, Blocks) and (not silent or scale == asked.scale_shape(shape)):
+            return asked
+        if shape[0] > 1 and scale in ((shape[0],), (shape[0], 1)):
+            return Channel(0)
+        return PerTensor() if prod(scale) == 1 else asked
 
-    def _stored_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
-        return self._grouping().scale_shape(shape)
+    def _stored_shape(self, grouping: Grouping, shape: tuple[int, int]) -> tuple[int, ...]:
+        found = grouping.scale_shape(shape)
+        return (found[0], 1) if isinstance(grouping, Channel) else found
 
     def _why(self) -> str:
         size = self.config.weight_block_size
@@ -252,9 +278,9 @@ class BlockCodec(_Fp8Codec[Fp8Config]):
 class RowCodec(_Fp8Codec[FbgemmFp8Config]):
     """``fbgemm_fp8``: a scale per row."""
 
-    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale_ub")
-    scale_name: ClassVar[str] = "weight_scale"
-    activation_name: ClassVar[str] = "input_scale_ub"
+    scale_names: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    activation_names: ClassVar[tuple[str, ...]] = ("input_scale_ub",)
+    suffixes: ClassVar[tuple[str, ...]] = ("weight", *scale_names, *activation_names)
 
     @classmethod
     def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
@@ -264,10 +290,10 @@ class RowCodec(_Fp8Codec[FbgemmFp8Config]):
         )
         return Fit(made, {}, tuple(seen.unless), tuple(seen.notes))
 
-    def _grouping(self) -> Grouping:
+    def _grouping(self, scale: tuple[int, ...], shape: tuple[int, int]) -> Grouping:
         return Channel(0)
 
-    def _stored_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+    def _stored_shape(self, grouping: Grouping, shape: tuple[int, int]) -> tuple[int, ...]:
         return (shape[0], 1)
 
     def _why(self) -> str:
