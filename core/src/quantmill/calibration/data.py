@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ __all__ = ["CalibrationData", "Calls", "read_calibration", "read_calls"]
 NO_DATA = declare("QM-CALIB-001", "There is no calibration data, or it can't be read")
 TOO_SHORT = declare("QM-CALIB-002", "The calibration data is too short")
 BAD_TOKENS = declare("QM-CALIB-003", "Calibration tokens do not fit the model")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,9 @@ def read_calibration(
     """Windows of ``length`` tokens from ``data``, at most ``samples`` of them, chosen by ``seed``.
 
     Args:
-        data: a path (``.txt``; ``.jsonl`` with ``text``, ``messages`` or ``input_ids``;
-            ``.safetensors`` with ``input_ids``), a token tensor ``[n]`` or ``[n, length]``, or a
-            sequence of texts.
+        data: a path (``.txt``; ``.jsonl`` with ``text``, ``messages`` or ``input_ids`` in each
+            line, ``.json`` with a list of such items; ``.safetensors`` with ``input_ids``), a
+            token tensor ``[n]`` or ``[windows, length]``, or a sequence of texts or such items.
         tokenizer: gives the tokenizer; called for text only.
         samples: most windows.
         length: tokens per window; data in windows of its own keeps theirs.
@@ -111,20 +112,30 @@ def read_calibration(
             )
         )
     found = _read(data, tokenizer)
+    where = str(data) if isinstance(data, str | Path) else "calibration"
+    if found.ndim not in (1, 2) or found.dtype not in _INTEGERS:
+        raise QuantmillError(
+            BAD_TOKENS(
+                where,
+                f"it is {found.dtype} {list(found.shape)}",
+                "give token ids: integers, [n] or [windows, length]",
+            )
+        )
     rows = found if found.ndim == 2 else _windows(found, length)
     if rows.numel() == 0:
+        cause = f"it holds {found.numel()} tokens, and one window takes {length}"
         raise QuantmillError(
             TOO_SHORT(
-                "calibration",
-                f"it holds {found.numel()} tokens, and one window takes {length}",
-                "give more text, or a shorter window",
+                where,
+                cause if found.numel() else "it holds no tokens",
+                "give more text, or shorter windows (--calibration-length, length=)",
             )
         )
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         raise QuantmillError(
             BAD_TOKENS(
-                "calibration",
+                where,
                 f"token ids run from {low} to {high}, the model has {vocabulary}",
                 "tokenize with the model's own tokenizer",
             )
@@ -146,12 +157,12 @@ def _read(data: Any, tokenizer: Callable[[], Any]) -> Tensor:
         return data
     if isinstance(data, str | Path):
         return _file(Path(data), tokenizer)
-    if isinstance(data, Sequence) and data and all(isinstance(item, str) for item in data):
-        return _tokens(tokenizer(), data)
+    if isinstance(data, Sequence) and data:
+        return _joined(data, "calibration", "item", tokenizer)
     raise QuantmillError(
         NO_DATA(
             "calibration",
-            f"a {type(data).__name__} is no calibration data",
+            "it is empty" if data == [] else f"a {type(data).__name__} is no calibration data",
             "give a path, a list of texts, or a tensor of token ids",
         )
     )
@@ -160,48 +171,104 @@ def _read(data: Any, tokenizer: Callable[[], Any]) -> Tensor:
 def _file(path: Path, tokenizer: Callable[[], Any]) -> Tensor:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found = load_file(path)
-            return found["input_ids"] if "input_ids" in found else next(iter(found.values()))
+            return _stored(path)
         text = path.read_text(encoding="utf-8")
-        if path.suffix != ".jsonl":
-            return _tokens(tokenizer(), [text])
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, StopIteration) as error:
-        raise QuantmillError(
-            NO_DATA(str(path), f"it can't be read: {error}", "give UTF-8 text or JSON lines")
-        ) from None
-    ids = [item["input_ids"] for item in lines if isinstance(item, dict) and "input_ids" in item]
-    if ids:
-        return torch.tensor([token for row in ids for token in row], dtype=torch.int64)
-    made = tokenizer()
-    texts = [words for item in lines if (words := _words(item, made)) is not None]
-    if not texts:
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from None
+    if path.suffix == ".json":
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(path, str(error)) from None
+        if not isinstance(items, list):
+            raise _unreadable(path, "it is no list")
+        return _joined(items, str(path), "item", tokenizer)
+    if path.suffix != ".jsonl":
+        return _joined([text], str(path), "text", tokenizer)
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                lines.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise _unreadable(path, f"line {number}: {error}") from None
+    return _joined(lines, str(path), "line", tokenizer)
+
+
+def _stored(path: Path) -> Tensor:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise _unreadable(path, str(error)) from None
+    if "input_ids" not in found and len(found) != 1:
+        raise _unreadable(path, f"it holds {len(found)} tensors, none of them named input_ids")
+    return found["input_ids"] if "input_ids" in found else next(iter(found.values()))
+
+
+def _unreadable(path: Path, cause: str) -> QuantmillError:
+    return QuantmillError(
+        NO_DATA(
+            str(path),
+            f"it can't be read: {cause[:200]}",
+            "give UTF-8 text, JSON lines, or a .safetensors file with input_ids",
+        )
+    )
+
+
+def _joined(items: Sequence[Any], where: str, what: str, tokenizer: Callable[[], Any]) -> Tensor:
+    """Token ids of texts, conversations and rows of ids, one after the other."""
+    ids: list[int] = []
+    made: Any = None
+    known = False
+    for number, item in enumerate(items, 1):
+        row = item.get("input_ids") if isinstance(item, Mapping) else item
+        if isinstance(row, Tensor) and not row.is_floating_point():
+            row = row.reshape(-1).tolist()
+        if isinstance(row, list | tuple):
+            if any(not isinstance(token, int) or isinstance(token, bool) for token in row):
+                raise QuantmillError(
+                    BAD_TOKENS(
+                        where, f"{what} {number}: not all of it is token ids", "give whole numbers"
+                    )
+                )
+            ids.extend(row)
+            known = True
+            continue
+        made = made or tokenizer()
+        words = _words(item, made, f"{where}: {what} {number}")
+        if words is not None:
+            ids.extend(made(words, add_special_tokens=False)["input_ids"])
+            known = True
+    if not known:
         raise QuantmillError(
             NO_DATA(
-                str(path),
-                "no line has text, messages or input_ids",
+                where,
+                f"no {what} has text, messages or input_ids",
                 'write lines such as {"text": "..."}',
             )
         )
-    return _tokens(made, texts)
+    return torch.tensor(ids, dtype=torch.int64)
 
 
-def _words(item: Any, tokenizer: Any) -> str | None:
+def _words(item: Any, tokenizer: Any, where: str) -> str | None:
     if isinstance(item, str):
         return item
-    if not isinstance(item, dict):
+    if not isinstance(item, Mapping):
         return None
     if isinstance(item.get("text"), str):
         return str(item["text"])
-    if isinstance(item.get("messages"), list):
+    if not isinstance(item.get("messages"), list):
+        return None
+    try:
         return str(tokenizer.apply_chat_template(item["messages"], tokenize=False))
-    return None
-
-
-def _tokens(tokenizer: Any, texts: Iterable[str]) -> Tensor:
-    ids: list[int] = []
-    for text in texts:
-        ids.extend(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return torch.tensor(ids, dtype=torch.int64)
+    except Exception as error:  # a template is a program, and fails as programs do
+        raise QuantmillError(
+            NO_DATA(
+                where,
+                f"the tokenizer's chat template does not take its messages: {str(error)[:200]}",
+                'give "text" in place of "messages"',
+            )
+        ) from error
