@@ -117,7 +117,7 @@ def test_names_may_be_methods_short_names_or_all() -> None:
 def test_an_unknown_name_is_refused_with_what_could_be_meant() -> None:
     with pytest.raises(QuantmillError) as caught:
         activate("bitsandbites", "nonsense")
-    assert codes(caught) == {"QM-TF-010"} and len(caught.value.findings) == 2
+    assert codes(caught) == {"QM-TAKE-001"} and len(caught.value.findings) == 2
     assert "bitsandbytes" in caught.value.findings[0].fix
     assert active() is None
 
@@ -135,7 +135,7 @@ def test_a_version_outside_the_range_is_refused_with_advice(
     with pytest.raises(QuantmillError) as caught:
         activate("bitsandbytes")
     (finding,) = caught.value.findings
-    assert finding.code == "QM-TF-013" and TRANSFORMERS_RANGE in finding.fix
+    assert finding.code == "QM-TAKE-002" and TRANSFORMERS_RANGE in finding.fix
     assert version in finding.cause and "quantmill.load" in finding.fix
 
 
@@ -148,7 +148,7 @@ def test_someone_else_on_top_is_not_thrown_away(nf4: Path) -> None:
         assert ours(AutoModelForCausalLM.from_pretrained(nf4))
         with pytest.raises(QuantmillError) as caught:
             deactivate()
-        assert codes(caught) == {"QM-TF-014"}
+        assert codes(caught) == {"QM-TAKE-003"}
         assert PreTrainedModel.__dict__["from_pretrained"] is other
         assert not ours(AutoModelForCausalLM.from_pretrained(nf4)), "calls pass through"
     finally:

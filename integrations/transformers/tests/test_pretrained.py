@@ -258,12 +258,12 @@ def test_what_can_not_be_honoured_is_refused_all_at_once(small: Small) -> None:
             quantmill_options={"lenght": 3},
         )
     assert codes(caught) == {
-        "use_safetensors": "QM-TF-011",
-        "variant": "QM-TF-011",
-        "ignore_mismatched_sizes": "QM-TF-011",
-        "tp_plan": "QM-TF-011",
-        "key_mapping": "QM-TF-011",
-        "lenght": "QM-TF-012",
+        "use_safetensors": "QM-TAKE-011",
+        "variant": "QM-TAKE-011",
+        "ignore_mismatched_sizes": "QM-TAKE-011",
+        "tp_plan": "QM-TAKE-011",
+        "key_mapping": "QM-TAKE-011",
+        "lenght": "QM-TAKE-012",
     }
 
 

@@ -445,6 +445,7 @@ class TransformersArchitecture(Architecture):
         finish_model(self, model, device)
 
     def dequantized(self, model: nn.Module) -> None:
+        super().dequantized(model)
         unmark_model(model)
 
     @property

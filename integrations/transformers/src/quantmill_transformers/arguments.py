@@ -10,43 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from quantmill.findings import Finding, QuantmillError
+from quantmill.pretrained import HUB, options_of, read_dtype, refuse
 
-from quantmill.findings import Finding, QuantmillError, declare
-
-__all__ = ["HUB", "Arguments", "read_arguments"]
-
-CANT_HONOUR = declare("QM-TF-011", "An argument of from_pretrained can't be honoured")
-BAD_OPTION = declare("QM-TF-012", "quantmill_options has an option that there is not")
-
-HUB = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
-"""Arguments that say where files come from."""
-
-_OPTIONS = frozenset(
-    {
-        "allow_unmatched",
-        "calibration",
-        "dequantize",
-        "gradient_checkpointing",
-        "include",
-        "length",
-        "non_finite",
-        "samples",
-        "seed",
-        "skip",
-        "strict",
-        "training",
-    }
-)
-"""Options of :func:`quantmill.load` that ``quantmill_options`` may hold."""
+__all__ = ["Arguments", "read_arguments"]
 
 # They change nothing here: no weight is initialised twice, nothing is pickled, files are mapped.
 _WITHOUT_MEANING = (
@@ -103,7 +70,7 @@ class Arguments:
     offload_folder: str | None = None
     offload_buffers: bool = False
     hub: dict[str, Any] = field(default_factory=dict)
-    """Those of :data:`HUB` that were given."""
+    """Those of :data:`quantmill.pretrained.HUB` that were given."""
     implementations: dict[str, Any] = field(default_factory=dict)
     """``attn_implementation`` and ``experts_implementation``."""
     generation_config: Any = None
@@ -124,16 +91,9 @@ def read_arguments(kwargs: Mapping[str, Any]) -> Arguments:
     Raises:
         QuantmillError: some can't be honoured.
     """
-    rest, problems = dict(kwargs), []
-    for name, (asked, why) in _REFUSED.items():
-        if asked(rest.pop(name, None)):
-            problems.append(
-                CANT_HONOUR(
-                    name,
-                    f"{why}, so that {name} has no way to be honoured",
-                    f"leave {name} out, or load without quantmill: deactivate()",
-                )
-            )
+    rest = dict(kwargs)
+    problems: list[Finding] = []
+    refuse(rest, _REFUSED, problems)
     for name in _WITHOUT_MEANING:
         rest.pop(name, None)
     hub = {name: value for name in HUB if _given(value := rest.pop(name, None))}
@@ -159,33 +119,11 @@ def read_arguments(kwargs: Mapping[str, Any]) -> Arguments:
     made.adapter = made.adapter_options.pop("_adapter_model_path", None)
     torch_dtype = rest.pop("torch_dtype", None)
     dtype = rest.pop("dtype", None)
-    made.dtype = _dtype(dtype if dtype is not None else torch_dtype, problems)
-    made.options = _options(rest.pop("quantmill_options", None), problems)
+    made.dtype = read_dtype(dtype if dtype is not None else torch_dtype, problems)
+    made.options = options_of(rest.pop("quantmill_options", None), problems)
     if getattr(made.method, "dequantize", None) is True:
         made.options.setdefault("dequantize", True)  # A peer's config object asks for it.
     made.rest = rest
     if problems:
         raise QuantmillError(*problems)
     return made
-
-
-def _dtype(value: Any, problems: list[Finding]) -> str | None:
-    if value is None or value == "auto":
-        return None
-    if isinstance(value, torch.dtype | str):
-        return str(value).removeprefix("torch.")
-    problems.append(
-        CANT_HONOUR("dtype", f"{value!r} is no single dtype", "give one dtype for the whole model")
-    )
-    return None
-
-
-def _options(value: Mapping[str, Any] | None, problems: list[Finding]) -> dict[str, Any]:
-    given = dict(value or {})
-    for name in given.keys() - _OPTIONS:
-        problems.append(
-            BAD_OPTION(
-                name, f"{name!r} is no option", f"use some of: {', '.join(sorted(_OPTIONS))}"
-            )
-        )
-    return given

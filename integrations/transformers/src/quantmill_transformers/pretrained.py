@@ -20,8 +20,9 @@ from quantmill.findings import QuantmillError, Severity
 from quantmill.host import Host
 from quantmill.job import Job
 from quantmill.loading import load_job
+from quantmill.pretrained import CANT_HONOUR, Bar, locate_source
 from quantmill_transformers.architecture import NEW_PARAMETER, TransformersArchitecture
-from quantmill_transformers.arguments import CANT_HONOUR, Arguments, read_arguments
+from quantmill_transformers.arguments import Arguments, read_arguments
 from quantmill_transformers.claims import stored_config_of
 from quantmill_transformers.offload import PlacedSink
 from quantmill_transformers.placement import first_device, normalise, place
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["load_pretrained"]
 
 log = logging.getLogger("quantmill_transformers")
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 def load_pretrained(
@@ -89,7 +91,7 @@ def _load(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host)
 
 
 def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host, device: str) -> Job:
-    where = _where(source, asked.hub)
+    where = locate_source(source, asked.hub, _FILES)
     config, model_kwargs = _config(cls, where, asked)
     options = dict(asked.options)
     job = make_job(
@@ -100,7 +102,7 @@ def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host, 
         skip=options.pop("skip", ()),
         include=options.pop("include", ()),
         host=host,
-        progress=_Bar(),
+        progress=Bar(library_logging.tqdm),
         **options,
     )
     if job.dtype is None and isinstance(asked.config, PreTrainedConfig) and config.dtype:
@@ -115,24 +117,6 @@ def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host, 
     architecture.source_name, architecture.dtype = "transformers", job.dtype
     job.architecture = architecture
     return job
-
-
-def _where(source: Any, hub: dict[str, Any]) -> str:
-    """The folder, or the Hub id with its revision."""
-    others = {name: value for name, value in hub.items() if name != "subfolder"}
-    subfolder = hub.get("subfolder", "")
-    if Path(source).is_dir():
-        return str(Path(source) / subfolder)
-    if not subfolder and not others.keys() - {"revision"}:
-        revision = others.get("revision")
-        return f"{source}@{revision}" if revision else str(source)
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    if subfolder:
-        patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
-    folder = snapshot_download(str(source), allow_patterns=patterns, **others)
-    return str(Path(folder) / subfolder)
 
 
 def _config(cls: type[PreTrainedModel], where: str, asked: Arguments) -> tuple[Any, dict[str, Any]]:
@@ -154,24 +138,6 @@ def _config(cls: type[PreTrainedModel], where: str, asked: Arguments) -> tuple[A
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return config, rest
-
-
-class _Bar:
-    """The library's own progress bar, which its settings switch off."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._done = 0  # Switched off, the library's bar has no count of its own.
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        if self._bar is None:
-            self._bar = library_logging.tqdm(
-                total=total, desc="Loading weights with quantmill", unit="B", unit_scale=True
-            )
-        self._bar.update(done - self._done)
-        self._done = done
-        if done >= total:
-            self._bar.close()
 
 
 def _report(job: Job, source: Any) -> None:
