@@ -96,8 +96,17 @@ class Architecture(ABC):
     def finish(self, model: nn.Module, device: str) -> None:  # noqa: B027 nothing to do is fine
         """Tie weights and give buffers that no checkpoint stores their values."""
 
-    def dequantized(self, model: nn.Module) -> None:  # noqa: B027 nothing to do is fine
+    def quantized(self, model: nn.Module, stored: Mapping[str, Any]) -> None:
+        """Put the ``quantization_config`` as it is stored where the framework looks for it."""
+        config = getattr(model, "config", None)
+        if config is not None and not isinstance(config, Mapping):
+            config.quantization_config = dict(stored)
+
+    def dequantized(self, model: nn.Module) -> None:
         """Take back what marks ``model`` as quantized; called when it has become float again."""
+        config = getattr(model, "config", None)
+        if config is not None and not isinstance(config, Mapping):
+            vars(config).pop("quantization_config", None)
 
     def float_module(self, target: Target) -> nn.Module | None:
         """A fresh module on the meta device of the class that ``target`` had before it was
@@ -107,6 +116,13 @@ class Architecture(ABC):
     def companions(self) -> list[str]:
         """Files beside the weights that a written checkpoint needs too (tokenizer, ...)."""
         return []
+
+    weights_stem: str = "model"
+    """What the framework calls weight files, without ``.safetensors``."""
+
+    def written_config(self, config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+        """``config.json`` of a written checkpoint, whose floats are of ``dtype`` if it is given."""
+        return {**config, "dtype": dtype} if dtype else config
 
 
 def read_part(part: Part, source: str, reader: TensorReader) -> Tensor:

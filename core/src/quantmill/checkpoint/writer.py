@@ -35,7 +35,6 @@ _LONGEST_NAME: Final = 1 << 16
 """Bytes of a tensor's name in a header; with its shape it fits into an empty header."""
 _FORMAT: Final = {"format": "pt"}
 Metadata = Callable[[Sequence[str], Mapping[str, str]], Mapping[str, str]]
-_INDEX: Final = "model.safetensors.index.json"
 
 
 class CheckpointWriter:
@@ -50,6 +49,7 @@ class CheckpointWriter:
         self,
         folder: Path,
         *,
+        stem: str = "model",
         max_shard_bytes: int = 5 * 10**9,
         manifest: Mapping[str, Any] | None = None,
         header_bytes: int = _RESERVED,
@@ -60,6 +60,7 @@ class CheckpointWriter:
 
         Args:
             folder: where the checkpoint will be; it may exist if it is empty.
+            stem: what weight files are called, as in ``model.safetensors``.
             max_shard_bytes: a tensor that does not fit opens a new shard; a longer tensor has a
                 shard of its own.
             manifest: what the manifest says besides versions and files.
@@ -82,6 +83,7 @@ class CheckpointWriter:
                     str(folder), "it exists and is not empty", "choose a new folder"
                 )
             )
+        self._stem, self._index = stem, f"{stem}.safetensors.index.json"
         self._limit = max_shard_bytes
         self._reserved = min(_RESERVED, -(-max(header_bytes, 1) // 4096) * 4096)
         self._about = dict(manifest or {})
@@ -208,10 +210,11 @@ class CheckpointWriter:
             )
         count = len(self._shards)
         names = [
-            "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+            self._stem
+            + (".safetensors" if count == 1 else f"-{i + 1:05}-of-{count:05}.safetensors")
             for i in range(count)
         ]
-        for name in (*names, *([_INDEX] if count > 1 else [])):
+        for name in (*names, *([self._index] if count > 1 else [])):
             if name in self._files:
                 cause = "a file of this name was written, and it is that of the weights"
                 raise QuantmillError(codes.WRITTEN_TWICE(name, cause, _bug()))
@@ -224,7 +227,9 @@ class CheckpointWriter:
         if count > 1:
             total = sum(shard.data_bytes for shard in self._shards)
             weight_map = {name: names[index] for name, index in sorted(self._names.items())}
-            self.write_json(_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            self.write_json(
+                self._index, {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )
         with self._guard():
             manifest = make_manifest(self._work, self._about)
         self._write(

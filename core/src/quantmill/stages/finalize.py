@@ -21,6 +21,13 @@ from quantmill.stages.table import stored_config
 
 __all__ = ["core_finalize", "dequantize_model", "prepare_training"]
 
+# transformers renamed its own in 5.x (the old name warns); the last is diffusers'.
+_CHECKPOINTING = (
+    "activation_checkpointing_enable",
+    "gradient_checkpointing_enable",
+    "enable_gradient_checkpointing",
+)
+
 NOT_TRAINABLE = declare("QM-FINAL-001", "The method can't carry gradients to adapters")
 NO_CHECKPOINTING = declare(
     "QM-FINAL-002",
@@ -35,9 +42,8 @@ def core_finalize(job: Job, model: nn.Module) -> Iterator[Finding]:
     selection = next(iter(job.selections.values()), None)
     if selection is not None and not job.options.dequantize:
         model.quantmill_job = job  # type: ignore[assignment]
-        config = getattr(model, "config", None)
-        if config is not None:
-            config.quantization_config = stored_config(job)
+        if job.architecture is not None:
+            job.architecture.quantized(model, stored_config(job))
     if job.options.training:
         for item in job.selections.values():
             if not item.method.capabilities.trainable:
@@ -70,12 +76,11 @@ def prepare_training(model: nn.Module, *, checkpointing: bool = True) -> nn.Modu
         if "norm" in type(module).__name__.lower():
             _norm_in_float32(module)
     if checkpointing:
-        # transformers renamed these in 5.x; the old name warns.
-        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(
-            model, "gradient_checkpointing_enable", None
-        )
-        if callable(enable):
-            enable()
+        for name in _CHECKPOINTING:
+            enable = getattr(model, name, None)
+            if callable(enable):
+                enable()
+                break
     inputs = getattr(model, "enable_input_require_grads", None)
     if callable(inputs):
         inputs()
@@ -181,9 +186,6 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     for part in model.modules():
         if isinstance(part, LinearExperts):
             restack(part)
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "quantization_config"):
-        del config.quantization_config
     del model.quantmill_job
     if job.architecture is not None:
         job.architecture.dequantized(model)

@@ -157,8 +157,7 @@ def write_checkpoint(
     stored = stored_config(job) if job.selections else {}
     if stored:
         config["quantization_config"] = stored
-    if job.dtype:
-        config["dtype"] = job.dtype
+    config = job.architecture.written_config(config, job.dtype)
     text = json.dumps(stored, sort_keys=True)
     manifest = {
         "method": ", ".join(job.selections) or "float",
@@ -172,6 +171,7 @@ def write_checkpoint(
     notes = sum(noted + 3 * len(name) for name in job.headers.tensors) if noted else 0
     with CheckpointWriter(
         folder,
+        stem=job.architecture.weights_stem,
         max_shard_bytes=max_shard_bytes or _SHARD,
         manifest=manifest,
         header_bytes=room,

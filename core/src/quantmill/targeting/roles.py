@@ -6,7 +6,10 @@ import re
 
 __all__ = ["guess_layer", "guess_role"]
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|block|encoder|decoder|resblocks)\.(\d+)(?:\.|$)")
+_LAYER = re.compile(
+    r"(?:^|\.)(?:layers?|h|(?:single_)?(?:transformer_)?blocks?|encoder|decoder|resblocks)"
+    r"\.(\d+)(?:\.|$)"
+)
 _ROLES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(lm_head|embed_out|output_projection|classifier|score)$|^output$", "head"),
     (
@@ -18,11 +21,14 @@ _ROLES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)experts(\.|$)", "expert"),
     (r"(^|\.)(router|gate|shared_expert_gate)(\.|$)", "router"),
     (
-        r"(^|\.)(self_attn|attention|attn|self_attention|crossattention|SelfAttention"
+        r"(^|\.)(self_attn|attention|attn\d?|self_attention|crossattention|SelfAttention"
         r"|EncDecAttention|encoder_attn)(\.|$)",
         "attention",
     ),
-    (r"(^|\.)(mlp|feed_forward|ffn|DenseReluDense|intermediate|fc1|fc2|output)(\.|$)", "mlp"),
+    (
+        r"(^|\.)(mlp|feed_forward|ffn?|ff_context|DenseReluDense|intermediate|fc1|fc2|output)(\.|$)",
+        "mlp",
+    ),
 )
 _COMPILED = tuple((re.compile(pattern), role) for pattern, role in _ROLES)
 
