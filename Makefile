@@ -10,7 +10,7 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-PACKAGES := core plugins/cpu plugins/triton plugins/bnb plugins/gptq plugins/awq plugins/quanto plugins/hqq plugins/fp8 plugins/compressed-tensors plugins/torchao plugins/gguf integrations/transformers
+PACKAGES := core plugins/cpu plugins/triton plugins/bnb plugins/gptq plugins/awq plugins/quanto plugins/hqq plugins/fp8 plugins/compressed-tensors plugins/torchao plugins/gguf integrations/diffusers integrations/transformers
 # Entry points, dependencies and native code are fixed at installation: install again when they change.
 SOURCES := $(addsuffix /pyproject.toml,$(PACKAGES)) \
 	$(shell find plugins/cpu -type f \( -name '*.c' -o -name '*.h' -o -name 'hatch_build.py' -o -name 'setup.py' -o -name 'build*.py' \) -not -path '*/tests/*' 2>/dev/null)

@@ -26,6 +26,7 @@ PACKAGES = {
     "quantmill-bnb": "quantmill_bnb",
     "quantmill-compressed-tensors": "quantmill_compressed_tensors",
     "quantmill-cpu": "quantmill_cpu",
+    "quantmill-diffusers": "quantmill_diffusers",
     "quantmill-fp8": "quantmill_fp8",
     "quantmill-gguf": "quantmill_gguf",
     "quantmill-gptq": "quantmill_gptq",

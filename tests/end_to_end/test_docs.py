@@ -16,7 +16,13 @@ from quantmill import hookspecs
 from quantmill.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("quantmill", "quantmill_bnb", "quantmill_cpu", "quantmill_transformers")
+PACKAGES = (
+    "quantmill",
+    "quantmill_bnb",
+    "quantmill_cpu",
+    "quantmill_diffusers",
+    "quantmill_transformers",
+)
 EVERY_CODE = """
 import importlib.util, json, pkgutil, sys
 for name in sys.argv[1:]:
