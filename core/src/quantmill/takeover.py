@@ -2,7 +2,8 @@
 
 What every integration's ``activate`` does is here: names that a user lists become ``quant_method``
 keys, attributes of classes are replaced and put back, versions are checked, and a call is ours or
-the framework's by the ``quant_method`` it is about.
+the framework's by the ``quant_method`` it is about. Integrations import this module with their
+package, so that nothing heavy is imported before it is used.
 """
 
 from __future__ import annotations
@@ -12,15 +13,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from quantmill.config import MethodConfig, suggestion
 from quantmill.findings import Finding, QuantmillError, declare
-from quantmill.host import Host, default_host
-from quantmill.job import Request
 from quantmill.registrations import resolve
-from quantmill.stages.select import OWN_KEYS
-from quantmill.stages.table import KEY
+
+if TYPE_CHECKING:
+    from quantmill.host import Host
 
 __all__ = [
     "Activation",
@@ -143,6 +142,8 @@ class Takeover:
         Raises:
             QuantmillError: a name is unknown, or the framework's version is out of range.
         """
+        from quantmill.host import default_host
+
         problem = version_problem(self.framework, self.versions, self.symbol, self.instead)
         if problem is not None:
             raise QuantmillError(problem)
@@ -248,6 +249,8 @@ def without_variants(keys: Iterable[Any]) -> set[str]:
 
 def installed_keys(host: Host) -> set[str]:
     """Values of ``quant_method`` that installed plugins read, tables of targets included."""
+    from quantmill.stages.table import KEY
+
     return {KEY, *(key for item in host.dialects for key in item.quant_methods)}
 
 
@@ -257,6 +260,8 @@ def resolve_names(names: Iterable[str], host: Host) -> set[str]:
     Raises:
         QuantmillError: a name means nothing here.
     """
+    from quantmill.config import suggestion
+
     keys, found, problems = installed_keys(host), set(), []
     methods = {name: item.quant_methods for name, item in host.methods.items()}
     methods |= {alias: m.quant_methods for m in host.methods.values() for alias in m.aliases}
@@ -308,6 +313,10 @@ def claims(value: Any, taken: Iterable[str], known: Iterable[str], host: Host) -
     It is where the framework has no way to read it (it knows the keys ``known``), or where its
     ``quant_method`` was taken over.
     """
+    from quantmill.config import MethodConfig
+    from quantmill.job import Request
+    from quantmill.stages.select import OWN_KEYS
+
     if value is None:
         return False
     if isinstance(value, str | MethodConfig | Request):
