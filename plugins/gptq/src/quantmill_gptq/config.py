@@ -90,13 +90,14 @@ class GptqConfig(MethodConfig):
             raise ValueError("it is -1 (one group per row) or at least 8")
         return value
 
-    @model_validator(mode="after")
-    def _entries(self) -> GptqConfig:
-        for entry, options in (self.dynamic or {}).items():
-            stray = set(options) - set(type(self).model_fields)
+    @field_validator("dynamic")
+    @classmethod
+    def _entries(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        for entry, options in (value or {}).items():
+            stray = set(options) - set(cls.model_fields)
             if stray:
-                raise ValueError(f"dynamic {entry!r} sets unknown fields {sorted(stray)}")
-        return self
+                raise ValueError(f"{entry!r} sets unknown fields {sorted(stray)}")
+        return value
 
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
