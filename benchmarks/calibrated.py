@@ -4,6 +4,7 @@
 
 Both quantize the same model with the same calibration tokens, and we load and judge both files:
 mean KL per token to the float model over held-out windows, and the paired difference per window.
+``--wide 2`` times both on two random blocks of width 2048 instead, where start-up weighs little.
 The peer runs in a process of its own, with the interpreter of an environment that has it.
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fabricate import fabricate
 from torch import Tensor
 
 import quantmill
@@ -111,6 +113,22 @@ def peer(
     return float(line.split()[1])
 
 
+def wide(options: argparse.Namespace, rows: Tensor) -> None:
+    """Times on random blocks of width 2048."""
+    source = fabricate(options.work / "wide", "1.1b", options.wide)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, source / name)
+    for name in options.only:
+        method, arguments = CASES[name]
+        mine = ours(source, options.work / "ours", method, rows)
+        line = f"{name:26} {mine:6.1f} s"
+        if options.peer_python and arguments:
+            theirs = peer(options.peer_python, source, options.work / "peer", arguments, rows)
+            if theirs is not None:
+                line += f"   peer {theirs:6.1f} s   ratio {mine / theirs:.3f}"
+        print(line, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
@@ -118,11 +136,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--wide", type=int, help="blocks of width 2048 to time, without quality")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
     calibration = windows(options.samples, 512, "calib.txt")
+    if options.wide:
+        wide(options, calibration)
+        return
     held = windows(options.windows, 512, "held.txt")
     model: Any = quantmill.load(MODEL)
     reference = [log_probabilities(model, row.unsqueeze(0))[0] for row in held]
