@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from quantmill.findings import QuantmillError
+from quantmill.scaffold import new_plugin
 from quantmill.testing import MethodConformance
 
 pytestmark = pytest.mark.slow
@@ -27,11 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE, NOVELLA = ROOT / "template", ROOT / "models" / "novella"
 WASTE = re.compile(r"__pycache__|_cache/")
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def copied(folder: Path) -> Path:
-    waste = shutil.ignore_patterns("__pycache__", "dist", "build", ".*")
-    return Path(shutil.copytree(TEMPLATE, folder, ignore=waste))
 
 
 def python(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -57,9 +52,7 @@ def texts(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The template under another name."""
-    folder = copied(tmp_path_factory.mktemp("author") / "quantmill-mymethod")
-    python("rename.py", "mymethod", cwd=folder)
-    return folder
+    return new_plugin("mymethod", tmp_path_factory.mktemp("author")).folder
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +71,10 @@ def run(package: Path) -> Run:
     return here
 
 
-def test_a_renamed_package_shows_nothing_of_the_template(package: Path) -> None:
+def test_a_new_package_shows_nothing_of_the_template(package: Path) -> None:
     found = texts(package)
-    assert "src/quantmill_mymethod/plugin.py" in found and "rename.py" not in found
+    assert "src/quantmill_mymethod/plugin.py" in found
+    assert ".github/workflows/test.yml" in found and ".gitignore" in found
     for name, text in found.items():
         assert not re.search(r"example|template", name + text, re.IGNORECASE), name
     project = tomllib.loads(found["pyproject.toml"])["project"]
@@ -90,9 +84,10 @@ def test_a_renamed_package_shows_nothing_of_the_template(package: Path) -> None:
 
 
 def test_a_name_of_several_words_is_spelt_as_each_place_wants_it(tmp_path: Path) -> None:
-    folder = copied(tmp_path / "copy")
-    python("rename.py", "quantmill-my-example2", cwd=folder)
-    found = texts(folder)
+    made = new_plugin("quantmill-my-example2", tmp_path)
+    assert made.folder == tmp_path / "quantmill-my-example2"
+    found = texts(made.folder)
+    assert set(found) | {"LICENSE"} == set(made.files)
     plugin = found["src/quantmill_my_example2/plugin.py"]
     assert 'Preset("my-example2-4"' in plugin
     assert '"quantmill_my_example2.config:MyExample2Config"' in plugin
@@ -101,32 +96,84 @@ def test_a_name_of_several_words_is_spelt_as_each_place_wants_it(tmp_path: Path)
     assert "\nmy-example2 = " in found["pyproject.toml"]
 
 
-@pytest.mark.parametrize("name", ["My-Method", "4bits", "a--b", "-a", "a b", "a/b", "example", ""])
+@pytest.mark.parametrize("name", ["z", "a-name-of-forty-characters-is-the-longes"])
+def test_a_new_package_is_clean_for_its_own_linter(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("ruff")
+    folder = new_plugin(name, tmp_path).folder
+    python("-m", "ruff", "check", "--no-cache", folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["My-Method", "4bits", "a--b", "-a", "a-", "a b", "a/b", "../a", "a.b", "a_b", "é", "a" * 41,
+     "example", "testing", "quantmill-"],
+)  # fmt: skip
 def test_a_name_that_can_be_no_package_is_refused(tmp_path: Path, name: str) -> None:
-    folder = copied(tmp_path / "copy")
-    before = texts(folder)
-    with pytest.raises(ValueError, match="is no name"):
-        runpy.run_path(str(folder / "rename.py"))["rename"](folder, name)
-    assert texts(folder) == before
+    with pytest.raises(QuantmillError) as caught:
+        new_plugin(name, tmp_path)
+    assert caught.value.findings[0].code == "QM-NEW-001" and caught.value.findings[0].fix
+    assert not list(tmp_path.iterdir())
 
 
-def test_only_the_package_is_renamed(tmp_path: Path) -> None:
-    folder = copied(tmp_path / "copy")
-    other = folder / ".venv" / "example.py"
-    other.parent.mkdir()
-    other.write_text("example = 1")
-    python("rename.py", "mymethod", cwd=folder)
-    assert other.read_text() == "example = 1"
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "quantmill-mymethod").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name, into, code in (
+        ("mymethod", tmp_path, "QM-NEW-003"),
+        ("mymethod", tmp_path / "file", "QM-NEW-003"),
+        ("transformers", tmp_path, "QM-NEW-002"),
+    ):
+        with pytest.raises(QuantmillError) as caught:
+            new_plugin(name, into)
+        assert caught.value.findings[0].code == code
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "quantmill-mymethod"]
+    assert not list((tmp_path / "quantmill-mymethod").iterdir())
 
 
-def test_only_a_fresh_copy_is_renamed(package: Path) -> None:
-    rename = runpy.run_path(str(TEMPLATE / "rename.py"))["rename"]
-    before = texts(TEMPLATE), texts(package)
-    with pytest.raises(ValueError, match="renamed already"):
-        rename(package, "another")
-    with pytest.raises(ValueError, match="the template itself"):
-        rename(TEMPLATE, "another")
-    assert (texts(TEMPLATE), texts(package)) == before
+def test_the_commands_of_the_guide_lead_to_all_green(tmp_path: Path) -> None:
+    """As they stand there, with wheels of the core and of a framework, and without a network."""
+    guide = (ROOT / "docs" / "authors" / "index.md").read_text(encoding="utf-8")
+    commands = re.search(r"## 1\..*?```sh\n(.*?)```", guide, re.DOTALL)
+    assert commands is not None
+    wheels = tmp_path / "wheels"
+    for package in ("core", "integrations/transformers"):
+        python("-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, ROOT / package)
+    # A new environment has what is installed here, but for the packages of quantmill.
+    create, rest = commands[1].split("\n", 1)
+    work = tmp_path / "work"
+    work.mkdir()
+    python("-m", "venv", work / ".venv")
+    (site,) = (work / ".venv" / "lib").glob("python*/site-packages")
+    for folder in map(Path, sys.path):
+        if folder.name in ("site-packages", "dist-packages"):
+            for item in folder.iterdir():
+                ours = re.match(r"_*(editable_impl_)?quantmill|pip\b|.*\.pth$", item.name)
+                if not ours and not (site / item.name).exists():
+                    (site / item.name).symlink_to(item)
+    # What pip puts there when it installs pytest.
+    script = work / ".venv" / "bin" / "pytest"
+    script.write_text(f"#!{script.with_name('python')}\nimport pytest\npytest.console_main()\n")
+    script.chmod(0o755)
+    assert create == "python -m venv .venv && . .venv/bin/activate"
+    commands_here = f"set -e\n. .venv/bin/activate\n{rest}"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+        "PIP_NO_BUILD_ISOLATION": "false",  # pip reads this variable the other way round
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    done = subprocess.run(
+        ["bash", "-c", commands_here],
+        cwd=work,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 3 * 40  # type: ignore[index]
 
 
 def test_the_plugin_is_found_and_ok(run: Run) -> None:
@@ -135,11 +182,6 @@ def test_the_plugin_is_found_and_ok(run: Run) -> None:
     assert mine["status"] == "ok", mine["reason"]
     assert mine["distribution"] == "quantmill-mymethod"
     assert mine["provides"]["methods"] == ["mymethod"]
-
-
-def test_its_own_tests_pass_with_a_framework(run: Run) -> None:
-    said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests").stdout
-    assert int(re.search(r"(\d+) passed", said)[1]) > 3 * 40  # type: ignore[index]
 
 
 def test_its_own_tests_pass_without_a_framework(run: Run) -> None:

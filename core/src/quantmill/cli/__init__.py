@@ -27,13 +27,14 @@ COMMANDS = {
     "imatrix": "Measure an importance matrix on a text.",
     "inspect": "What a checkpoint holds, from its headers.",
     "kernels": "The kernels, and which one a module would use.",
+    "new-plugin": "A package with a working quantization method, to be turned into yours.",
     "plan": "What would happen to every module, in exact bytes.",
     "plugins": "The installed plugins and their status.",
     "quantize": "Quantize a checkpoint into a new folder.",
     "schema": "JSON schema of a method's config.",
     "verify": "Whether a checkpoint is sound: every tensor, code and scale, and checksums.",
 }
-_MODULES = {"eval": "evaluate"}
+_MODULES = {"eval": "evaluate", "new-plugin": "new_plugin"}
 
 
 class _ReaderLeft(Exception):

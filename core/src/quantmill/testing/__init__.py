@@ -10,7 +10,10 @@ Subclass :class:`MethodConformance` in a test file of your plugin, name your met
 
 import pytest
 
-_PARTS = ("base", "registration", "configuration", "forms", "linears", "checkpoints", "models")
+_PARTS = (
+    *("base", "registration", "configuration", "forms", "linears", "checkpoints"),
+    *("plain", "models"),
+)
 # So that a failing promise shows the values it compared, in other people's packages too.
 pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in _PARTS))
 

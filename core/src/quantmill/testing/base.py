@@ -140,6 +140,10 @@ class Conformance:
     )
     """Shapes ``(out, in)`` to quantize: odd ones, a row, a column. A shape that the method does
     not take must be an error finding of ``Quantizer.check``."""
+    golden: ClassVar[Path | None] = None
+    """A ``.safetensors`` file with a float matrix ``input`` and, under the names of the layout, the
+    bytes that quantizing it gives: made by the method's first home, or kept from an earlier
+    version."""
     bad_field: ClassVar[str] = "surely_not_a_field"
     value_sized: ClassVar[tuple[str, ...]] = ("quant_state",)
     """Parts of names of stored tensors whose length depends on values (JSON text)."""

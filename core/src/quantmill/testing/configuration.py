@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import quantmill
 from quantmill.api import make_job, method_schema
-from quantmill.findings import FindingsError
+from quantmill.findings import FindingsError, QuantmillError
 from quantmill.job import Selection
 from quantmill.stages.configure import configure
 from quantmill.testing.base import Conformance, attempt, errors_of, sound
@@ -64,6 +64,28 @@ class ConfigurationPromises(Conformance):
             refused += bool(found)
             assert not found or any(name in item.where for item in found), name
         assert refused, "no field has a type"
+
+    def test_all_wrong_values_are_found_at_once(self, selection: Selection) -> None:
+        config_class = type(selection.config)
+        wrong: dict[str, Any] = {"no": ["such", "value"]}
+        names = []
+        properties = config_class.model_json_schema().get("properties", {})
+        for name in config_class.field_names():
+            if "object" in json.dumps(properties.get(name, {"type": "object"})):
+                continue  # Of a structure that can't be taken apart, what follows is not known.
+            _, found = attempt(
+                lambda name=name: config_class.from_user({**_given(selection), name: wrong})  # type: ignore[misc]
+            )
+            names += [name] if found else []
+        raw = {**_given(selection), **dict.fromkeys(names, wrong), self.bad_field: 1}
+        _, found = attempt(lambda: config_class.from_user(raw))
+        for name in (*names, self.bad_field):
+            assert any(name in item.where or name in item.cause for item in found), name
+
+    def test_a_pattern_that_matches_nothing_is_an_error(self, folder: Path) -> None:
+        with pytest.raises(QuantmillError) as caught:
+            quantmill.plan(folder, self.method, skip=["no.such.module"]).raise_errors()
+        assert any("no.such.module" in str(item) for item in errors_of(caught.value.findings))
 
     def test_an_unknown_key_of_a_checkpoint_is_kept(
         self, folder: Path, selection: Selection

@@ -8,6 +8,7 @@ from quantmill.testing.configuration import ConfigurationPromises
 from quantmill.testing.forms import FormPromises
 from quantmill.testing.linears import LinearPromises
 from quantmill.testing.models import ModelPromises
+from quantmill.testing.plain import PlainPromises
 from quantmill.testing.registration import RegistrationPromises
 
 __all__ = ["MatrixSource", "MethodConformance", "make_target"]
@@ -19,6 +20,7 @@ class MethodConformance(
     FormPromises,
     LinearPromises,
     CheckpointPromises,
+    PlainPromises,
     ModelPromises,
 ):
     """Subclass with ``method`` set; each test is one promise of the contract, in its name.

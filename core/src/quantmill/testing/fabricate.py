@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["llama_config", "llama_shapes", "write_tiny_gpt2", "write_tiny_llama"]
+__all__ = [
+    "llama_config",
+    "llama_shapes",
+    "write_tiny_gpt2",
+    "write_tiny_llama",
+    "write_tiny_mixtral",
+]
 
 
 def llama_config(
@@ -152,6 +158,38 @@ def write_tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: (torch.randn(shape, generator=generator) * 0.1).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_tiny_mixtral(folder: Path, *, seed: int = 0) -> Path:
+    """Write a random Mixtral of four experts, whose files have each expert's matrices apart."""
+    config = {
+        **llama_config(layers=1),
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    shapes = {name: shape for name, shape in llama_shapes(config).items() if ".mlp." not in name}
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    base = "model.layers.0.block_sparse_moe"
+    shapes[f"{base}.gate.weight"] = (4, hidden)
+    for expert in range(4):
+        shapes |= {
+            f"{base}.experts.{expert}.w1.weight": (inner, hidden),
+            f"{base}.experts.{expert}.w2.weight": (hidden, inner),
+            f"{base}.experts.{expert}.w3.weight": (inner, hidden),
+        }
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) == 1
+        else (torch.randn(shape, generator=generator) * 0.08).to(torch.bfloat16)
         for name, shape in shapes.items()
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from quantmill.checkpoint.dtypes import code_of
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError
 from quantmill.forms import Form
+from quantmill.registrations import Capabilities
 from quantmill.testing.base import (
     Conformance,
     MatrixSource,
@@ -26,6 +27,7 @@ from quantmill.testing.base import (
     same,
     sound,
 )
+from quantmill.testing.peak import PeakBytes
 
 __all__ = ["FormPromises", "damages", "headers_of"]
 
@@ -191,6 +193,36 @@ class FormPromises(Conformance):
             # A tensor that says nothing new may be missed; it may not change the weight.
             if again is not None:
                 assert torch.equal(again.dequantize(), form.dequantize()), what
+
+    def test_golden_bytes(self, quantizer: Quantizer[Any], codec: Codec[Any]) -> None:
+        if self.golden is None:
+            pytest.skip("no golden file is given: set `golden`")
+        wanted = load_file(self.golden)
+        weight = wanted.pop("input")
+        target = make_target(*weight.shape)
+        form = quantizer.quantize(target, MatrixSource(weight))
+        assert same(codec.encode(form), wanted)
+        decoded = codec.decode(wanted, target, weight.dtype)
+        assert torch.equal(decoded.dequantize(), form.dequantize())
+
+    def test_memory_beyond_the_form_does_not_grow_with_the_rows(
+        self, quantizer: Quantizer[Any], able: Capabilities
+    ) -> None:
+        if not able.on_the_fly:
+            pytest.skip("calibration has a block in memory anyway")
+        shapes = ((512, 512), (1536, 512))
+        if any(self.refused(quantizer, shape) for shape in shapes):
+            pytest.skip("it takes no matrix of that size")
+        beyond = []
+        for shape in shapes:
+            target, source = make_target(*shape), MatrixSource(normal(shape), rows=64)
+            quantizer.quantize(target, source)  # tables that are made once
+            with PeakBytes() as peak:
+                form = quantizer.quantize(target, source)
+            # What it needs of the whole weight, it says.
+            said = quantizer.working_bytes(target, torch.bfloat16)
+            beyond.append(peak.bytes - form.nbytes - said)
+        assert beyond[1] - beyond[0] < 1024 * 512 // 4
 
     def test_tensors_of_another_shape_are_refused(
         self, quantizer: Quantizer[Any], codec: Codec[Any]

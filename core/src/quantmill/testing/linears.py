@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from quantmill.backend import Codec, LinearFactory, Quantizer
 from quantmill.config import MethodConfig
-from quantmill.kernels import KernelRegistry
+from quantmill.job import Job, Selection
+from quantmill.kernels import KernelRegistry, Prepared
 from quantmill.registrations import Capabilities
 from quantmill.testing.base import Conformance, make_target, normal, off, same
 
@@ -178,6 +179,38 @@ class LinearPromises(Conformance):
             module = self.linear(factory, self.form(quantizer, shape))
             planned = quantizer.abstract(make_target(*shape), torch.bfloat16)
             assert held_bytes(module) == factory.resident_bytes(planned), shape
+
+    def test_its_kernels_agree_with_the_reference(
+        self, quantizer: Quantizer[Any], job: Job, selection: Selection
+    ) -> None:
+        mine = [k for plugin, k in job.host.registered("kernels") if plugin == selection.plugin]
+        form = self.form(quantizer)
+        weight = form.dequantize(torch.float32)
+        tried = 0
+        for kernel in mine:
+            facts = form if kernel.form == form.kind else form.regular()
+            registry = KernelRegistry([kernel], environment=False)
+            for dtype in kernel.dtypes:
+                choice = registry.choose(
+                    kernel.operation, facts.kind, facts.traits(), device="cpu", dtype=dtype, rows=1
+                )
+                if choice is None or kernel.operation == "quantize":
+                    continue
+                tried += 1
+                kept = facts if kernel.prepare is None else Prepared.of(kernel, facts)
+                if isinstance(kept, Prepared):
+                    assert same(kept.restore().tensors(), facts.tensors()), kernel.name
+                real = getattr(torch, dtype)
+                if kernel.operation == "dequantize":
+                    assert off(choice.load()(kept, real), weight) < 0.01, (kernel.name, dtype)
+                else:
+                    x, bias = normal((1, 128), 7, real), normal((64,), 5, real)
+                    wanted = nn.functional.linear(x.float(), weight, bias.float())
+                    result = choice.bind(kept)(x, bias)
+                    assert result.dtype == real
+                    assert off(result, wanted) < self.max_linear_error, (kernel.name, dtype)
+        if not tried:
+            pytest.skip("it has no kernel for its forms on this machine")
 
     def test_declared_devices_compute(
         self, quantizer: Quantizer[Any], factory: LinearFactory[Any], able: Capabilities

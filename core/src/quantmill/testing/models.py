@@ -15,7 +15,7 @@ import quantmill
 from quantmill.findings import QuantmillError
 from quantmill.registrations import Capabilities
 from quantmill.testing.base import Conformance, errors_of, off, same
-from quantmill.testing.fabricate import write_tiny_gpt2, write_tiny_llama
+from quantmill.testing.fabricate import write_tiny_gpt2, write_tiny_llama, write_tiny_mixtral
 
 __all__ = ["ModelPromises"]
 
@@ -187,6 +187,29 @@ class ModelPromises(Conformance):
             reloaded = quantmill.load(self.write(source, tmp_path / "out"))
             assert same(model.state_dict(), reloaded.state_dict())
             assert torch.equal(answer, logits(reloaded, ids))
+
+    @needs_framework
+    def test_experts_in_stacks_are_quantized_one_by_one(
+        self, tmp_path: Path, able: Capabilities, ids: Tensor
+    ) -> None:
+        source = write_tiny_mixtral(tmp_path / "mixtral")
+        plan = quantmill.plan(source, self.method)
+        if errors_of(plan.findings):
+            pytest.skip("it does not take such shapes")
+        experts = [item for item in plan.modules if ".experts." in item.name]
+        assert len(experts) == 12, "the plan shows every expert"
+        assert all(item.action == "quantize" or item.reason for item in experts)
+        if not able.on_the_fly:
+            return  # What few tokens are worth, each method says in its own tests.
+        model, reference = self.live(source, able), float_twin(self, source, able)
+        answer, wanted = logits(model, ids).float(), logits(reference, ids).float()
+        # A token that lies between two experts may go to the other one for the last bit's sake.
+        apart = (answer - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert float(apart.median()) < self.max_linear_error
+        if able.serialisable:
+            reloaded = quantmill.load(self.write(source, tmp_path / "out"))
+            assert same(model.state_dict(), reloaded.state_dict())
+            assert torch.equal(answer, logits(reloaded, ids).float())
 
 
 def float_twin(suite: Conformance, source: Path, able: Capabilities) -> Any:

@@ -75,8 +75,8 @@ class HqqQuantizer(Quantizer[HqqConfig]):
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
         if self.config.axis == 1:
             return 0
-        # The weight as it is stored, and its codes before they are packed.
-        return target.weights * (dtype.itemsize + 1)
+        # The weight as it is stored and by strides, and its codes before they are packed.
+        return target.weights * (2 * dtype.itemsize + 1)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         layout = _layout(self.config, target)
