@@ -93,13 +93,13 @@ class CheckpointPromises(Conformance):
         assert again == selection.config.keeping(["lm_head"])
 
     def test_it_can_be_planned_and_inspected_without_a_finding_of_error(
-        self, written: Path
+        self, folder: Path, written: Path
     ) -> None:
         assert not errors_of(quantmill.plan(written).findings)
         found = quantmill.inspect(written)
         assert not errors_of(found.findings)
         quantized = [item for item in found.modules if item["method"]]
-        assert len(quantized) == 14
+        assert len(quantized) == quantmill.plan(folder, self.method).totals["quantized"] >= 14
 
     def test_asking_for_the_method_it_has_is_no_contradiction(self, written: Path) -> None:
         assert not errors_of(quantmill.plan(written, self.method).findings)

@@ -18,6 +18,9 @@ class PeakBytes(TorchDispatchMode):
     bytes: int
     """The most that were there at once."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __enter__(self) -> PeakBytes:
         self.bytes = self._now = 0
         self._known: dict[int, weakref.ref[Any]] = {}
