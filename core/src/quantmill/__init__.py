@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantmill.api import load, load_tokenizer, method_schema, plan, quantize
+    from quantmill.budget.search import quantize_to_budget
     from quantmill.choosing import choose
     from quantmill.comparing import compare
     from quantmill.converting import convert
@@ -41,6 +42,7 @@ _PUBLIC = {
     "plan": "quantmill.api",
     "quantize": "quantmill.api",
     "quantize_model": "quantmill.plain",
+    "quantize_to_budget": "quantmill.budget.search",
     "save": "quantmill.saving",
     "Finding": "quantmill.findings",
     "FindingsError": "quantmill.findings",
@@ -74,6 +76,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_model",
+    "quantize_to_budget",
     "save",
     "verify",
 ]

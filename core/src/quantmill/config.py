@@ -211,6 +211,11 @@ class MethodConfig(BaseModel):
         """
         return self
 
+    def shared(self, others: Sequence[Self]) -> dict[str, Any]:
+        """Options to add to this config where modules with it and with ``others``, of the same
+        class, are to be in one checkpoint of the peer's dialect: what that has for all of them."""
+        return {}
+
     def joined(self, others: Mapping[str, Self]) -> dict[str, Any] | None:
         """One config of the peer's dialect for this and, per module, other configs of the same
         class; None where the dialect can't say so."""

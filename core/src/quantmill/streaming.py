@@ -29,14 +29,17 @@ __all__ = ["StreamedModel", "streamed"]
 class StreamedModel:
     """The model of a prepared job (stages 1 to 6), block by block over the same batches."""
 
-    def __init__(self, job: Job, reader: TensorReader, batches: Sequence[Tensor]) -> None:
-        """``batches`` are token ids, int64 ``[n, length]`` each.
+    def __init__(
+        self, job: Job, reader: TensorReader, batches: Sequence[Tensor], *, plain: bool = False
+    ) -> None:
+        """``batches`` are token ids, int64 ``[n, length]`` each. A ``plain`` model has the float
+        weights of the source in the modules that the job would quantize.
 
         Raises:
             QuantmillError: the model has no list of blocks, or a weight can't be read.
         """
         assert job.plan is not None and job.architecture is not None
-        self.job, self.reader = job, reader
+        self.job, self.reader, self.plain = job, reader, plain
         self.architecture = job.architecture
         self.model: nn.Module = self.architecture.build()
         modules = list(self.architecture.modules)
@@ -60,20 +63,27 @@ class StreamedModel:
         self.replay = Replay(self.model, name, there, len(there))
 
     def _fill(self, modules: Sequence[ModuleInfo]) -> None:
-        for _ in run_modules(self.job, self.sink, modules, self.reader):
-            pass
+        if not self.plain:
+            for _ in run_modules(self.job, self.sink, modules, self.reader):
+                pass
+            return
+        for module in modules:
+            for parameter in module.parameters.values():
+                if parameter.sources and parameter.name not in self.architecture.tied:
+                    self.sink.put_tensor(module, parameter, self.reader)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block ``index`` with its weights, which are dropped afterwards."""
-        name = f"{self.inner}{index}"
-        self._fill(self._inside.get(str(index), []))
-        module = self.model.get_submodule(name)
-        module.eval()
+        module = self.model.get_submodule(f"{self.inner}{index}")
+        empty = _state(module)
         try:
+            self._fill(self._inside.get(str(index), []))
+            module.eval()
             yield module
         finally:
-            _drop(module)
+            for part, (modules, parameters, buffers) in empty:
+                part._modules, part._parameters, part._buffers = modules, parameters, buffers
 
     def run(self) -> Iterator[Any]:
         """Every block in turn; then the model's output per batch, in order."""
@@ -112,11 +122,12 @@ def _outputs(job: Job, batches: Sequence[Tensor]) -> Iterator[Any]:
     gc.collect()
 
 
-def _drop(module: nn.Module) -> None:
-    """Let a block's memory go: what holds quantized weights too, which are no parameters."""
-    for part in module.modules():
-        for name, child in list(part._modules.items()):
-            if child is not None and not child._modules:
-                part._modules[name] = None
-        part._parameters.clear()
-        part._buffers.clear()
+def _state(
+    module: nn.Module,
+) -> list[tuple[nn.Module, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]]:
+    """What a block's modules hold before its weights come, to be put back: their memory goes then,
+    that of the modules that took the place of others too."""
+    return [
+        (part, (dict(part._modules), dict(part._parameters), dict(part._buffers)))
+        for part in module.modules()
+    ]

@@ -27,7 +27,7 @@ from quantmill.findings import QuantmillError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CheckpointWriter"]
+__all__ = ["CheckpointWriter", "check_new"]
 
 _RESERVED: Final = 1 << 20
 """Bytes kept free for a shard's header: room for some 8,000 tensors; more open a new shard."""
@@ -35,6 +35,18 @@ _LONGEST_NAME: Final = 1 << 16
 """Bytes of a tensor's name in a header; with its shape it fits into an empty header."""
 _FORMAT: Final = {"format": "pt"}
 Metadata = Callable[[Sequence[str], Mapping[str, str]], Mapping[str, str]]
+
+
+def check_new(folder: Path) -> None:
+    """Refuse an output that holds something.
+
+    Raises:
+        QuantmillError: ``QM-CKPT-050``, it exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise QuantmillError(
+            codes.OUTPUT_EXISTS(str(folder), "it exists and is not empty", "choose a new folder")
+        )
 
 
 class CheckpointWriter:
@@ -74,15 +86,7 @@ class CheckpointWriter:
         """
         self.folder = Path(folder)
         with self._guard():
-            taken = self.folder.exists() and (
-                not self.folder.is_dir() or any(self.folder.iterdir())
-            )
-        if taken:
-            raise QuantmillError(
-                codes.OUTPUT_EXISTS(
-                    str(folder), "it exists and is not empty", "choose a new folder"
-                )
-            )
+            check_new(self.folder)
         self._stem, self._index = stem, f"{stem}.safetensors.index.json"
         self._limit = max_shard_bytes
         self._reserved = min(_RESERVED, -(-max(header_bytes, 1) // 4096) * 4096)

@@ -151,6 +151,12 @@ class GptqConfig(MethodConfig):
         names = sorted(set(self.modules_to_not_convert or []) | set(modules) - {"lm_head"})
         return self.model_copy(update={"modules_to_not_convert": names or None})
 
+    def shared(self, others: Sequence[GptqConfig]) -> dict[str, Any]:
+        """A checkpoint has one layout of zero points."""
+        newer = any(item.checkpoint_format == "gptq_v2" for item in others)
+        alike = newer == (self.checkpoint_format == "gptq_v2")
+        return {} if alike else {"checkpoint_format": "gptq_v2"}
+
     def joined(self, others: Mapping[str, GptqConfig]) -> dict[str, Any] | None:
         """``dynamic`` says it, unless a module differs in something that is not per module."""
         import re

@@ -1,0 +1,1 @@
+"""Mixed precision under a budget: sensitivity of every target, allocation, one checkpoint."""

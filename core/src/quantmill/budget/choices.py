@@ -1,0 +1,139 @@
+"""The choices for every target: what each method would make of it, in exact bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quantmill.findings import QuantmillError, declare
+from quantmill.targeting.types import Target
+
+if TYPE_CHECKING:
+    from quantmill.planning import Plan
+
+__all__ = ["Budget", "Choices", "joined_method"]
+
+BAD_BUDGET = declare("QM-BUDGET-001", "A budget can't be read")
+IMPOSSIBLE = declare("QM-BUDGET-002", "The budget is less than the least possible")
+TOO_FEW = declare("QM-BUDGET-003", "A budget needs several methods to choose from")
+NOTHING = declare("QM-BUDGET-004", "The methods have no target in common to choose for")
+_BITS = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *(?:bpw|bits?)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bits per weight of the targets, scales and all, on the disk."""
+
+    bits: float
+
+    @classmethod
+    def of(cls, value: Budget | float | str) -> Budget:
+        """From a number of bits, or ``4.25bpw``.
+
+        Raises:
+            QuantmillError: it is no positive number.
+        """
+        if isinstance(value, Budget):
+            return value
+        match = _BITS.fullmatch(str(value).strip().lower())
+        if match is None or not 0 < float(match[1]) <= 64:
+            raise QuantmillError(
+                BAD_BUDGET("budget", f"{value!r} is no number of bits per weight", "write 4.25bpw")
+            )
+        return cls(float(match[1]))
+
+
+@dataclass(slots=True)
+class Choices:
+    """Targets, labels, and the bytes of each pair."""
+
+    labels: list[str]
+    targets: list[Target] = field(default_factory=list)
+    sizes: list[list[int]] = field(default_factory=list)
+    """Bytes by target and label."""
+
+    @classmethod
+    def of(cls, plans: Mapping[str, Plan]) -> Choices:
+        """From the plan of each method alone; targets are what all of them quantize.
+
+        Raises:
+            QuantmillError: fewer than two methods, or no target in common.
+        """
+        if len(plans) < 2:
+            raise QuantmillError(
+                TOO_FEW(
+                    "methods",
+                    f"{', '.join(plans) or 'none'} leaves nothing to choose",
+                    "name several, separated by commas",
+                )
+            )
+        by_label: dict[str, dict[str, Any]] = {
+            label: {
+                entry.target.name: entry
+                for entry in plan.modules
+                if entry.action == "quantize" and entry.target is not None
+            }
+            for label, plan in plans.items()
+        }
+        first = next(iter(by_label.values()))
+        common = [name for name in first if all(name in rows for rows in by_label.values())]
+        if not common:
+            raise QuantmillError(
+                NOTHING("methods", "no module is a target of all of them", "take other methods")
+            )
+        return cls(
+            labels=list(plans),
+            targets=[first[name].target for name in common],
+            sizes=[[rows[name].bytes_after for rows in by_label.values()] for name in common],
+        )
+
+    @property
+    def weights(self) -> int:
+        """Of all targets."""
+        return sum(target.weights for target in self.targets)
+
+    def bits(self, size: float) -> float:
+        """Bits per weight that bytes of all targets are."""
+        return 8 * size / self.weights
+
+    def bytes_within(self, budget: Budget) -> int:
+        """Bytes that a budget allows.
+
+        Raises:
+            QuantmillError: it is less than the smallest choices take.
+        """
+        allowed = int(budget.bits * self.weights / 8)
+        least = sum(min(row) for row in self.sizes)
+        if allowed < least:
+            raise QuantmillError(
+                IMPOSSIBLE(
+                    f"{budget.bits:g}bpw",
+                    f"with {', '.join(self.labels)} the least is {self.bits(least):.4f} bits per"
+                    f" weight, {least:,} bytes",
+                    "raise the budget, or add a method of fewer bits",
+                    least_bits=self.bits(least),
+                    least_bytes=least,
+                )
+            )
+        return allowed
+
+    def uniform(self, label: str) -> int:
+        """Bytes of all targets with one method."""
+        index = self.labels.index(label)
+        return sum(row[index] for row in self.sizes)
+
+
+def joined_method(choices: Choices, chosen: Sequence[int]) -> dict[str, Any]:
+    """METHOD that gives each target its choice: the most frequent one is the main method."""
+    counts = [chosen.count(index) for index in range(len(choices.labels))]
+    main = counts.index(max(counts))
+    return {
+        "method": choices.labels[main],
+        "assign": {
+            target.name: choices.labels[index]
+            for target, index in zip(choices.targets, chosen, strict=True)
+            if index != main
+        },
+    }

@@ -1,0 +1,401 @@
+"""The search: every method alone, the sensitivity of every target, the allocation, the result.
+
+Every method first quantizes the whole model by itself, into a folder beside the output: calibrated
+methods meet there the inputs that they would meet in the end, and the codes of each target are at
+hand for the estimate. The chosen mixture is then quantized anew, in one go.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from quantmill.api import make_job, prepare, quantize
+from quantmill.budget.allocate import allocate
+from quantmill.budget.choices import Budget, Choices, joined_method
+from quantmill.budget.sensitivity import Pair, Sensitivity, correlation, scales
+from quantmill.calibration.carry_out import calibration_data
+from quantmill.checkpoint.containers import container_for
+from quantmill.checkpoint.writer import check_new
+from quantmill.findings import Finding, FindingsError
+from quantmill.host import Host, default_host
+from quantmill.job import Job, Progress
+from quantmill.stages.quantize import decode_stored, open_reader
+from quantmill.stages.select import select
+from quantmill.targeting.types import Target
+
+if TYPE_CHECKING:
+    from quantmill.checkpoint.reader import TensorReader
+    from quantmill.config import MethodConfig
+    from quantmill.stages.write import WriteReport
+
+__all__ = ["BudgetReport", "BudgetSearch", "quantize_to_budget"]
+
+_WINDOWS = 4
+"""On which pairs are measured."""
+
+
+@dataclass(slots=True)
+class BudgetReport:
+    """What was chosen, what it is expected to cost, and what was written."""
+
+    budget: float
+    """Bits per weight that were allowed."""
+    bits: float
+    """Bits per weight of the targets that were chosen."""
+    bytes: int
+    """Of the targets."""
+    chosen: dict[str, str]
+    """Target to method."""
+    estimated: float
+    """KL divergence per token of the mixture: the sum of the targets' estimates."""
+    uniform: dict[str, tuple[float, float]]
+    """Each method alone: bits per weight and estimated KL divergence."""
+    sensitivity: dict[str, dict[str, float]]
+    """Estimated KL divergence by target and method."""
+    measured: list[tuple[str, str, float, float]]
+    """Target, method, estimated and measured KL divergence."""
+    correlation: float | None
+    """Of their logarithms."""
+    seconds: dict[str, float]
+    """Of each step."""
+    method: dict[str, Any]
+    """METHOD that makes it again."""
+    written: WriteReport | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Targets by method."""
+        return dict(Counter(self.chosen.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return {
+            "budget": self.budget,
+            "bits_per_weight": self.bits,
+            "bytes": self.bytes,
+            "counts": self.counts,
+            "estimated_kl": self.estimated,
+            "uniform": {
+                label: {"bits_per_weight": bits, "estimated_kl": cost}
+                for label, (bits, cost) in self.uniform.items()
+            },
+            "measured": [
+                {"target": name, "method": label, "estimated_kl": a, "measured_kl": b}
+                for name, label, a, b in self.measured
+            ],
+            "correlation": self.correlation,
+            "seconds": self.seconds,
+            "chosen": self.chosen,
+            "sensitivity": self.sensitivity,
+            "method": self.method,
+            "written": None if self.written is None else self.written.to_dict(),
+        }
+
+
+def quantize_to_budget(
+    source: str | Path,
+    output: str | Path,
+    budget: Budget | float | str,
+    methods: Sequence[str],
+    *,
+    calibration: Any,
+    measure: int = 24,
+    search_samples: int = 16,
+    progress: Progress | None = None,
+    host: Host | None = None,
+    max_shard_bytes: int | None = None,
+    **options: Any,
+) -> BudgetReport:
+    """Quantize a checkpoint with several methods, each where it costs least, within a budget.
+
+    Args:
+        source: a float model.
+        output: the new folder or file.
+        budget: bits per weight of the targets, scales and all: ``4.25`` or ``"4.25bpw"``.
+        methods: METHODs to choose from for each target, as short names with options.
+        calibration: text for the search, and for calibrated methods.
+        measure: pairs of target and method whose KL divergence is measured, to judge the estimate.
+        search_samples: calibration windows that the search runs on.
+        progress: told about blocks and bytes.
+        host: of plugins.
+        max_shard_bytes: as for :func:`quantmill.quantize`.
+        options: further ones of :func:`quantmill.quantize`.
+
+    Raises:
+        QuantmillError: the budget is less than the least possible, or what ``quantize`` raises.
+    """
+    wanted = Budget.of(budget)
+    search = BudgetSearch(
+        source, Path(output), methods, calibration, host=host, progress=progress, **options
+    )
+    search.choices.bytes_within(wanted)
+    with search:
+        search.run(measure, search_samples)
+        return search.write(wanted, Path(output), max_shard_bytes)
+
+
+class BudgetSearch:
+    """One search, for as many budgets as are asked for; a context manager."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        output: Path,
+        methods: Sequence[str],
+        calibration: Any,
+        *,
+        host: Host | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> None:
+        """Plans each method alone, as it would be written to ``output``: only headers are read.
+
+        Raises:
+            FindingsError: what stands in the way of any of them, or of the output.
+        """
+        self.host, self.progress = host or default_host(), progress
+        self.source, self.output, self.calibration = source, output, calibration
+        self.options = options
+        self.work = output.absolute().parent / f".{output.name}.quantmill-budget"
+        self.seconds: dict[str, float] = {}
+        self.found: Sensitivity | None = None
+        if container_for(output, self.host) is None:
+            check_new(output)
+            self.suffix = ""
+        else:
+            self.suffix = output.suffix
+        self.methods = self._agreed(list(dict.fromkeys(methods)))
+        self.jobs = [self._job(label) for label in self.methods]
+        plans = {}
+        problems: list[Finding] = []
+        for label, job in zip(self.methods, self.jobs, strict=True):
+            plans[label] = prepare(job)
+            problems += [item for item in job.findings.errors if item not in problems]
+        if problems:
+            raise FindingsError(problems)
+        self.choices = Choices.of(plans)
+        self.data = calibration_data(self.jobs[0])
+
+    def _job(self, label: str) -> Job:
+        options = {**self.options, "calibration": self.calibration, "output": str(self.output)}
+        return make_job(self.source, label, host=self.host, **options)
+
+    def _agreed(self, methods: list[str]) -> list[str]:
+        """Methods of one plugin with the options that one checkpoint has for all its modules."""
+        if not methods:
+            return methods
+        jobs = [self._job(label) for label in methods]
+        configs: dict[str, list[MethodConfig]] = {}
+        for job in jobs:
+            selection = next(iter(select(job).values()))
+            configs.setdefault(selection.method.name, []).append(selection.config)
+        agreed = []
+        for label, job in zip(methods, jobs, strict=True):
+            selection = next(iter(job.selections.values()))
+            wanted = selection.config.shared(configs[selection.method.name])
+            words = ",".join(f"{key}={json.dumps(value)}" for key, value in wanted.items())
+            agreed.append(label + (("," if ":" in label else ":") + words if words else ""))
+        return list(dict.fromkeys(agreed))
+
+    def __enter__(self) -> Self:
+        """The folder for what is made on the way; what an interrupted search left is used again."""
+        about = {
+            "source": self.jobs[0].headers.source.identity(),
+            "methods": self.methods,
+            "calibration": self.data.digest,
+            "options": {name: str(value) for name, value in sorted(self.options.items())},
+        }
+        note = self.work / "about.json"
+        text = json.dumps(about)
+        if self.work.exists() and not (note.is_file() and note.read_text("utf-8") == text):
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        note.write_text(text, encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        # An interrupt is worth going on from; anything else fails again.
+        if kind is None or issubclass(kind, Exception):
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def _tell(self, what: str) -> Progress | None:
+        if self.progress is None:
+            return None
+        tell: Callable[[int, int, str], None] = self.progress
+        return lambda done, total, at: tell(done, total, f"{what}: {at}")
+
+    def run(self, measure: int = 24, samples: int = 16) -> None:
+        """Every method alone, then estimates for all pairs and measurements of some."""
+        self._quantize_each()
+        self.found = self._sensitivity(measure, samples)
+
+    def _quantize_each(self) -> None:
+        for number, label in enumerate(self.methods):
+            start = perf_counter()
+            folder = self._made(number)
+            if not folder.exists():
+                quantize(
+                    self.source,
+                    folder,
+                    label,
+                    calibration=self.calibration,
+                    progress=self._tell(label),
+                    host=self.host,
+                    **self.options,
+                )
+            self.seconds[f"quantize {label}"] = perf_counter() - start
+
+    def _made(self, number: int) -> Path:
+        return self.work / f"method-{number}{self.suffix}"
+
+    def _sensitivity(self, measure: int, samples: int) -> Sensitivity:
+        start = perf_counter()
+        rows = self.data.tokens
+        picked = torch.linspace(0, rows.shape[0] - 1, min(samples, rows.shape[0])).round().long()
+        device = self.options.get("device", "cpu")
+        # Gradients of likelihoods are small numbers: float32 where that costs no speed.
+        job = make_job(
+            self.source,
+            self.methods[0],
+            device=device,
+            dtype="float32" if device == "cpu" else None,
+            host=self.host,
+            planning=True,
+            **{
+                k: v for k, v in self.options.items() if k in ("skip", "include", "allow_unmatched")
+            },
+        )
+        prepare(job)
+        with ExitStack() as stack:
+            stored = {
+                label: _Stored(stack, self._made(number), self.host, device)
+                for number, label in enumerate(self.methods)
+            }
+
+            def weight(target: Target, label: str) -> Tensor:
+                return stored[label].weight(target)
+
+            found = Sensitivity(
+                job,
+                [rows[index : index + 1] for index in picked.tolist()],
+                self.choices.targets,
+                self.methods,
+                weight,
+                self.work,
+                seed=int(self.options.get("seed", 0)),
+                tell=self._tell("sensitivity"),
+            )
+            found.run(self._pairs(measure), _WINDOWS)
+        self.seconds["sensitivity"] = perf_counter() - start
+        return found
+
+    def _pairs(self, count: int) -> list[Pair]:
+        """Pairs to measure: spread over the targets, the methods in turn."""
+        targets, labels = self.choices.targets, self.methods
+        count = min(count, len(targets) * len(labels))
+        if count < 1:
+            return []
+        every = [
+            (
+                targets[int(number * len(targets) / count) % len(targets)].name,
+                labels[number % len(labels)],
+            )
+            for number in range(count)
+        ]
+        return list(dict.fromkeys(every))
+
+    def write(
+        self, budget: Budget, output: Path, max_shard_bytes: int | None = None
+    ) -> BudgetReport:
+        """Allocate within a budget, and write the mixture.
+
+        Raises:
+            QuantmillError: the budget is less than the least possible, or what ``quantize`` raises.
+        """
+        start, choices, found = perf_counter(), self.choices, self.found
+        assert found is not None
+        scale = scales(found.estimated, found.measured)
+        costs = [
+            [
+                found.estimated[target.name, label] * scale.get(label, 1.0)
+                for label in choices.labels
+            ]
+            for target in choices.targets
+        ]
+        chosen = allocate(choices.sizes, costs, choices.bytes_within(budget))
+        seconds = {**self.seconds, "allocation": perf_counter() - start}
+        size = sum(row[index] for row, index in zip(choices.sizes, chosen, strict=True))
+        pairs = [
+            (name, label, found.estimated[name, label], value)
+            for (name, label), value in found.measured.items()
+        ]
+        report = BudgetReport(
+            budget=budget.bits,
+            bits=choices.bits(size),
+            bytes=size,
+            chosen={
+                target.name: choices.labels[index]
+                for target, index in zip(choices.targets, chosen, strict=True)
+            },
+            estimated=sum(row[index] for row, index in zip(costs, chosen, strict=True)),
+            uniform={
+                label: (choices.bits(choices.uniform(label)), sum(row[index] for row in costs))
+                for index, label in enumerate(choices.labels)
+            },
+            sensitivity={
+                target.name: dict(zip(choices.labels, row, strict=True))
+                for target, row in zip(choices.targets, costs, strict=True)
+            },
+            measured=pairs,
+            correlation=correlation([item[2] for item in pairs], [item[3] for item in pairs]),
+            seconds=seconds,
+            method=joined_method(choices, chosen),
+        )
+        start = perf_counter()
+        report.written = quantize(
+            self.source,
+            output,
+            report.method,
+            calibration=self.calibration,
+            progress=self._tell("the mixture"),
+            host=self.host,
+            max_shard_bytes=max_shard_bytes,
+            **self.options,
+        )
+        seconds["the mixture"] = perf_counter() - start
+        report.findings = list(report.written.plan.findings)
+        return report
+
+
+class _Stored:
+    """Weights of a checkpoint that was made on the way."""
+
+    def __init__(self, stack: ExitStack, path: Path, host: Host, device: str) -> None:
+        self.job = make_job(path, None, device=device, host=host, planning=True)
+        plan = prepare(self.job)
+        self.entries = {
+            entry.target.name: entry
+            for entry in plan.modules
+            if entry.action == "quantize" and entry.target is not None
+        }
+        self.reader: TensorReader = stack.enter_context(open_reader(self.job.headers, device))
+
+    def weight(self, target: Target) -> Tensor:
+        """Float32 ``[out, in]``."""
+        entry = self.entries[target.name]
+        assert entry.target is not None
+        selection = self.job.selections[entry.method or next(iter(self.job.selections))]
+        form = decode_stored(self.job, self.reader, entry.target, selection)
+        return form.dequantize(torch.float32)
