@@ -26,7 +26,7 @@ from quantmill.forms import Affine, Blocks, Channel, Codebook, Codes, Flat, Form
 from quantmill.kernels import Prepared
 from quantmill.registrations import Kernel
 from quantmill_cpu import native
-from quantmill_cpu.matmul import _library, matmul
+from quantmill_cpu.matmul import _library, bind
 from quantmill_cpu.plugin import quantmill_kernels
 
 SHAPES = ("4096x4096", "11008x4096")
@@ -111,7 +111,7 @@ def measure(
     library, threads = _library(), torch.get_num_threads()
     first = Prepared.of(kernel, form)
     size, total = first.nbytes, options.megabytes << 20
-    lives = copies(first, max(2, -(-total // size)))
+    lives = [bind(live) for live in copies(first, max(2, -(-total // size)))]
     memory = [torch.ones(size, dtype=torch.uint8) for _ in lives]
     found = []
     for batch in options.batch:
@@ -122,7 +122,7 @@ def measure(
         for turn in range(options.rounds):
             live, plain = lives[turn % len(lives)], memory[turn % len(lives)]
             weight = floats[turn % len(floats)]
-            own.append(timed(lambda live=live, x=x: matmul(x, live, None)))  # type: ignore[misc]
+            own.append(timed(lambda live=live, x=x: live(x, None)))  # type: ignore[misc]
             read.append(
                 timed(lambda plain=plain: library.qm_read(plain.data_ptr(), size, threads))  # type: ignore[misc]
             )

@@ -88,14 +88,14 @@ QM_API int qm_matmul_use_level(const char *name) {
 }
 
 /* Whole numbers are the fastest for few rows, where the machine has dot products of bytes; tiles
- * for many. Without tiles, two bytes a weight are more work than one bf16. */
+ * for many. Without tiles (AMD), two bytes a weight are more work than one bf16. */
 static const QmWay *choose_way(const QmJob *job, int64_t batch) {
-    const int best = level_used(), few = batch <= QM_FEW;
+    const int best = level_used();
     /* Who computes in float32 wants its precision, which products of 16 bits don't have. */
     const int level = job->dtype == QM_F32 && best > AVX512 ? AVX512 : best;
     const int whole = job->numbers != QM_LOOKUP && job->numbers != QM_MIRROR;
     (void)whole; /* where only the baseline is compiled */
-    (void)few;
+    (void)batch;
     switch (level) {
 #ifdef QM_AMX
     case AMX:
@@ -106,8 +106,7 @@ static const QmWay *choose_way(const QmJob *job, int64_t batch) {
 #endif
 #ifdef QM_AVX512BF16
     case BF16:
-        if (whole && (few || job->numbers != QM_TWO_BYTES || !job->bf16_fits))
-            return &qm_int8_avx512;
+        if (whole && (job->numbers != QM_TWO_BYTES || !job->bf16_fits)) return &qm_int8_avx512;
         return job->bf16_fits ? &qm_bf16_avx512 : &qm_fp32_avx512;
 #endif
 #ifdef QM_AVX512VNNI

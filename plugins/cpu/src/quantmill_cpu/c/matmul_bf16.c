@@ -70,8 +70,7 @@ static void qm_block(const QmJob *job, const QmStep *step) {
         break;
 
 /* A pair of panels against at most QM_FEW rows. */
-void qm_bf16_few(const QmJob *job, int64_t pair, const QmWorkspace *w);
-void qm_bf16_few(const QmJob *job, int64_t pair, const QmWorkspace *w) {
+static void few_pair(const QmJob *job, int64_t pair, const QmWorkspace *w) {
     for (int half = 0; half < 2 && pair * 2 + half < job->panels; half++) {
         int64_t panel = pair * 2 + half;
         qm_panel_values(job, panel, w, half * QM_PANEL);
@@ -80,12 +79,18 @@ void qm_bf16_few(const QmJob *job, int64_t pair, const QmWorkspace *w) {
     }
 }
 
+static void settle(QmJob *job) {
+    qm_bf16_settle(job);
+    job->natural = !job->scaled && job->numbers != QM_CODE &&
+                   job->batch * qm_bf16_split(job->dtype) <= QM_FEW;
+}
+
 static void run(const QmJob *job, int64_t pair, char *workspace) {
     QmWorkspace w;
     qm_workspace(job, workspace, &w);
     if (job->scaled) qm_run_scaled(job, pair, &w);
-    else if (job->act_rows <= QM_FEW && job->numbers != QM_CODE) qm_bf16_few(job, pair, &w);
+    else if (job->natural) few_pair(job, pair, &w);
     else qm_run_pair(job, pair, &w, 1);
 }
 
-const QmWay qm_bf16_avx512 = {2, qm_bf16_settle, qm_bf16_split, 1, qm_bf16_load, run};
+const QmWay qm_bf16_avx512 = {2, settle, qm_bf16_split, 1, qm_bf16_load, run};

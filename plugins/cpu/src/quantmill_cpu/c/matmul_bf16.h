@@ -7,7 +7,7 @@
  * two bf16, as two rows whose results are added.
  *
  * A decoded vector of bytes is two of bf16: columns 4 * j and 4 * j + 2 of 16 rows, then 4 * j + 1
- * and 4 * j + 3. Activations are put in that order too.
+ * and 4 * j + 3. Activations are put in that order too, except for few rows.
  */
 #ifndef QUANTMILL_MATMUL_BF16_H
 #define QUANTMILL_MATMUL_BF16_H
@@ -27,11 +27,32 @@ QM_INLINE QmTable qm_table(const QmJob *job) {
 }
 
 typedef struct {
-    __m512i even, odd;
+    __m512i even, odd; /* columns, or lower and upper bytes */
 } QmPair;
 
-/* Vector `j` (of 8 in a chunk) as bf16. Lookups ignore the bits above a code's, or find the same
- * entry again. */
+/* Lower and upper bytes of vector `j` (of 8 in a chunk) in bf16, by lookup. These ignore the bits
+ * above a code's, or find the same entry again. */
+QM_INLINE QmPair qm_look_up(const uint8_t *chunk, int j, int bits, int numbers, const QmTable *t) {
+    const __m512i codes = qm_codes(chunk, j, bits, 0);
+    if (bits == 8 && numbers == QM_MIRROR) {
+        const __m512i sign = _mm512_set1_epi8((char)0x80);
+        const __m512i high = _mm512_permutex2var_epi8(t->part[4], codes, t->part[5]);
+        return (QmPair){_mm512_permutex2var_epi8(t->part[0], codes, t->part[1]),
+                        _mm512_ternarylogic_epi64(high, codes, sign, 0xf8)}; /* high | (codes & sign) */
+    }
+    if (bits == 8) {
+        const __mmask64 upper = _mm512_movepi8_mask(codes);
+        return (QmPair){
+            _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(t->part[0], codes, t->part[1]),
+                                   _mm512_permutex2var_epi8(t->part[2], codes, t->part[3])),
+            _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(t->part[4], codes, t->part[5]),
+                                   _mm512_permutex2var_epi8(t->part[6], codes, t->part[7]))};
+    }
+    return (QmPair){_mm512_permutexvar_epi8(codes, t->part[0]),
+                    _mm512_permutexvar_epi8(codes, t->part[1])};
+}
+
+/* Vector `j` of a chunk as bf16. */
 QM_INLINE QmPair qm_decode(const uint8_t *chunk, int j, int bits, int numbers, const QmTable *t) {
     if (numbers == QM_CODE) {
         const int to = 7 - bits; /* 2^bits + code: the code is the upper bits of the mantissa */
@@ -41,27 +62,9 @@ QM_INLINE QmPair qm_decode(const uint8_t *chunk, int j, int bits, int numbers, c
         return (QmPair){_mm512_ternarylogic_epi64(codes, mask, base, 0xea),
                         _mm512_ternarylogic_epi64(qm_shift(codes, 8), mask, base, 0xea)};
     }
-    const __m512i codes = qm_codes(chunk, j, bits, 0);
-    __m512i low, high;
-    if (bits == 8 && numbers == QM_MIRROR) {
-        const __m512i sign = _mm512_set1_epi8((char)0x80);
-        low = _mm512_permutex2var_epi8(t->part[0], codes, t->part[1]);
-        high = _mm512_permutex2var_epi8(t->part[4], codes, t->part[5]);
-        high = _mm512_ternarylogic_epi64(high, codes, sign, 0xf8); /* high | (codes & sign) */
-    } else if (bits == 8) {
-        const __mmask64 upper = _mm512_movepi8_mask(codes);
-        low = _mm512_mask_blend_epi8(upper,
-                                     _mm512_permutex2var_epi8(t->part[0], codes, t->part[1]),
-                                     _mm512_permutex2var_epi8(t->part[2], codes, t->part[3]));
-        high = _mm512_mask_blend_epi8(upper,
-                                      _mm512_permutex2var_epi8(t->part[4], codes, t->part[5]),
-                                      _mm512_permutex2var_epi8(t->part[6], codes, t->part[7]));
-    } else {
-        low = _mm512_permutexvar_epi8(codes, t->part[0]);
-        high = _mm512_permutexvar_epi8(codes, t->part[1]);
-    }
-    return (QmPair){qm_choose(0x00ff, low, qm_shift(high, -8)),
-                    qm_choose(0x00ff, qm_shift(low, 8), high)};
+    const QmPair bytes = qm_look_up(chunk, j, bits, numbers, t); /* lower, upper */
+    return (QmPair){qm_choose(0x00ff, bytes.even, qm_shift(bytes.odd, -8)),
+                    qm_choose(0x00ff, qm_shift(bytes.even, 8), bytes.odd)};
 }
 
 /* Two neighbouring activations in every lane. */
@@ -88,8 +91,8 @@ static void qm_bf16_settle(QmJob *job) {
 static int qm_bf16_split(int dtype) { return dtype == QM_BF16 ? 1 : 2; }
 
 /* 16 activations as bf16, in the order of the decoded weights. */
-QM_INLINE void qm_bf16_store(uint16_t *to, __m256i values) {
-    values = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(values, 0xd8), 0xd8);
+QM_INLINE void qm_bf16_store(uint16_t *to, __m256i values, int natural) {
+    if (!natural) values = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(values, 0xd8), 0xd8);
     _mm256_storeu_si256((__m256i_u *)to, values);
 }
 
@@ -111,7 +114,7 @@ static void qm_bf16_load(const QmJob *job, int64_t first, int64_t last, char *wo
             uint16_t *high = qm_bf16_at(job, at, k), *low = qm_bf16_at(job, at + 1, k);
             __m512 value = _mm512_loadu_ps(w.row + k);
             __m256i rounded = (__m256i)_mm512_cvtneps_pbh(value);
-            qm_bf16_store(high, rounded);
+            qm_bf16_store(high, rounded, job->natural);
             if (job->split == 1) continue;
             __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
             __m512 rest = _mm512_sub_ps(value, _mm512_castsi512_ps(wide));
@@ -119,7 +122,7 @@ static void qm_bf16_load(const QmJob *job, int64_t first, int64_t last, char *wo
             __mmask16 odd = _mm512_fpclass_ps_mask(_mm512_castsi512_ps(wide), 0x99);
             rest = _mm512_mask_mov_ps(rest, odd, _mm512_setzero_ps());
             rounded = (__m256i)_mm512_cvtneps_pbh(rest);
-            qm_bf16_store(low, rounded);
+            qm_bf16_store(low, rounded, job->natural);
             /* The sums must be those of what is multiplied: they are taken away from it again. */
             rest = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
             _mm512_storeu_ps(w.row + k, _mm512_add_ps(_mm512_castsi512_ps(wide), rest));
@@ -132,21 +135,38 @@ static void qm_bf16_load(const QmJob *job, int64_t first, int64_t last, char *wo
 
 /* ---- Few rows: decoded in registers and used at once --------------------------------------------- */
 
-/* Vectors [from, to) of a chunk against `rows` rows; `chains` sums run beside each other. */
+/* Four neighbouring activations in every pair of lanes. */
+QM_INLINE __m512i qm_four(const uint16_t *x) {
+    int64_t four;
+    memcpy(&four, x, 8);
+    return _mm512_set1_epi64(four);
+}
+
+/* Vectors [from, to) of a chunk against `rows` rows; `chains` sums run beside each other. Bytes are
+ * put together within 128 bits, that is four rows of W: the first two of them, each in two lanes,
+ * go into even sums and the others into odd ones (qm_rows undoes that). */
 QM_INLINE void qm_steps(const uint8_t *chunk, const uint16_t *x, int64_t stride, int from, int to,
                         int bits, int numbers, int rows, int chains, const QmTable *t,
                         __m512 sums[QM_FEW][4]) {
 #pragma GCC unroll 8
     for (int j = from; j < to; j++) {
-        const QmPair weights = qm_decode(chunk, j, bits, numbers, t);
-        const int one = 2 * j % chains, other = (2 * j + 1) % chains;
+        const QmPair bytes = qm_look_up(chunk, j, bits, numbers, t);
+        const __m512i first = _mm512_unpacklo_epi8(bytes.even, bytes.odd);
+        const __m512i second = _mm512_unpackhi_epi8(bytes.even, bytes.odd);
+        const int chain = 2 * j % chains;
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            const uint16_t *at = x + r * stride + 4 * (j - from);
-            sums[r][one] = qm_dot(sums[r][one], weights.even, qm_both(at));
-            sums[r][other] = qm_dot(sums[r][other], weights.odd, qm_both(at + 2));
+            const __m512i four = qm_four(x + r * stride + 4 * (j - from));
+            sums[r][chain] = qm_dot(sums[r][chain], first, four);
+            sums[r][chain + 1] = qm_dot(sums[r][chain + 1], second, four);
         }
     }
+}
+
+/* A sum of each of 16 rows, from those that qm_steps made. */
+QM_INLINE __m512 qm_rows(__m512 first, __m512 second) {
+    return _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x88),
+                         _mm512_shuffle_ps(first, second, 0xdd));
 }
 
 /* One panel, all groups. */
@@ -155,7 +175,7 @@ QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int
     const QmTable t = qm_table(job);
     const QmAhead next = qm_ahead(job, panel + 1);
     const uint8_t *codes = job->codes + panel * job->panel_bytes;
-    const int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
+    const int chains = rows <= 2 ? 4 : 2;
     const uint16_t *x = job->act;
     const float *scale = w->scale + half * QM_PANEL, *zero = w->zero + half * QM_PANEL;
     const float *minimum = w->minimum + half * QM_PANEL;
@@ -170,12 +190,6 @@ QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int c = 0; c < chains; c++) sums[r][c] = _mm512_setzero_ps();
-        if (job->sums_needed) {
-            __m512 added = _mm512_loadu_ps(zero + g * QM_PAIR);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++)
-                sums[r][0] = _mm512_mul_ps(added, _mm512_set1_ps(job->sums[r * job->groups + g]));
-        }
         const uint8_t *chunk = codes + (unit / 2) * 64 * bits;
         if (unit % 2 && unit < last) {
             qm_steps(chunk, x + unit * QM_UNIT, job->stride, 4, 8, bits, numbers, rows, chains, &t,
@@ -194,9 +208,14 @@ QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int
         __m512 by = _mm512_loadu_ps(scale + g * QM_PAIR);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            __m512 sum = sums[r][0];
-#pragma GCC unroll 4
-            for (int c = 1; c < chains; c++) sum = _mm512_add_ps(sum, sums[r][c]);
+            if (chains == 4) {
+                sums[r][0] = _mm512_add_ps(sums[r][0], sums[r][2]);
+                sums[r][1] = _mm512_add_ps(sums[r][1], sums[r][3]);
+            }
+            __m512 sum = qm_rows(sums[r][0], sums[r][1]);
+            if (job->sums_needed)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(zero + g * QM_PAIR),
+                                      _mm512_set1_ps(job->sums[r * job->groups + g]), sum);
             totals[r] = _mm512_fmadd_ps(sum, by, totals[r]);
         }
         if (job->offset_kind == QM_OFFSET_MINIMUM) {

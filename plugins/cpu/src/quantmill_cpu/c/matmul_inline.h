@@ -103,21 +103,38 @@ QM_INLINE void qm_values_of(const QmJob *job, const QmValues *v, int64_t panel, 
     }
 }
 
+/* One value as float; of coded ones that of the table. */
+QM_INLINE float qm_one(const QmValues *v, int64_t at) {
+    const uint8_t *from = (const uint8_t *)v->data;
+    uint16_t half;
+    int32_t whole;
+    float value;
+    switch (v->kind) {
+    case QM_FLOAT: memcpy(&value, from + 4 * at, 4); return value;
+    case QM_BFLOAT: memcpy(&half, from + 2 * at, 2); return qm_bfloat(half);
+    case QM_HALF: memcpy(&half, from + 2 * at, 2); return qm_half(half);
+    case QM_INT8: return (float)(int8_t)from[at];
+    case QM_UINT8: return (float)from[at];
+    case QM_INT32: memcpy(&whole, from + 4 * at, 4); return (float)whole;
+    }
+    memcpy(&value, v->table + from[at], 4);
+    return value;
+}
+
 /* The same where all 16 rows, or all of W, have one value. */
-static void qm_values_shared(const QmJob *job, const QmValues *v, int64_t panel, int size, float by,
+static void qm_values_shared(const QmJob *job, const QmValues *v, int64_t panel, float by,
                              float add, float *out) {
+    const int coded = v->kind == QM_CODED, second = coded && v->level != QM_LEVEL_NONE;
     for (int64_t g = 0; g < job->groups; g++) {
-        int64_t at = v->lanes ? panel * job->groups + g : 0;
-        uint8_t raw[64];
-        float lanes[16], second[16];
-        for (int i = 0; i < 16; i++)
-            memcpy(raw + i * size, (const uint8_t *)v->data + at * size, (size_t)size);
-        qm_lanes(v, raw, v->kind, lanes);
-        if (v->kind == QM_CODED && v->level != QM_LEVEL_NONE) {
-            qm_seconds(job, v, panel * QM_PANEL, g, second);
-            for (int i = 0; i < 16; i++) lanes[i] *= second[i];
+        const float value = qm_one(v, v->lanes ? panel * job->groups + g : 0);
+        float lanes[16];
+        for (int i = 0; i < 16; i++) lanes[i] = value;
+        if (second) {
+            float seconds[16];
+            qm_seconds(job, v, panel * QM_PANEL, g, seconds);
+            for (int i = 0; i < 16; i++) lanes[i] *= seconds[i];
         }
-        float more = v->kind == QM_CODED ? v->plus : 0.0f;
+        const float more = coded ? v->plus : 0.0f;
         for (int i = 0; i < 16; i++) out[g * QM_PAIR + i] = (lanes[i] + more) * by + add;
     }
 }
@@ -154,7 +171,7 @@ QM_INLINE void qm_fetch_ahead(const QmAhead *ahead, int64_t group) {
 static void qm_values(const QmJob *job, const QmValues *v, int64_t panel, float by, float add,
                       float *out) {
     if (v->lanes != 16) {
-        qm_values_shared(job, v, panel, qm_sizes[v->kind], by, add, out);
+        qm_values_shared(job, v, panel, by, add, out);
         return;
     }
     switch (v->kind) {

@@ -70,6 +70,7 @@ typedef struct QmJob {
     /* Activations as the way wants them: `split` rows for each row of x, `stride` elements. */
     int split;
     int64_t act_rows, stride;
+    int natural; /* the columns of activations are in their own order */
     int tiled; /* 16 rows by 32 columns of them lie together */
     void *act;
     float *sums; /* [act_rows, groups] */
