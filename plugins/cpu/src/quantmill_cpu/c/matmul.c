@@ -106,6 +106,7 @@ static const QmWay *choose_way(const QmJob *job, int64_t batch) {
 #endif
 #ifdef QM_AVX512BF16
     case BF16:
+        if (job->bf16_twice && batch > qm_many(job)) return &qm_bf16_avx512;
         if (whole && (job->numbers != QM_TWO_BYTES || !job->bf16_fits)) return &qm_int8_avx512;
         return job->bf16_fits ? &qm_bf16_avx512 : &qm_fp32_avx512;
 #endif

@@ -210,7 +210,7 @@ static void qm_block(const QmJob *job, const QmStep *step) {
 }
 
 static void settle(QmJob *job) {
-    qm_bf16_settle(job);
+    qm_bf16_settle(job, QM_MANY);
     job->tiled = job->scaled || job->group_units % 2 == 0 || job->groups == 1;
 }
 

@@ -80,7 +80,7 @@ static void few_pair(const QmJob *job, int64_t pair, const QmWorkspace *w) {
 }
 
 static void settle(QmJob *job) {
-    qm_bf16_settle(job);
+    qm_bf16_settle(job, qm_many(job));
     job->natural = !job->scaled && job->numbers != QM_CODE &&
                    job->batch * qm_bf16_split(job->dtype) <= QM_FEW;
 }

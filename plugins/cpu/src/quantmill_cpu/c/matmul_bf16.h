@@ -80,8 +80,8 @@ QM_INLINE __m512 qm_dot(__m512 sum, __m512i a, __m512i b) {
 
 /* ---- Activations -------------------------------------------------------------------------------- */
 
-static void qm_bf16_settle(QmJob *job) {
-    job->scaled = job->batch > QM_MANY && job->bf16_twice;
+static void qm_bf16_settle(QmJob *job, int64_t many) {
+    job->scaled = job->batch > many && job->bf16_twice;
     if (job->numbers != QM_MIRROR && (job->numbers != QM_CODE || job->bits == 8))
         job->numbers = QM_LOOKUP;
     job->unit = 1.0f;

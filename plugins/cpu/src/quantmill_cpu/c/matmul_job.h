@@ -13,6 +13,7 @@
 #define QM_BATCH 128 /* rows of x worked on together */
 #define QM_FEW 4 /* rows for which decoding into memory doesn't pay */
 #define QM_MANY 64 /* rows beyond which weights are scaled before they are multiplied */
+#define QM_MANY_SMALL 8 /* the same where groups are small: scaling their sums takes long */
 
 typedef struct {
     int kind, lanes, level;
@@ -79,6 +80,12 @@ typedef struct QmJob {
     char *workspace; /* of worker 0; the others' follow */
     size_t workspace_bytes;
 } QmJob;
+
+/* Rows beyond which weights are scaled, where there are no tiles. */
+static inline int64_t qm_many(const QmJob *job) {
+    const int small = job->group_units <= (job->numbers == QM_CODE ? 4 : 2);
+    return small ? QM_MANY_SMALL : QM_MANY;
+}
 
 /* A way of computing, for one instruction set. */
 typedef struct {
