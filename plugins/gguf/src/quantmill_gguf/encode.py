@@ -13,6 +13,7 @@ Kernels of the registry for the form ``ggml``, with the type's name as the trait
 from __future__ import annotations
 
 import difflib
+import math
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MADE", "decode", "encode"]
 
+_SURE = 2.0**14
+"""A quarter of the largest float16."""
 MADE = tuple(name for name, kind in TYPES.items() if kind.makes)
 """Names of the types that can be made."""
 
@@ -47,6 +50,7 @@ def encode(
     *,
     name: str = "weight",
     kernels: KernelRegistry | None = None,
+    extremes: Tensor | None = None,
 ) -> Tensor:
     """Quantize rows to blocks: uint8 ``[..., row bytes]``, the bytes of llama.cpp's quantizers.
 
@@ -58,6 +62,7 @@ def encode(
             do not look at it.
         name: of the weight, for messages.
         kernels: to choose from; those of the installed plugins without it.
+        extremes: the least and the largest of ``values``, if they are known already.
 
     Raises:
         QuantmillError: ``QM-GGUF-009``, the type can't be made; ``030``, the columns don't fill
@@ -73,7 +78,10 @@ def encode(
     if importance is not None:
         importance = _checked(importance, columns, name).to(values.device)
     rows = values.reshape(-1, columns)
-    if rows.numel() and not bool(torch.isfinite(torch.stack(rows.aminmax())).all()):
+    if extremes is None and rows.numel():
+        extremes = torch.stack(rows.aminmax())
+    largest = 0.0 if extremes is None else float(extremes.abs().max())
+    if not math.isfinite(largest):
         raise _refuse(name, "a value is NaN or infinite", "look for the mistake in the model")
     traits = {"table": type_name}
     dtype = str(values.dtype).removeprefix("torch.")
@@ -89,7 +97,9 @@ def encode(
             rows.shape[0], kind.info.row_bytes(columns), dtype=torch.uint8, device=values.device
         )
         choice.load()(rows.contiguous(), type_name=type_name, importance=importance, out=made)
-    if not _scales_are_finite(made, kind):
+    # Without importance no scale is larger than the largest value: most need no look.
+    bounded = importance is None and largest < _SURE
+    if not bounded and not _scales_are_finite(made, kind):
         raise _refuse(
             name,
             f"a scale of {type_name} is beyond the largest float16",

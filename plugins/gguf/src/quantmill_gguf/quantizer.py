@@ -55,8 +55,15 @@ class GgufQuantizer(Quantizer[GgufConfig]):
         )
         with FiniteCheck(weight.name) as finite:
             for start, block in weight.row_blocks():
-                finite.look(block, start * columns)
+                here = block.device.type == "cpu" and block.numel() > 0
+                extremes = torch.stack(block.aminmax()) if here else None
+                finite.look(block, start * columns, maxima=extremes)
                 raw[start : start + block.shape[0]] = encode(
-                    info.name, block, importance, name=weight.name, kernels=self.kernels
+                    info.name,
+                    block,
+                    importance,
+                    name=weight.name,
+                    kernels=self.kernels,
+                    extremes=extremes,
                 )
         return RawForm(raw, info.name, weight.dtype)
