@@ -13,8 +13,10 @@ import quantmill
 from quantmill.embedding import FormEmbedding
 from quantmill.findings import QuantmillError
 from quantmill.linear import FormLinear
+from quantmill_gguf.architectures.moves import Squeezed
 from quantmill_gguf.container import GgufFile, open_split
 from quantmill_gguf.models import TABLES
+from quantmill_gguf.requantize import requantize
 from quantmill_gguf.tiny import BASE, HEADS, MODELS, far, logits, make
 
 transformers = pytest.importorskip("transformers")
@@ -70,6 +72,28 @@ def test_a_quantized_file_computes_packed(folder: Any, name: str, tmp_path: Path
     data = sum(item.nbytes for item in file.tensors.values())
     tables = sum(item.nbytes for name, item in file.tensors.items() if name in TABLES)
     assert report.plan.totals["bytes_after"] == data - tables and report.bytes == file.size
+
+
+def test_a_head_beside_an_embedding_is_its_own_though_both_are_quantized(
+    folder: Any, tmp_path: Path
+) -> None:
+    source, wanted = folder("flan-t5")
+    quantmill.quantize(source, tmp_path / "f.gguf", "gguf:type=F32")
+    requantize(tmp_path / "f.gguf", tmp_path / "q.gguf", "Q8_0")
+    file = GgufFile.open(tmp_path / "q.gguf")
+    assert {file.tensors[f"{name}.weight"].type.name for name in ("token_embd", "output")} == {
+        "Q8_0"
+    }
+    model: Any = quantmill.load(tmp_path / "q.gguf", dtype="float32")
+    assert isinstance(model.lm_head, FormLinear) and isinstance(model.shared, FormEmbedding)
+    assert far(logits(model), wanted) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64)])
+def test_a_gate_is_a_vector_or_a_row_in_a_file(shape: tuple[int, ...]) -> None:
+    move, values = Squeezed(0, 2), torch.randn(shape)
+    assert move.shape(shape) == tuple(move.read(values).shape) == (1, 64)
+    assert torch.equal(move.write(move.read(values)), values.reshape(64))
 
 
 def test_a_split_is_read_as_one(folder: Any, tmp_path: Path) -> None:

@@ -306,3 +306,13 @@ def test_names_are_found_by_structure() -> None:
     assert steps is not None and name_of(steps, False) == "smollm"
     assert name_of(steps, True) is None
     assert steps_of({"type": "Whitespace"}) is None
+
+
+@pytest.mark.parametrize("name", ["<s:1>", "$s", ""])
+def test_tokens_that_mean_something_in_a_template_begin_a_text(name: str) -> None:
+    from quantmill_gguf.vocab.read import _add_ends
+
+    made = Tokenizer(models.BPE(vocab={name: 0, "a": 1}, merges=[]))
+    keys = {"tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.add_bos_token": True}
+    _add_ends(made, keys, "gpt2", [name, "a"])
+    assert made.encode("a").ids == [0, 1]

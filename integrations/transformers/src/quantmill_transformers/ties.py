@@ -43,12 +43,14 @@ class Ties:
         """Parameter without storage of its own to the one whose storage it shares."""
         found = {}
         for target, source in self._declared.items():
-            stored = self._sources(source) or self._quantized(source)
-            if self._sources(target) and not stored:
+            if self._stored(target) and not self._stored(source):
                 target, source = source, target
-            if not self._sources(target) or target in self._equal:
+            if not self._stored(target) or target in self._equal:
                 found[target] = source
         return found
+
+    def _stored(self, name: str) -> bool:
+        return bool(self._sources(name)) or self._quantized(name)
 
     def partner(self, name: str) -> str | None:
         """The parameter that ``name`` is declared to be tied to, in either direction."""

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,14 +35,38 @@ __all__ = ["damaged", "execute", "main", "run", "seeds"]
 _PATH: Final = Path("fuzzed.gguf")
 _NUMBERS: Final = (0, 1, 2, 3, 31, 2**16, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1)
 _BASE: Final[dict[str, Any]] = {
-    "block_count": 1,
+    "block_count": 2,
     "context_length": 64,
     "embedding_length": 64,
     "feed_forward_length": 64,
+    "expert_feed_forward_length": 64,
+    "expert_shared_feed_forward_length": 64,
+    "shortconv.l_cache": 4,
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 128,
+    "ssm.state_size": 8,
+    "ssm.time_step_rank": 4,
+    "attention.key_length": 32,
+    "attention.relative_buckets_count": 32,
     "attention.head_count": 2,
     "attention.head_count_kv": 2,
     "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.layer_norm_epsilon": 1e-5,
     "rope.freq_base": 10000.0,
+}
+_DELTA: Final[dict[str, Any]] = {
+    "ssm.inner_size": 64,
+    "ssm.state_size": 16,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 4,
+    "rope.dimension_sections": [3, 3, 2, 0],
+}
+_WINDOWS: Final[dict[str, Any]] = {
+    "attention.key_length": 32,
+    "attention.key_length_swa": 16,
+    "attention.head_count_kv": [2, 2],
+    "attention.sliding_window_pattern": [True, False],
+    "feed_forward_length": [64, 64],
 }
 _SPM: Final[dict[str, Any]] = {
     "tokenizer.ggml.model": "llama",
@@ -68,13 +92,11 @@ _UNIGRAM: Final[dict[str, Any]] = {
 _KINDS: Final = {"tokenizer.ggml.precompiled_charsmap": "uint8"}
 
 
-def _model(arch: str, vocabulary: dict[str, Any], **more: Any) -> dict[str, Any]:
-    keys = {**_BASE, **{name.replace("__", "."): value for name, value in more.items()}}
-    return {
-        "general.architecture": arch,
-        **{f"{arch}.{key}": value for key, value in keys.items()},
-        **vocabulary,
-    }
+def _model(
+    arch: str, vocabulary: Mapping[str, Any], more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    keys = {f"{arch}.{key}": value for key, value in {**_BASE, **(more or {})}.items()}
+    return {"general.architecture": arch, **keys, **vocabulary}
 
 
 def seeds() -> list[tuple[bytes, int]]:
@@ -98,23 +120,35 @@ def seeds() -> list[tuple[bytes, int]]:
         "blk.0.attn_qkv.weight": ("Q8_0", torch.zeros(192, rows, dtype=torch.uint8)),
         "token_embd.weight": ("Q8_0", raw),
     }
-    scaled = {"rope__scaling__type": "linear", "rope__scaling__factor": 2.0}
-    more = {"expert_count": 2, "expert_used_count": 1}
+    wide = torch.zeros(128, rows, dtype=torch.uint8)
+    mixers = {
+        "blk.0.ssm_a": ("F32", torch.full((4, 1), -1.0).view(torch.uint8)),
+        "blk.0.ssm_conv1d.weight": ("F32", torch.ones(128, 4).view(torch.uint8)),
+        "blk.0.attn_qkv.weight": ("Q8_0", wide),
+        "blk.0.ssm_out.weight": ("Q8_0", raw),
+        "blk.1.shortconv.conv.weight": ("F32", torch.ones(64, 4).view(torch.uint8)),
+        "token_embd.weight": ("Q8_0", raw),
+    }
+    more: dict[str, Any] = {"expert_count": 2, "expert_used_count": 1}
+    scaled = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
     wanted: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         (matrices(), {}, {}),
         (matrices(), {}, {"big_endian": True}),
         (matrices(), {}, {"version": 2}),
         (dense, _model("llama", _SPM), {}),
-        (dense, _model("gemma3", _BPE, attention__sliding_window=16), {"version": 2}),
-        (stacked, _model("llama", _UNIGRAM, **more), {}),
-        (stacked, _model("qwen2moe", _BPE, **more), {"big_endian": True}),
-        (
-            stacked,
-            _model("qwen3moe", _SPM, **scaled, **more),
-            {},
-        ),
-        (fused, _model("falcon", _BPE, attention__layer_norm_epsilon=1e-5), {}),
+        (stacked, _model("llama", _UNIGRAM, more), {}),
+        (stacked, _model("qwen2moe", _BPE, more), {"big_endian": True}),
+        (stacked, _model("qwen3moe", _SPM, {**scaled, **more}), {"version": 2}),
+        (fused, _model("falcon", _BPE), {}),
+        (mixers, _model("mamba", _BPE), {}),
+        (mixers, _model("lfm2", _BPE, {"attention.head_count_kv": [1, 0]}), {}),
+        (mixers, _model("qwen35", _BPE, _DELTA), {}),
+        (mixers, _model("qwen35moe", _BPE, {**_DELTA, **more}), {}),
+        (dense, _model("gemma4", _SPM, _WINDOWS), {}),
     ]
+    for arch in ("t5", "gpt-oss", "minimax-m2", "gemma3", "nemotron", "gpt2", "phi3"):
+        tensors = stacked if arch in ("gpt-oss", "minimax-m2") else dense
+        wanted.append((tensors, _model(arch, _BPE, more if tensors is stacked else {}), {}))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for index, (tensors, metadata, options) in enumerate(wanted):

@@ -50,7 +50,7 @@ class Lfm2(Decoder):
     )
 
     def moves(self, config: Config) -> Mapping[str, Move]:
-        return {"shortconv.conv": Squeezed(1)}
+        return {"shortconv.conv": Squeezed(1, 3)}
 
     def complete(self, config: dict[str, Any], keys: Keys, tensors: Tensors) -> None:
         # Blocks of convolutions have no heads.

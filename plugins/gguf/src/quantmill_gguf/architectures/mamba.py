@@ -45,7 +45,7 @@ class Mamba(Family):
     )
 
     def moves(self, config: Config) -> Mapping[str, Move]:
-        return {"ssm_conv1d": Squeezed(1)}
+        return {"ssm_conv1d": Squeezed(1, 3)}
 
     def entries(self, config: Config) -> Iterator[Entry]:
         yield from super().entries(config)

@@ -297,20 +297,23 @@ class Transposed(Move):
 
 @dataclass(frozen=True, slots=True)
 class Squeezed(Move):
-    """An axis of length 1 that the file leaves out."""
+    """An axis of length 1 that files leave out, most of them: the parameter has ``rank`` axes."""
 
     packed: ClassVar[bool] = False
     biases: ClassVar[bool] = False
     axis: int
+    rank: int
 
     def shape(self, shape: Shape) -> Shape:
+        if len(shape) == self.rank:
+            return shape
         return (*shape[: self.axis], 1, *shape[self.axis :])
 
     def file_shape(self, shape: Shape) -> Shape:
         return (*shape[: self.axis], *shape[self.axis + 1 :])
 
     def read(self, tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(self.axis)
+        return tensor if tensor.ndim == self.rank else tensor.unsqueeze(self.axis)
 
     def write(self, tensor: Tensor) -> Tensor:
         return tensor.squeeze(self.axis)

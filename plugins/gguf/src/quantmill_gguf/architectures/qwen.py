@@ -36,7 +36,7 @@ def shared_expert(config: Config) -> Iterator[Entry]:
     for index in range(int(config["num_hidden_layers"])):
         name, tensor = f"model.layers.{index}.mlp", f"blk.{index}.ffn"
         gate = f"{tensor}_gate_inp_shexp.weight"
-        yield Entry(f"{name}.shared_expert_gate.weight", gate, Squeezed(0))
+        yield Entry(f"{name}.shared_expert_gate.weight", gate, Squeezed(0, 2))
         for part in ("gate", "up", "down"):
             yield Entry(f"{name}.shared_expert.{part}_proj.weight", f"{tensor}_{part}_shexp.weight")
 

@@ -70,7 +70,7 @@ class Qwen35(Decoder):
             "attn_gate": TiledHeads(keys, each, width),
             "ssm_alpha": TiledHeads(keys, each),
             "ssm_beta": TiledHeads(keys, each),
-            "ssm_conv1d": Both(joined, Squeezed(1)),
+            "ssm_conv1d": Both(joined, Squeezed(1, 3)),
             "ssm_out": TiledColumns(keys, each, width) if each > 1 else Move(),
         }
 

@@ -7,6 +7,7 @@ and WordPiece (``bert``).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from quantmill_gguf.vocab.write import BYTE, CONTROL, UNUSED, USER_DEFINED
 __all__ = ["merges_of", "tokenizer_of"]
 
 _SPACE: Final = "\u2581"
+_PIECE: Final = re.compile(r"[^$:][^:]*", re.DOTALL)
 _LONGEST: Final = 1024
 """Characters of a token that is taken apart at every place."""
 
@@ -262,10 +264,18 @@ def _add_ends(made: Any, metadata: Mapping[str, Any], kind: str, tokens: Sequenc
         ids["eos"] = separator
     if not ids:
         return
-    first = [tokens[ids["bos"]]] if "bos" in ids else []
-    last = [tokens[ids["eos"]]] if "eos" in ids else []
+    # In a template a colon, a dollar sign in front, and nothing at all mean something else.
+    names = {
+        name: tokens[number] if _PIECE.fullmatch(tokens[number]) else name.upper()
+        for name, number in ids.items()
+    }
+    first = [names["bos"]] if "bos" in ids else []
+    last = [names["eos"]] if "eos" in ids else []
     made.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
         pair=[*first, "$A", *last, "$B", *last],
-        special_tokens=[(tokens[number], number) for number in ids.values()],
+        special_tokens=[
+            {"id": names[name], "ids": [number], "tokens": [tokens[number]]}
+            for name, number in ids.items()
+        ],
     )
