@@ -22,28 +22,15 @@ import importlib
 import importlib.metadata as metadata
 import os
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pluggy
 
 from quantmill import hookspecs
 from quantmill.findings import Finding, FindingsError, QuantmillError, Severity, declare
 from quantmill.plugin_info import PluginInfo, Status
+from quantmill.registry import REGISTRIES, Registry, check_kind
 from quantmill.requirements import missing_requirements, unmet_metadata
-
-if TYPE_CHECKING:
-    from quantmill.registrations import (
-        CodecRegistration,
-        ConfigReader,
-        Container,
-        Finalizer,
-        Kernel,
-        Method,
-        ModelSource,
-        Preset,
-        TargetingRule,
-        Validator,
-    )
 
 __all__ = ["REGISTRIES", "Host", "PluginInfo", "Status", "default_host"]
 
@@ -55,24 +42,11 @@ PLUGIN_RAISED = declare("QM-PLUGIN-004", "A plugin raised an exception in a hook
 STRICT_STATUS = declare("QM-PLUGIN-003", "Strict mode: a plugin is not ok")
 
 
-REGISTRIES: Final = {
-    "methods": "quantmill_methods",
-    "dialects": "quantmill_dialects",
-    "codecs": "quantmill_codecs",
-    "kernels": "quantmill_kernels",
-    "model_sources": "quantmill_model_sources",
-    "containers": "quantmill_containers",
-    "validators": "quantmill_validators",
-    "targeting_rules": "quantmill_targeting_rules",
-    "finalizers": "quantmill_finalizers",
-}
-
-
 def _names_from_environment(variable: str) -> list[str]:
     return [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
 
 
-class Host:
+class Host(Registry):
     """Holds the plugins of one process and calls their hooks."""
 
     def __init__(
@@ -100,7 +74,7 @@ class Host:
         self.manager = pluggy.PluginManager("quantmill")
         self.manager.add_hookspecs(hookspecs)
         self._known_hooks = {name for name in dir(hookspecs) if name.startswith("quantmill_")}
-        self._registered: dict[str, list[tuple[str, Any]]] = {kind: [] for kind in REGISTRIES}
+        super().__init__()
         self._add_builtin()
         if discover:
             self._discover()
@@ -246,6 +220,8 @@ class Host:
                 if not requirement.optional
             ]
             given = {kind: self._call(module, hook) for kind, hook in REGISTRIES.items()}
+            for kind, hook in REGISTRIES.items():
+                check_kind(kind, hook, given[kind])
         except Exception as error:  # noqa: BLE001 any mistake of a plugin is its own
             self._drop(info)
             self._fail(
@@ -265,16 +241,18 @@ class Host:
             return
         for kind in ("methods", "codecs", "kernels", "model_sources", "containers"):
             for item in given[kind]:
-                owner = self._owner(kind, item)
-                if owner is not None:
+                found = self.claimed(kind, item)
+                if found is not None:
+                    owner, name = self.plugins[found[0]], found[1]
                     self._drop(info)
                     self._fail(
                         info,
                         Status.CONFLICT,
-                        f"{kind[:-1].replace('_', ' ')} {item.name!r} is registered by"
+                        f"{kind[:-1].replace('_', ' ')} {name!r} is registered by"
                         f" {owner.distribution} and {info.distribution}",
                         f"disable {owner.name} or {info.name}",
                     )
+                    info.rivals = (info.name, owner.name)
                     self.conflicts.append(info)
                     return
         for kind, items in given.items():
@@ -288,13 +266,6 @@ class Host:
         if implementation is None or not hasattr(implementation, "quantmill_impl"):
             return []
         return list(implementation() or ())
-
-    def _owner(self, kind: str, item: Any) -> PluginInfo | None:
-        names = _claimed_names(item)
-        for plugin, other in self._registered[kind]:
-            if names & _claimed_names(other):
-                return self.plugins[plugin]
-        return None
 
     def _drop(self, info: PluginInfo) -> None:
         self.manager.unregister(name=info.name)
@@ -316,13 +287,18 @@ class Host:
         if problems:
             raise FindingsError(problems)
 
-    def findings(self) -> list[Finding]:
-        """One finding per plugin that can't be used; conflicts are errors."""
+    def findings(self, used: Collection[str] | None = None) -> list[Finding]:
+        """One finding per plugin that can't be used.
+
+        A conflict is an error where a plugin in ``used`` takes part in it; None stands for all.
+        """
         found = []
         for info in self.plugins.values():
             if info.status in (Status.OK, Status.DISABLED):
                 continue
-            code = NAME_CONFLICT if info.status is Status.CONFLICT else PLUGIN_BROKEN
+            disputed = used is None or bool({info.name, *info.rivals} & set(used))
+            conflict = info.status is Status.CONFLICT and disputed
+            code = NAME_CONFLICT if conflict else PLUGIN_BROKEN
             found.append(code(f"plugin {info.name}", f"{info.status}: {info.reason}", info.fix))
         return found
 
@@ -364,72 +340,6 @@ class Host:
             None,
         )
 
-    def registered(self, kind: str) -> list[tuple[str, Any]]:
-        """``(plugin name, registration)`` for a kind of :data:`REGISTRIES`."""
-        return list(self._registered[kind])
-
-    @property
-    def methods(self) -> dict[str, Method]:
-        """Registered methods by name."""
-        return {item.name: item for _, item in self._registered["methods"]}
-
-    @property
-    def presets(self) -> dict[str, tuple[Method, Preset]]:
-        """Short names, with the method and options each stands for."""
-        return {
-            preset.name: (method, preset)
-            for method in self.methods.values()
-            for preset in method.presets
-        }
-
-    @property
-    def dialects(self) -> list[ConfigReader]:
-        """Registered configuration dialects."""
-        return [item for _, item in self._registered["dialects"]]
-
-    @property
-    def codecs(self) -> dict[str, CodecRegistration]:
-        """Registered codecs by name."""
-        return {item.name: item for _, item in self._registered["codecs"]}
-
-    @property
-    def kernels(self) -> list[Kernel]:
-        """Registered kernels."""
-        return [item for _, item in self._registered["kernels"]]
-
-    @property
-    def model_sources(self) -> list[ModelSource]:
-        """Registered model sources, the one to ask first first."""
-        sources: list[ModelSource] = [item for _, item in self._registered["model_sources"]]
-        return sorted(sources, key=lambda item: -item.priority)
-
-    @property
-    def containers(self) -> list[Container]:
-        """Registered single-file formats."""
-        return [item for _, item in self._registered["containers"]]
-
-    @property
-    def validators(self) -> list[Validator]:
-        """Registered validators."""
-        return [item for _, item in self._registered["validators"]]
-
-    @property
-    def targeting_rules(self) -> list[tuple[str, TargetingRule]]:
-        """Registered targeting rules with the plugin each comes from."""
-        return list(self._registered["targeting_rules"])
-
-    @property
-    def finalizers(self) -> list[Finalizer]:
-        """Registered finalizers."""
-        return [item for _, item in self._registered["finalizers"]]
-
-    def plugin_of(self, kind: str, name: str) -> str | None:
-        """Name of the plugin that registered ``name``."""
-        for plugin, item in self._registered[kind]:
-            if name in _claimed_names(item):
-                return plugin
-        return None
-
 
 class _Hooks:
     """Calls hooks of a host's manager."""
@@ -460,11 +370,6 @@ class _Hooks:
                 ) from error
 
         return call
-
-
-def _claimed_names(item: Any) -> set[str]:
-    names = {item.name, *getattr(item, "aliases", ())}
-    return names | {preset.name for preset in getattr(item, "presets", ())}
 
 
 _default: Host | None = None

@@ -36,6 +36,8 @@ class PluginInfo:
     fix: str = ""
     module: ModuleType | None = field(default=None, repr=False)
     provides: dict[str, list[str]] = field(default_factory=dict)
+    rivals: tuple[str, ...] = ()
+    """Plugins that take part in a conflict with this one."""
 
     def to_dict(self) -> dict[str, Any]:
         """The plugin as JSON-able data."""

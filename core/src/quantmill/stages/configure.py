@@ -12,6 +12,7 @@ from typing import Any
 
 from quantmill.config import MethodConfig
 from quantmill.findings import FindingsError, QuantmillError, declare
+from quantmill.host import PLUGIN_RAISED
 from quantmill.job import Job, Selection
 from quantmill.registrations import resolve
 
@@ -78,7 +79,7 @@ def read_config(job: Job, raw: Mapping[str, Any], origin: str) -> tuple[str, Met
                 break
     if name is None:
         return None
-    config_class: type[MethodConfig] = resolve(job.host.methods[name].config)
+    config_class = _config_class(job, name)
     if origin == "checkpoint":
         config, findings = config_class.from_checkpoint(raw)
         job.findings.extend(findings)
@@ -128,3 +129,22 @@ def merge(job: Job, stored: Selection, asked: Selection, raw: Mapping[str, Any])
         raise FindingsError(problems)
     config = stored.config.model_copy(update=changes) if changes else stored.config
     return Selection(stored.label, stored.method, config, stored.plugin)
+
+
+def _config_class(job: Job, name: str) -> type[MethodConfig]:
+    """The config class of a method.
+
+    Raises:
+        QuantmillError: the plugin names something else, or what can't be imported.
+    """
+    reference = job.host.methods[name].config
+    cause = f"{reference} is no MethodConfig"
+    try:
+        found = resolve(reference)
+        if isinstance(found, type) and issubclass(found, MethodConfig):
+            return found
+    except Exception as error:  # noqa: BLE001 whatever importing a stranger's module raises
+        cause = f"importing {reference} raised {type(error).__name__}: {error}"
+    info = job.host.plugins[job.host.plugin_of("methods", name) or ""]
+    fix = f"report it to {info.distribution} {info.version}, or disable it"
+    raise QuantmillError(PLUGIN_RAISED(f"plugin {info.name}: config", cause, fix)) from None

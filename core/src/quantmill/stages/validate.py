@@ -44,7 +44,7 @@ def validate(job: Job) -> None:
 
 def core_findings(job: Job) -> Iterator[Finding]:
     """The core's own checks, then the registered validators."""
-    yield from job.host.findings()
+    yield from job.host.findings({item.plugin for item in job.selections.values()})
     yield from _device(job)
     yield from _methods(job)
     yield from _memory(job)
