@@ -256,3 +256,16 @@ def test_a_map_may_give_modules_different_types(copy: Path) -> None:
     assert errors(copy) == []
     forms = {item.name: item.form for item in quantmill.plan(copy).modules}
     assert "2-bit" in forms[name] and "4-bit" in forms["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_scale_of_zero_is_for_zeros() -> None:
+    config = QuantoConfig()
+    codec = QuantoCodec(config)
+    stored = {
+        "weight._data": torch.ones(4, 8, dtype=torch.int8),
+        "weight._scale": torch.tensor([[0.5], [0.0], [0.5], [0.5]]),
+    }
+    with pytest.raises(QuantmillError, match="is 0 for a row"):
+        codec.decode(stored, make_target(4, 8), torch.float32)
+    stored["weight._data"][1] = 0
+    assert not codec.decode(stored, make_target(4, 8), torch.float32).dequantize()[1].any()

@@ -173,6 +173,9 @@ class QuantoCodec(Codec[QuantoConfig]):
         scale = scale.reshape(groups)
         if bits == 8:
             data = tensors[_BYTES]
+            zero = scale.reshape(-1) == 0
+            if bool(zero.any()) and bool(data[zero].to(torch.float32).any()):
+                raise _refuse(target, f"{_SCALE} is 0 for a row of weights that are not")
             if data.dtype == torch.int8:
                 return Affine(Codes(data, 8, shape, "i8"), scale, grouping, dtype=dtype)
             if data.dtype not in _FLOAT8.values():
