@@ -88,7 +88,8 @@ def compile_library(
     Args:
         out: the file to write.
         sanitize: with AddressSanitizer and UBSan.
-        only: the files (``"quantize"``) they look at, all if None: matmul's take minutes.
+        only: the files (``"quantize"``) they look at, all if None: matmul's take minutes. With it
+            the code for newer instruction sets is left out.
 
     Raises:
         RuntimeError: there is no C compiler, or it failed (its messages are on stderr).
@@ -100,7 +101,7 @@ def compile_library(
         (name, name, []) for name in ("quantize", "panels", "pool", "ggml")
     ]
     x86 = sysconfig.get_platform().endswith("x86_64")
-    newer, macros = _newer(compiler) if x86 else ({}, [])
+    newer, macros = _newer(compiler) if x86 and only is None else ({}, [])
     flags += ["-DQM_X86_LEVELS", *macros] if x86 else []
     for level in LEVELS if x86 else ["baseline"]:
         name = [f"-DQM_LEVEL={level}"]
