@@ -42,8 +42,9 @@ class OverlayReader:
         return changed.reshape(tuple(stored.shape)).clone()
 
     def mapped(self, name: str) -> Tensor:
-        """As :meth:`tensor` for changed ones."""
-        return self.tensor(name) if name in self._changed else self._reader.mapped(name)
+        """As :meth:`tensor`: calibration writes into weights, and pages of a private map that were
+        written to stay in memory as long as the file is open."""
+        return self.tensor(name)
 
     def read_into(self, header: TensorHeader, out: Tensor, start_elem: int = 0) -> None:
         """Fill ``out`` from element ``start_elem`` on."""
