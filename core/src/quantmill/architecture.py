@@ -45,6 +45,10 @@ class Architecture(ABC):
     dtype: str | None = None
     """Torch name of the dtype the job asks for; None for :attr:`default_dtype`."""
 
+    elsewhere: set[str]
+    """Parameters that :meth:`finish` leaves on the meta device: they come later, or live
+    elsewhere. Absent where there are none."""
+
     @property
     @abstractmethod
     def modules(self) -> Sequence[ModuleInfo]:

@@ -143,7 +143,7 @@ class Run:
             inner = f"{blocks}." if blocks else ""
             outside = [m for m in self.modules.values() if not m.name.startswith(inner)]
             self._load(model, outside)
-            self.architecture.finish(model, job.device)
+            self._finish(model, inner)
             model.eval()
             replay = Replay(model, blocks, *self._batches())
             total = count + 1
@@ -190,6 +190,26 @@ class Run:
         overlay: Any = OverlayReader(self.reader, self.changed)
         for _ in run_modules(self.job, self.sink, modules, overlay, forms):
             pass
+
+    def _finish(self, model: nn.Module, inner: str) -> None:
+        """Complete the model around its blocks; these get their weights one by one, later."""
+        made = {
+            parameter.name
+            for module in self.modules.values()
+            for parameter in module.parameters.values()
+            if not parameter.sources
+        }
+        later = {
+            name
+            for name, parameter in model.named_parameters()
+            if inner and name.startswith(inner) and parameter.is_meta and name not in made
+        }
+        before: set[str] = getattr(self.architecture, "elsewhere", set())
+        self.architecture.elsewhere = before | later
+        try:
+            self.architecture.finish(model, self.job.device)
+        finally:
+            self.architecture.elsewhere = before
 
     def _load(self, model: nn.Module, modules: list[ModuleInfo]) -> None:
         from quantmill.stages.replace import ModelSink
