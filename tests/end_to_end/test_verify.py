@@ -69,7 +69,7 @@ def test_damage_to_tensors_is_named(tmp_path: Path) -> None:
         tensors[f"{MLP}.scales"][1, 5] = float("nan")
 
     found = damaged(tmp_path, "gptq-8-g64", nan)
-    assert codes(found) == {"QM-VERIFY-001"} and not found.sound
+    assert codes(found) == {"QM-GPTQ-001"} and not found.sound
     assert [item.where for item in found.findings.errors] == [MLP]
 
     def infinite_norm(tensors: dict[str, torch.Tensor]) -> None:

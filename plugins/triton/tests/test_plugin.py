@@ -48,7 +48,8 @@ def test_without_a_gpu_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 def test_names_are_unique_and_kernels_share_one_layout() -> None:
     kernels = quantmill_kernels()
     assert len({kernel.name for kernel in kernels}) == len(kernels)
-    assert {kernel.layout for kernel in kernels} == {"triton"}
+    reading = [kernel for kernel in kernels if kernel.operation != "activations"]
+    assert {kernel.layout for kernel in reading} == {"triton"}
     KernelRegistry(kernels, environment=False)
 
 
