@@ -118,7 +118,7 @@ class HqqCodec(Codec[HqqConfig]):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         kind = tensors["W_q"].dtype if "W_q" in tensors else torch.uint8
         layout = _measure(shapes, kind, target)
-        settings = _settings(tensors, layout, target)
+        settings = _settings(tensors, layout, target, self.config.optimize)
         words, scale, zero = tensors["W_q"], tensors["scale"], tensors["zero"]
         if settings.view is not None:
             words = words.contiguous().view(WORDS[layout.bits])
@@ -245,7 +245,9 @@ def _measure(shapes: Mapping[str, tuple[int, ...]], kind: torch.dtype, target: T
     )
 
 
-def _settings(tensors: Mapping[str, Tensor], layout: Layout, target: Target) -> Settings:
+def _settings(
+    tensors: Mapping[str, Tensor], layout: Layout, target: Target, optimize: bool
+) -> Settings:
     """What is written beside the codes, held against what their shapes say."""
     for name in (*_ON, *_OFF):
         value = tensors.get(name)
@@ -257,11 +259,15 @@ def _settings(tensors: Mapping[str, Tensor], layout: Layout, target: Target) -> 
                     "save it anew with hqq's present defaults",
                 )
             )
-    free = {
-        name: _flag(tensors[name], name, target) if name in tensors else False for name in _FREE
-    }
     seen = tensors["W_q"].dtype
     view = seen if seen in _FLOATS.values() else None
+    free = {
+        "optimize": optimize,
+        "round_zero": layout.bits == 4,
+        "offload_meta": False,
+        "view_as_float": view is not None,
+    }
+    free |= {name: _flag(tensors[name], name, target) for name in free if name in tensors}
     if free.pop("view_as_float") != (view is not None):
         raise _refuse(
             target, f"view_as_float is {tensors['view_as_float'].tolist()}, W_q is {seen}"
