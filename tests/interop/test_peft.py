@@ -34,7 +34,7 @@ ON_THE_FLY = (
     "fp8-row",
     "ct-int4",
     "ct-fp8",
-    "torchao-int8",
+    "torchao-int8wo",
     "gguf-q8_0",
 )
 CALIBRATED = ("gptq-4", "awq-4")
