@@ -330,7 +330,10 @@ def quantized_model(monkeypatch: pytest.MonkeyPatch, trainable: bool = True) -> 
     form = form_of(4, 6, dtype=torch.bfloat16)
     info = ParameterInfo("0.weight", (4, 6), "BF16", ("0.weight",))
     target = Target(ModuleInfo("0", "linear", "Linear", {"weight": info}), "weight", "linear", 4, 6)
-    entry = ModulePlan("0", "linear", (4, 6), "quantize", "toy", "", "", "", 24, 0, 0, 0, target=target)
+    numbers = (24, 0, 0, 0)
+    entry = ModulePlan(
+        "0", "linear", (4, 6), "quantize", "toy", "", "", "", *numbers, target=target
+    )
     job.plan = Plan("", "cpu", "bfloat16", {}, [entry], Findings())
     linear = FormLinearFactory(None, RowCodec(None), registry()).build(
         target, form, torch.ones(4), torch.bfloat16
