@@ -104,3 +104,12 @@ def test_encoding(name: str, kernels: KernelRegistry) -> None:
             source = values().to(dtype)
             ours = encode(name, source, weight, kernels=kernels)
             assert torch.equal(ours, encode(name, source, weight, kernels=REFERENCE))
+
+
+def test_explained_is_the_kernel_of_the_form_that_a_linear_computes_with() -> None:
+    from quantmill.cli.kernels import explain_module
+
+    file = str(DATA / "tiny-Q4_K_M.gguf")
+    found = explain_module(file, None, "model.layers.0.mlp.down_proj", "cpu", "bfloat16", 1)
+    first = found["operations"][0]
+    assert first["operation"] == "matmul" and first["kernel"] == "cpu-matmul-affine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from quantmill.forms import Form
     from quantmill.job import Job
     from quantmill.planning import ModulePlan
+    from quantmill.registrations import Kernel
 
 _REFERENCE = "none: the form's plain torch reference is used"
 
@@ -150,6 +152,8 @@ def explain_module(
         QuantmillError: no such module, or it stays float; and what planning raises.
     """
     from quantmill.api import make_job
+    from quantmill.linear import FormLinearFactory
+    from quantmill.stages.quantize import factory_of
     from quantmill.stages.select import select
     from quantmill.stages.target import describe_form, make_plan
 
@@ -160,6 +164,8 @@ def explain_module(
     form = _form(job, entry)
     weight_dtype = str(form.dtype).removeprefix("torch.")
     own = selection.method.linear
+    if own is not None and isinstance(factory_of(job, selection), FormLinearFactory):
+        own = None  # it is the core's linear, with another layout on disk
     asked: list[tuple[str, str, Form, str]] = [
         ("matmul", "weight", form, job.compute_dtype),
         ("dequantize", "weight", form, job.compute_dtype),
@@ -199,14 +205,24 @@ def _parts(form: Form, dtype: str, name: str = "weight") -> list[tuple[str, Form
 def _operation(
     job: Job, operation: str, part: str, form: Form, dtype: str, rows: int
 ) -> dict[str, Any]:
-    chosen, reasons = job.kernels.explain(
-        operation,
-        form.kind,
-        form.traits(),
-        device=job.device.partition(":")[0],
-        dtype=dtype,
-        rows=rows if operation == "matmul" else None,
-    )
+    facts: list[tuple[str, Mapping[str, Any]]] = [(form.kind, form.traits())]
+    regular = form.regular_facts() if operation == "matmul" else None
+    if regular is not None:
+        # A linear asks for the form itself, and then for the core's form of the same numbers.
+        facts.append(regular)
+    chosen: Kernel | None = None
+    reasons: dict[str, str] = {}
+    for kind, traits in facts:
+        chosen, reasons = job.kernels.explain(
+            operation,
+            kind,
+            traits,
+            device=job.device.partition(":")[0],
+            dtype=dtype,
+            rows=rows if operation == "matmul" else None,
+        )
+        if chosen is not None:
+            break
     return {
         "operation": operation,
         "of": part,
