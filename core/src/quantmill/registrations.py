@@ -288,3 +288,6 @@ class Container:
     ``job`` was planned with the first of ``methods``."""
     importance_suffixes: tuple[str, ...] = ()
     """File name endings of importance matrices."""
+    in_folder: tuple[str, ...] = ()
+    """Names of files that are a folder's checkpoint where no safetensors are named as models' are.
+    ``read`` gets the file's path; the rest of the folder (its tokenizer, say) is used as ever."""

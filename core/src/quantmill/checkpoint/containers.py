@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmill.checkpoint.source import open_source, read_headers
+from quantmill.checkpoint.weights import STEMS
 from quantmill.registrations import resolve
 from quantmill.requirements import missing_requirements
 
@@ -33,6 +34,20 @@ def container_for(path: str | Path, host: Host) -> Container | None:
     return None
 
 
+def _inside(spec: str | Path | Any, host: Host) -> tuple[Container, Path] | None:
+    """The file of a registered format that is the checkpoint of a folder, or None."""
+    if not isinstance(spec, str | Path) or not any(item.in_folder for item in host.containers):
+        return None
+    folder = Path(spec)
+    if not folder.is_dir() or any(any(folder.glob(f"{stem}*.safetensors*")) for stem in STEMS):
+        return None
+    for container in host.containers:
+        for name in container.in_folder:
+            if (folder / name).is_file() and not missing_requirements(container.requirements):
+                return container, folder / name
+    return None
+
+
 def open_checkpoint(spec: str | Path | Any, host: Host) -> CheckpointHeaders:
     """The headers of what a user wrote as SOURCE, or of an open source.
 
@@ -43,4 +58,8 @@ def open_checkpoint(spec: str | Path | Any, host: Host) -> CheckpointHeaders:
     if container is not None:
         headers: CheckpointHeaders = resolve(container.read)(Path(spec))
         return headers
+    inside = _inside(spec, host)
+    if inside is not None:
+        found: CheckpointHeaders = resolve(inside[0].read)(inside[1])
+        return found
     return read_headers(open_source(spec) if isinstance(spec, str | Path) else spec)

@@ -14,11 +14,11 @@ from quantmill.findings import Finding, Findings
 if TYPE_CHECKING:
     from quantmill.checkpoint.source import Source
 
-__all__ = ["PICKLES", "WeightFiles", "find_weights", "pickle_finding"]
+__all__ = ["PICKLES", "STEMS", "WeightFiles", "find_weights", "pickle_finding"]
 
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt")
 """File endings of weights that are Python pickles."""
-_STEMS: Final = ("model", "diffusion_pytorch_model")
+STEMS: Final = ("model", "diffusion_pytorch_model")
 """What peers name weights; files of another name count only where there is none of these."""
 _SUFFIX: Final = ".safetensors"
 _INDEX: Final = ".safetensors.index.json"
@@ -75,7 +75,7 @@ def find_weights(source: Source, problems: list[Finding], notes: Findings) -> We
         return WeightFiles([source.only])
     names = source.names()
     choices = _choices(names)
-    choices = [item for item in choices if item.stem in _STEMS] or choices
+    choices = [item for item in choices if item.stem in STEMS] or choices
     if not choices:
         problems.append(_nothing(source, names))
         return WeightFiles()

@@ -10,25 +10,17 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from quantmill.findings import QuantmillError, declare
-
 if TYPE_CHECKING:
     from quantmill.checkpoint.headers import CheckpointHeaders
 
 __all__ = ["detect"]
 
-PICKLED = declare("QM-HQQ-003", "An HQQ checkpoint is a pickle")
-_PICKLE = "qmodel.pt"
 _FORMATS = {"I32": "<i", "F32": "<f"}
 """Of a number; 1.58 bits are a float."""
 
 
 def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
-    """The ``quantization_config`` that the tensors stand for, or None where there are none.
-
-    Raises:
-        QuantmillError: the folder holds hqq's pickle in place of a model's safetensors.
-    """
+    """The ``quantization_config`` that the tensors stand for, or None where there are none."""
     for name in headers.tensors:
         prefix, _, local = name.rpartition(".")
         if local != "W_q" or f"{prefix}.scale" not in headers.tensors:
@@ -43,15 +35,6 @@ def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
             "quant_config": {"weight_quant_params": settings},
             "skip_modules": [],
         }
-    beside = any(file.startswith("model") for file in headers.files)
-    if not beside and headers.source.exists(_PICKLE):
-        raise QuantmillError(
-            PICKLED(
-                _PICKLE,
-                "it is a pickle, and loading one runs whatever is in it",
-                "write it anew with hqq's save_to_safetensors, where you trust it",
-            )
-        )
     return None
 
 

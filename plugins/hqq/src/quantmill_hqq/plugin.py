@@ -9,6 +9,7 @@ from quantmill.registrations import (
     Capabilities,
     CodecRegistration,
     ConfigReader,
+    Container,
     Method,
     Preset,
 )
@@ -59,7 +60,19 @@ def quantmill_dialects() -> Sequence[ConfigReader]:
             rules="quantmill_hqq.config:rules",
             # hqq's own files have no quantization_config: their tensors tell.
             detect="quantmill_hqq.detect:detect",
-            signs=(".W_q", "qmodel.pt"),
+            signs=(".W_q",),
+        )
+    ]
+
+
+@hookimpl
+def quantmill_containers() -> Sequence[Container]:
+    return [
+        Container(
+            name="hqq-package",
+            suffixes=("qmodel.pt",),
+            read="quantmill_hqq.package:read",
+            in_folder=("qmodel.pt",),
         )
     ]
 
