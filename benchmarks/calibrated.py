@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def peer(
         check=False,
     )
     if done.returncode:
-        print(done.stderr[-1500:])
+        print(done.stderr[-1500:], file=sys.stderr)
         return None
     line = next(line for line in done.stdout.splitlines() if line.startswith("SECONDS"))
     return float(line.split()[1])
@@ -118,15 +119,22 @@ def wide(options: argparse.Namespace, rows: Tensor) -> None:
     source = fabricate(options.work / "wide", "1.1b", options.wide)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, source / name)
+    results = []
     for name in options.only:
         method, arguments = CASES[name]
         mine = ours(source, options.work / "ours", method, rows)
+        row = {"case": name, "method": method, "seconds": mine}
         line = f"{name:26} {mine:6.1f} s"
         if options.peer_python and arguments:
             theirs = peer(options.peer_python, source, options.work / "peer", arguments, rows)
             if theirs is not None:
+                row |= {"peer_seconds": theirs, "ratio": mine / theirs}
                 line += f"   peer {theirs:6.1f} s   ratio {mine / theirs:.3f}"
-        print(line, flush=True)
+        results.append(row)
+        if not options.json:
+            print(line, flush=True)
+    if options.json:
+        print(json.dumps(results, indent=2))
 
 
 def main() -> None:

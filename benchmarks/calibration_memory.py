@@ -1,6 +1,6 @@
 """Peak memory of a calibrated run, by the number of layers.
 
-    python benchmarks/calibration_memory.py WORK [--layers 4 8 16 32] [--method gptq-4]
+    python benchmarks/calibration_memory.py WORK [--layers 4 8 16 32] [--method gptq-4] [--json]
 
 Each run is a process of its own; its peak RSS is taken above what it has after a run of one layer,
 which brings the imports, the modules outside the blocks and the data. The model is a Llama of
@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--layers", type=int, nargs="*", default=[4, 8, 16, 32])
     parser.add_argument("--method", default="gptq-4")
+    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    rows = []
     small = fabricate(options.work / "1", 1)
     for layers in options.layers:
         source = fabricate(options.work / str(layers), layers)
@@ -78,11 +80,16 @@ def main() -> None:
         line = next(line for line in done.stdout.splitlines() if line.startswith("MIB"))
         before, peak = map(float, line.split()[1:])
         shutil.rmtree(options.work / "out", ignore_errors=True)
+        row = {"method": options.method, "layers": layers, "weights": round(size * 2**20)}
+        rows.append({**row, "peak": peak * 2**20, "above": (peak - before) * 2**20})
         print(
             f"{options.method:8} {layers:3} layers, {size:5.0f} MiB of weights:"
             f" peak {peak:5.0f} MiB, {peak - before:4.0f} above one layer's",
+            file=sys.stderr if options.json else sys.stdout,
             flush=True,
         )
+    if options.json:
+        print(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

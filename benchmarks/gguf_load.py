@@ -1,6 +1,7 @@
 """Loading GGUF files, beside transformers: wall time and peak memory above the imports.
 
     python benchmarks/gguf_load.py WORK_FOLDER [--types q4_k_m bf16] [--peer] [--experts]
+        [--json]
 
 Files of a model of 252 million weights are made first, each load runs in a process of its own. The
 bound that is printed is 1.2 times the file and 64 MiB. ``--experts`` loads a mixture of experts as
@@ -83,7 +84,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help="also run transformers")
     parser.add_argument("--experts", action="store_true", help="also a mixture of experts")
+    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
     files = []
     source = fabricate(options.work / "252m", "252m")
     for kind in options.types:
@@ -104,17 +107,28 @@ def main() -> None:
             seconds = medians[who] = statistics.median(run["seconds"] for run in runs)
             peak = max(run["peak"] for run in runs)
             forward = max(run["peak_forward"] for run in runs)
+            first = statistics.median(run["first_forward"] for run in runs)
             bound = 1.2 * size + (64 << 20)
+            spread = [function(run["seconds"] for run in runs) for function in (min, max)]
+            row = {"file": path.name, "who": who, "seconds": seconds, "spread": spread}
+            rows.append({**row, "peak": peak, "peak_forward": forward, "first_forward": first})
+            if who == "quantmill":
+                rows[-1]["of_bound"] = peak / bound
             print(
                 f"{path.name} {size / 2**20:.0f} MiB {who:12} {seconds:6.2f} s,"
                 f" peak {peak / 2**20:.0f} MiB ({peak / bound:.2f} of 1.2 x file + 64 MiB),"
-                f" first forward {statistics.median(run['first_forward'] for run in runs):.2f} s,"
+                f" first forward {first:.2f} s,"
                 f" peak then {forward / 2**20:.0f} MiB",
+                file=sys.stderr if options.json else sys.stdout,
                 flush=True,
             )
         if len(medians) == 2:
             ratio = medians["quantmill"] / medians["transformers"]
-            print(f"{path.name}: quantmill / transformers = {ratio:.3f}")
+            rows[-2]["ratio"] = ratio
+            if not options.json:
+                print(f"{path.name}: quantmill / transformers = {ratio:.3f}")
+    if options.json:
+        print(json.dumps(rows, indent=2))
 
 
 def mixture(folder: Path) -> Path:

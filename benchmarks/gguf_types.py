@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     ggml = Ggml(arguments.bins)
-    if arguments.what == "decode":
-        found = decoding(ggml, arguments.types, arguments.rounds)
-    else:
-        names = [name for name in arguments.types if name in MADE]
-        found = encoding(ggml, names, arguments.rounds, arguments.threads, arguments.size)
+    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        if arguments.what == "decode":
+            found = decoding(ggml, arguments.types, arguments.rounds)
+        else:
+            names = [name for name in arguments.types if name in MADE]
+            found = encoding(ggml, names, arguments.rounds, arguments.threads, arguments.size)
     if arguments.json:
         json.dump(found, sys.stdout, indent=2)
 

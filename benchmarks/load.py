@@ -99,14 +99,16 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    source = fabricate(options.work / "llama-1.1b", "1.1b")
+    source = options.work / "llama-1.1b"
+    if options.what:
+        fabricate(source, "1.1b")
     stored = options.work / "llama-1.1b-nf4"
     if "stored" in options.what and not stored.exists():
         import quantmill
 
         quantmill.quantize(source, stored, "bnb-nf4")
     largest = 32000 * 2048 * 2  # the embedding
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method in options.what:
         folder = stored if method == "stored" else source
         kinds = ["quantmill", "transformers"] if options.peer else ["quantmill"]
@@ -131,6 +133,8 @@ def main() -> None:
                     ),
                 }
             )
+        if options.peer:
+            rows[-2]["ratio"] = rows[-2]["seconds"] / rows[-1]["seconds"]
     curve = []
     for layers in options.layers:
         folder = fabricate(options.work / f"layers-{layers}", "252m", layers)
@@ -150,10 +154,9 @@ def main() -> None:
             f"  ({row['peak'] / bound:.2f} of {words})"
         )
     for method in options.what:
-        pair = {row["who"]: row["seconds"] for row in rows if row["what"] == method}
-        if len(pair) == 2:
-            ratio = pair["quantmill"] / pair["transformers"]
-            print(f"{method}: quantmill / transformers = {ratio:.3f}")
+        for row in rows:
+            if row["what"] == method and "ratio" in row:
+                print(f"{method}: quantmill / transformers = {row['ratio']:.3f}")
     for item in curve:
         beyond = item["beyond_model"] / 2**20
         print(f"{item['layers']:3} layers: peak beyond the model {beyond:.0f} MiB")
