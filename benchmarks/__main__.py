@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,8 +98,11 @@ def parsed(output: str) -> Any:
         return [json.loads(line) for line in output.splitlines() if line.strip()]
 
 
-def call(command: list[str], written: Path | None) -> tuple[Any, str]:
-    """A script's results, or None and the end of what it said; its progress goes to stderr."""
+def call(command: list[str], work: Path, written: Path | None) -> tuple[Any, str]:
+    """A script's results, or None and the end of what it said; its progress goes to stderr.
+
+    It runs in the work folder, where a peer may leave its logs.
+    """
     said: deque[str] = deque(maxlen=25)
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
         child = subprocess.Popen(
@@ -107,7 +111,7 @@ def call(command: list[str], written: Path | None) -> tuple[Any, str]:
             stderr=subprocess.STDOUT if written else subprocess.PIPE,
             text=True,
             errors="replace",
-            cwd=FOLDER.parent,
+            cwd=work,
         )
         with child:
             for line in (child.stdout if written else child.stderr) or ():
@@ -198,7 +202,7 @@ def run(table: str, options: argparse.Namespace, peers: dict[str, Any], work: Pa
             print(f"== {record['title']}{of}: {shlex.join(command[1:])}", file=sys.stderr)
             record["load_before"] = os.getloadavg()[0]
             began = time.perf_counter()
-            found, why = call(command, written)
+            found, why = call(command, work, written)
             record["seconds"] = time.perf_counter() - began
             if why:
                 record |= {"status": "failed", "why": why}
@@ -286,6 +290,8 @@ def main() -> int:
         help=f"folder of llama.cpp's programs and libraries (or {LLAMA_CPP})",
     )
     options = parser.parse_args()
+    if options.peer_python and (found := shutil.which(options.peer_python)):
+        options.peer_python = str(Path(found).absolute())
     if options.llama_cpp:
         options.llama_cpp = options.llama_cpp.absolute()
     peers = find_peers(options, parser)

@@ -89,8 +89,9 @@ LOAD = (
 QUANTIZE = (
     Step(
         "Calibrated quantization",
-        "GPTQ and AWQ of two random blocks of width 2048 with the same tokens; `ratio` is our time"
-        " by GPTQModel's, both without start-up.",
+        "GPTQ and AWQ of two random blocks of width 2048 (quick: one) with the same tokens. `ratio`"
+        " is our time, reading and writing the checkpoint included, by GPTQModel's for quantizing"
+        " alone.",
         "calibrated.py",
         ("{work}", "--json"),
         full=("--wide", "2"),
