@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -190,10 +191,12 @@ def page(document: Mapping[str, Any]) -> str:
         else "",
     ]
     for step in document["steps"]:
-        run = html.escape(" ".join(["python", f"benchmarks/{step['script']}", *step["arguments"]]))
+        given = [one if " " not in one else f'"{one}"' for one in step["arguments"]]
+        run = html.escape(" ".join(["python", f"benchmarks/{step['script']}", *given]))
+        reading = re.sub("`(.*?)`", r"<code>\1</code>", html.escape(step["reading"]))
         parts += [
             f"<h2>{html.escape(step['title'])}</h2>",
-            f"<p>{html.escape(step['reading'])}</p>",
+            f"<p>{reading}</p>",
             f'<p><code class="run">{run}</code></p>',
         ]
         if step["status"] != "ran":
