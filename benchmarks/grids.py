@@ -60,12 +60,26 @@ def _rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
+def _named(value: Any) -> bool:
+    """Whether it is rows by their names."""
+    rows = list(value.values()) if isinstance(value, dict) else []
+    return (
+        bool(rows)
+        and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
+        and set(rows[0]) != SPREAD
+    )
+
+
 def grids(document: Any) -> list[Grid]:
     """A script's document: one grid for what it says once, one for each list of rows."""
     if _rows(document):
         return [Grid("", [_flat(row) for row in document])]
     if not isinstance(document, dict):
         return [Grid("", [{"value": document}])]
+    document = {
+        key: [{"of": name, **row} for name, row in value.items()] if _named(value) else value
+        for key, value in document.items()
+    }
     once = {key: value for key, value in document.items() if not _rows(value)}
     lists = [
         Grid(key, [_flat(row) for row in value]) for key, value in document.items() if _rows(value)
