@@ -208,7 +208,7 @@ MEMORY = (
     Step(
         "Loading, by the number of layers",
         "`beyond_model` is the peak less the loaded model: flat where memory doesn't grow with the"
-        " checkpoint.",
+        " checkpoint, and below zero where floats stay in the mapped file.",
         "load.py",
         ("{work}", "--what", "--json"),
         quick=("--layers", "2", "4"),
