@@ -46,7 +46,11 @@ class MethodConfig(BaseModel):
     """What a method can be told. Subclasses declare the fields."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=False, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        validate_default=False,
+        populate_by_name=True,
+        use_attribute_docstrings=True,  # they are the descriptions in `quantmill schema`
     )
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset()

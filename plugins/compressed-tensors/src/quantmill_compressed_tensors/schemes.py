@@ -19,7 +19,7 @@ class Args(BaseModel):
     """How one kind of tensor is quantized."""
 
     # Keys of later versions are kept for a round trip; users' keys are checked by the config.
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     num_bits: int = Field(8, ge=1, le=16)
     type: Literal["int", "float"] = "int"
@@ -81,10 +81,10 @@ class Args(BaseModel):
 class Scheme(BaseModel):
     """A config group."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
-    """Names, ``re:`` expressions or classes of modules."""
+    """Names, ``re:`` expressions or classes of modules; the class ``Linear`` if not set."""
     weights: Args | None = None
     input_activations: Args | None = None
     output_activations: Args | None = None
