@@ -14,6 +14,8 @@ import pytest
 
 from quantmill import hookspecs
 from quantmill.cli import COMMANDS
+from quantmill.host import default_host
+from quantmill.registrations import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -88,3 +90,14 @@ def test_every_hook_is_documented(pages: ModuleType) -> None:
     assert headings[0] == "Registration" and headings[-1] == "Observation"
     source = Path(hookspecs.__file__).read_text(encoding="utf-8")
     assert len(headings) == len(re.findall(r"^# --- ", source, re.MULTILINE)) >= 9
+
+
+def test_every_field_of_every_method_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "configs.md").read_text(encoding="utf-8")
+    tool = load("config_reference")
+    assert tool.page() == page, "renew it: python tools/config_reference.py"
+    for name, method in default_host().methods.items():
+        section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \|", section, re.MULTILINE)
+        fields = set(resolve(method.config).model_fields) - {"unknown"}
+        assert fields <= set(rows), f"{name} lacks {fields - set(rows)}"
