@@ -2,7 +2,7 @@
 
     python tools/config_reference.py
 
-The page holds what ``quantmill schema`` prints, so every package of the workspace must be installed.
+The page holds what ``quantmill schema`` prints, and needs all packages of the workspace installed.
 """
 
 from __future__ import annotations
