@@ -28,6 +28,8 @@ from quantmill.registrations import Kernel
 from quantmill_cpu import native
 from quantmill_cpu.matmul import _library, bind
 from quantmill_cpu.plugin import quantmill_kernels
+from quantmill_gguf.encode import encode
+from quantmill_gguf.types.raw import RawForm
 
 SHAPES = ("4096x4096", "11008x4096")
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
@@ -72,6 +74,14 @@ def float8(shape: tuple[int, int]) -> Form:
     return ScaledFloat(weight, torch.rand(blocks.scale_shape(shape)), blocks)
 
 
+def ggml(type_name: str) -> Callable[[tuple[int, int]], Form]:
+    def make(shape: tuple[int, int]) -> Form:
+        rows = encode(type_name, torch.randn(64, shape[1]))
+        return RawForm(rows.repeat(shape[0] // 64, 1), type_name).regular()
+
+    return make
+
+
 FORMATS: dict[str, Callable[[tuple[int, int]], Form]] = {
     "int4-g128": affine(4, 128),
     "int4-g32": affine(4, 32),
@@ -85,6 +95,10 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Form]] = {
     "int1-g128": affine(1, 128),
     "int5-g128": affine(5, 128),
     "int6-g128": affine(6, 128),
+    "q4_0": ggml("Q4_0"),
+    "q8_0": ggml("Q8_0"),
+    "q4_k": ggml("Q4_K"),
+    "q6_k": ggml("Q6_K"),
 }
 
 
