@@ -136,6 +136,8 @@ def test_a_full_disk_behind_stdout(arguments: list[str]) -> None:
 def test_an_interrupt_while_it_runs() -> None:
     script = (
         "import os, signal, quantmill\n"
+        # Python takes no interrupts where the process that started it ignores them.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "quantmill.method_schema = lambda name: os.kill(os.getpid(), signal.SIGINT)\n"
         "from quantmill.cli import main\n"
         "main(['schema', 'm', '--json'])\n"

@@ -39,8 +39,9 @@ class TestTwoBits(MethodConformance):
 class TestOneBitOfEveryRow(MethodConformance):
     method = "hqq:nbits=1,group_size=null"
     bad_field = "lp_nrm"
-    max_error = 1.1
-    """With the full range as its step, one bit is for what outliers leave."""
+    max_error = 2.0
+    """With the full range as its step, one bit is for what outliers leave; what the search makes
+    small is no square: the library's weights are as far off."""
     shapes = ((64, 128), (8, 64), (16, 40), (7, 64))
 
 
