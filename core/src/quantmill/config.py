@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from quantmill.findings import Finding, FindingsError, Severity, declare
+from quantmill.findings import Finding, FindingCode, FindingsError, Severity, declare
 
 __all__ = ["MethodConfig", "dtype_name", "suggestion"]
 
@@ -170,6 +170,31 @@ class MethodConfig(BaseModel):
             for name in one
             if name in other and name not in but and (one[name] or None) != (other[name] or None)
         ]
+
+    @classmethod
+    def disagreements(
+        cls,
+        stored: Mapping[str, Any],
+        beside: Mapping[str, Any],
+        file: str,
+        code: FindingCode,
+        but: Collection[str] = (),
+    ) -> Iterator[Finding]:
+        """Findings of ``code``: where the config in ``file`` contradicts that in config.json, by
+        :meth:`contradictions`, or one of the two can't be right."""
+        try:
+            differing = cls.contradictions(stored, beside, but)
+        except FindingsError as error:
+            for item in error.findings:
+                yield code(f"{file}: {item.where}", item.cause, item.fix, check="config")
+            return
+        for name, inside, outside in differing:
+            yield code(
+                f"{file}: {name}",
+                f"it says {outside!r}, config.json says {inside!r}",
+                "correct or remove the wrong one",
+                check="config",
+            )
 
     def _typed(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """The given data by field names and as validation read it: ``"false"`` is not true."""

@@ -55,20 +55,5 @@ def check(job: Job) -> Iterator[Finding]:
         problems: list[Finding] = []
         beside = read_json(job.headers.source, file, problems, CONFIGS_DISAGREE)
         yield from problems
-        if beside is None:
-            continue
-        try:
-            differing = AwqConfig.contradictions(stored, beside, ("meta",))
-        except FindingsError as error:
-            yield from (
-                CONFIGS_DISAGREE(f"{file}: {item.where}", item.cause, item.fix, check="config")
-                for item in error.findings
-            )
-            continue
-        for name, inside, outside in differing:
-            yield CONFIGS_DISAGREE(
-                f"{file}: {name}",
-                f"it says {outside!r}, config.json says {inside!r}",
-                "correct or remove the wrong one",
-                check="config",
-            )
+        if beside is not None:
+            yield from AwqConfig.disagreements(stored, beside, file, CONFIGS_DISAGREE, ("meta",))

@@ -51,20 +51,5 @@ def check(job: Job) -> Iterator[Finding]:
     problems: list[Finding] = []
     beside = read_json(job.headers.source, BESIDE, problems, CONFIGS_DISAGREE)
     yield from problems
-    if beside is None or stored.get("quant_method") != "gptq":
-        return
-    try:
-        differing = GptqConfig.contradictions(stored, beside, _MAY_DIFFER)
-    except FindingsError as error:
-        yield from (
-            CONFIGS_DISAGREE(f"{BESIDE}: {item.where}", item.cause, item.fix, check="config")
-            for item in error.findings
-        )
-        return
-    for name, inside, outside in differing:
-        yield CONFIGS_DISAGREE(
-            f"{BESIDE}: {name}",
-            f"it says {outside!r}, config.json says {inside!r}",
-            "correct or remove the wrong one",
-            check="config",
-        )
+    if beside is not None and stored.get("quant_method") == "gptq":
+        yield from GptqConfig.disagreements(stored, beside, BESIDE, CONFIGS_DISAGREE, _MAY_DIFFER)
