@@ -1,19 +1,24 @@
 """What ``from_pretrained`` of every framework shares: where files come from, options of ours,
-what can't be honoured, and a bar for progress."""
+what can't be honoured, what a job's methods are able to do, and a bar for progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from quantmill.findings import Finding, declare
+from quantmill.findings import Finding, FindingCode, QuantmillError, declare
+
+if TYPE_CHECKING:
+    from quantmill.job import Job
 
 __all__ = [
     "CANT_HONOUR",
     "HUB",
     "OPTIONS",
     "Bar",
+    "all_capable",
+    "check_dequantizable",
     "locate_source",
     "options_of",
     "read_dtype",
@@ -110,6 +115,29 @@ def locate_source(source: Any, hub: Mapping[str, Any], patterns: Sequence[str]) 
         patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
     folder = snapshot_download(str(source), allow_patterns=list(patterns), **others)
     return str(Path(folder) / subfolder)
+
+
+def all_capable(job: Job, capability: str) -> bool:
+    """Whether every method of a job declares a capability, by the name of its field."""
+    methods = [item.method for item in job.selections.values()]
+    return all(getattr(method.capabilities, capability) for method in methods)
+
+
+def check_dequantizable(job: Job, code: FindingCode) -> None:
+    """Refuse what a method declares that it can't do.
+
+    Raises:
+        QuantmillError: a finding of ``code`` about the first such method.
+    """
+    for item in job.selections.values():
+        if not item.method.capabilities.dequantizable:
+            raise QuantmillError(
+                code(
+                    item.label,
+                    f"{item.method.name} declares that its weights can't be made float",
+                    "load the float checkpoint",
+                )
+            )
 
 
 class Bar:

@@ -9,7 +9,8 @@ from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 
 import quantmill
-from quantmill.findings import QuantmillError, declare
+from quantmill.findings import declare
+from quantmill.pretrained import all_capable, check_dequantizable
 from quantmill.stages.table import stored_config
 
 if TYPE_CHECKING:
@@ -41,33 +42,21 @@ class JobQuantizer(DiffusersQuantizer):
         super().__init__(config, pre_quantized=job.prequantized)
         self.job = job
 
-    def _all(self, capability: str) -> bool:
-        methods = [item.method for item in self.job.selections.values()]
-        return all(getattr(method.capabilities, capability) for method in methods)
-
     @property
     def is_serializable(self) -> bool:
-        return self._all("serialisable")
+        return all_capable(self.job, "serialisable")
 
     @property
     def is_trainable(self) -> bool:
-        return self._all("trainable")
+        return all_capable(self.job, "trainable")
 
     @property
     def is_compileable(self) -> bool:
-        return self._all("compileable")
+        return all_capable(self.job, "compileable")
 
     def dequantize(self, model: Any) -> Any:
         """The float model, in place."""
-        for item in self.job.selections.values():
-            if not item.method.capabilities.dequantizable:
-                raise QuantmillError(
-                    CANT_DEQUANTIZE(
-                        item.label,
-                        f"{item.method.name} declares that its weights can't be made float",
-                        "load the float checkpoint",
-                    )
-                )
+        check_dequantizable(self.job, CANT_DEQUANTIZE)
         return quantmill.dequantize(model)
 
     # Loading is not its business.

@@ -16,7 +16,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import quantmill
-from quantmill.findings import QuantmillError, declare
+from quantmill.findings import declare
+from quantmill.pretrained import all_capable, check_dequantizable
 from quantmill.stages.table import stored_config
 
 if TYPE_CHECKING:
@@ -61,10 +62,6 @@ class JobQuantizer(HfQuantizer):
         super().__init__(StoredConfig(stored_config(job)), pre_quantized=job.prequantized)
         self.job = job
 
-    def _all(self, capability: str) -> bool:
-        methods = [item.method for item in self.job.selections.values()]
-        return all(getattr(method.capabilities, capability) for method in methods)
-
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element as the plan counts them, for a ``device_map`` that is computed."""
         return self._sizes.get(param_name) or param.element_size()
@@ -79,26 +76,18 @@ class JobQuantizer(HfQuantizer):
         }
 
     def is_serializable(self) -> bool:
-        return self._all("serialisable")
+        return all_capable(self.job, "serialisable")
 
     @property
     def is_trainable(self) -> bool:
-        return self._all("trainable")
+        return all_capable(self.job, "trainable")
 
     @property
     def is_compileable(self) -> bool:
-        return self._all("compileable")
+        return all_capable(self.job, "compileable")
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        for item in self.job.selections.values():
-            if not item.method.capabilities.dequantizable:
-                raise QuantmillError(
-                    CANT_DEQUANTIZE(
-                        item.label,
-                        f"{item.method.name} declares that its weights can't be made float",
-                        "load the float checkpoint",
-                    )
-                )
+        check_dequantizable(self.job, CANT_DEQUANTIZE)
         # The library passes on what it has put into the config, which may be a name.
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return quantmill.dequantize(model, wanted)
