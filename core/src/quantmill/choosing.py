@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +14,7 @@ from quantmill.api import make_job, prepare, quantize
 from quantmill.findings import Finding, Findings, QuantmillError, declare
 from quantmill.fitting import FLOAT, Candidate, fits
 from quantmill.host import Host, default_host
-from quantmill.job import Progress
+from quantmill.job import Progress, named_progress
 from quantmill.judging import Judge
 from quantmill.stages.select import unknown_method
 
@@ -163,7 +163,7 @@ def choose(
             source, words, device=device, max_windows=max_windows, streaming=True, host=host
         )
         # Progress of each run goes over its blocks; the name says which run it is.
-        judge.reference(_named(progress, "float model"))
+        judge.reference(named_progress(progress, "float model"))
         made.candidates = _measured(judge, found, measure, calibration, dtype, progress, host)
         made.text = "the given text" if path is None else path.name
         made.tokens = sum(item.scored for item in judge.windows())
@@ -192,7 +192,9 @@ def _measured(
             rows.append(Measured(item, finding=finding))
             continue
         left -= 1
-        rows.append(_run(judge, item, calibration, dtype, _named(progress, item.name), host))
+        rows.append(
+            _run(judge, item, calibration, dtype, named_progress(progress, item.name), host)
+        )
     return sorted(
         rows,
         key=lambda row: (
@@ -236,14 +238,3 @@ def _run(
         perplexity=result.perplexity,
         seconds=perf_counter() - start,
     )
-
-
-def _named(progress: Progress | None, name: str) -> Progress | None:
-    if progress is None:
-        return None
-    tell: Callable[[int, int, str], None] = progress
-
-    def advance(done: int, total: int, what: str) -> None:
-        tell(done, total, f"{name}: {what}")
-
-    return advance

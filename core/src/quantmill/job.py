@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from quantmill.processes import Processes
     from quantmill.registrations import Container, Method
 
-__all__ = ["Job", "Options", "Request", "Selection"]
+__all__ = ["Job", "Options", "Request", "Selection", "named_progress"]
 
 Progress = Callable[[int, int, str], None]
+
+
+def named_progress(progress: Progress | None, name: str) -> Progress | None:
+    """``progress`` for one run of several: ``name`` says which it is."""
+    if progress is None:
+        return None
+    return lambda done, total, what: progress(done, total, f"{name}: {what}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from quantmill.checkpoint.containers import container_for
 from quantmill.checkpoint.writer import check_new
 from quantmill.findings import Finding, FindingsError
 from quantmill.host import Host, default_host
-from quantmill.job import Job, Progress
+from quantmill.job import Job, Progress, named_progress
 from quantmill.stages.quantize import decode_stored, open_reader
 from quantmill.stages.select import select
 from quantmill.targeting.types import Target
@@ -230,12 +230,6 @@ class BudgetSearch:
         if kind is None or issubclass(kind, Exception):
             shutil.rmtree(self.work, ignore_errors=True)
 
-    def _tell(self, what: str) -> Progress | None:
-        if self.progress is None:
-            return None
-        tell: Callable[[int, int, str], None] = self.progress
-        return lambda done, total, at: tell(done, total, f"{what}: {at}")
-
     def run(self, measure: int = 24, samples: int = 16) -> None:
         """Every method alone, then estimates for all pairs and measurements of some."""
         self._quantize_each()
@@ -251,7 +245,7 @@ class BudgetSearch:
                     folder,
                     label,
                     calibration=self.calibration,
-                    progress=self._tell(label),
+                    progress=named_progress(self.progress, label),
                     host=self.host,
                     **self.options,
                 )
@@ -295,7 +289,7 @@ class BudgetSearch:
                 weight,
                 self.work,
                 seed=int(self.options.get("seed", 0)),
-                tell=self._tell("sensitivity"),
+                tell=named_progress(self.progress, "sensitivity"),
             )
             found.run(self._pairs(measure), _WINDOWS)
         self.seconds["sensitivity"] = perf_counter() - start
@@ -369,7 +363,7 @@ class BudgetSearch:
             output,
             report.method,
             calibration=self.calibration,
-            progress=self._tell("the mixture"),
+            progress=named_progress(self.progress, "the mixture"),
             host=self.host,
             max_shard_bytes=max_shard_bytes,
             **self.options,
