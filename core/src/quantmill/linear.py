@@ -36,8 +36,7 @@ def _live(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> Form 
 
     A form in a foreign layout becomes one of the core's kinds only if a kernel asks for that.
     """
-    regular = form.regular_facts()
-    for kind, traits in ((form.kind, form.traits()), *([] if regular is None else [regular])):
+    for kind, traits in form.facts():
         choice = kernels.choose("matmul", kind, traits, device=device, dtype=dtype, rows=1)
         if choice is not None:
             wanted = form if kind == form.kind else form.regular()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -205,21 +204,17 @@ def _parts(form: Form, dtype: str, name: str = "weight") -> list[tuple[str, Form
 def _operation(
     job: Job, operation: str, part: str, form: Form, dtype: str, rows: int
 ) -> dict[str, Any]:
-    facts: list[tuple[str, Mapping[str, Any]]] = [(form.kind, form.traits())]
-    regular = form.regular_facts() if operation == "matmul" else None
-    if regular is not None:
-        # A linear asks for the form itself, and then for the core's form of the same numbers.
-        facts.append(regular)
+    matmul = operation == "matmul"
     chosen: Kernel | None = None
     reasons: dict[str, str] = {}
-    for kind, traits in facts:
+    for kind, traits in form.facts() if matmul else [(form.kind, form.traits())]:
         chosen, reasons = job.kernels.explain(
             operation,
             kind,
             traits,
             device=job.device.partition(":")[0],
             dtype=dtype,
-            rows=rows if operation == "matmul" else None,
+            rows=rows if matmul else None,
         )
         if chosen is not None:
             break

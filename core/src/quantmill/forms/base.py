@@ -58,6 +58,13 @@ class Form(ABC):
         """Kind and traits of :meth:`regular` without making it; None where that is the form."""
         return None
 
+    def facts(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Kind and traits to ask matmul kernels for, best first: the form's own, then those of
+        :meth:`regular` where that is another form."""
+        regular = self.regular_facts()
+        own = (self.kind, self.traits())
+        return [own] if regular is None else [own, regular]
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same form with every tensor (nested ones too) replaced by ``function(tensor)``."""
         changes: dict[str, Any] = {}
