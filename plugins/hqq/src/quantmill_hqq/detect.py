@@ -8,12 +8,16 @@ decoded by its own tensors.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantmill.checkpoint.headers import CheckpointHeaders
 
-__all__ = ["detect"]
+__all__ = ["SETTINGS", "detect", "stored_config"]
+
+SETTINGS = ("nbits", "group_size", "axis")
+"""What a module's own settings say in words of a config."""
 
 _FORMATS = {"I32": "<i", "F32": "<f"}
 """Of a number; 1.58 bits are a float."""
@@ -26,16 +30,22 @@ def detect(headers: CheckpointHeaders) -> dict[str, Any] | None:
         if local != "W_q" or f"{prefix}.scale" not in headers.tensors:
             continue
         settings: dict[str, Any] = {}
-        for key in ("nbits", "group_size", "axis"):
+        for key in SETTINGS:
             value = _number(headers, f"{prefix}.{key}")
             if value is not None:
                 settings[key] = value
-        return {
-            "quant_method": "hqq",
-            "quant_config": {"weight_quant_params": settings},
-            "skip_modules": [],
-        }
+        return stored_config(settings)
     return None
+
+
+def stored_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` that transformers would write for the :data:`SETTINGS` of a
+    module."""
+    return {
+        "quant_method": "hqq",
+        "quant_config": {"weight_quant_params": dict(settings)},
+        "skip_modules": [],
+    }
 
 
 def _number(headers: CheckpointHeaders, name: str) -> float | None:

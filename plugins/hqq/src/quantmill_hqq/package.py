@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, NoReturn
 from quantmill.checkpoint.files import FolderSource, read_json
 from quantmill.checkpoint.headers import CheckpointHeaders, TensorHeader
 from quantmill.findings import Finding, FindingsError, QuantmillError, declare
+from quantmill_hqq.detect import SETTINGS, stored_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,11 +97,7 @@ def read(path: Path) -> CheckpointHeaders:
     except (ValueError, TypeError, RecursionError) as error:
         _fail(path.name, f"its description can't be read: {str(error)[:160]}")
     if settings is not None and "quantization_config" not in config:
-        config["quantization_config"] = {
-            "quant_method": "hqq",
-            "quant_config": {"weight_quant_params": settings},
-            "skip_modules": [],
-        }
+        config["quantization_config"] = stored_config(settings)
     files = {path.name: path.stat().st_size}
     return CheckpointHeaders(tensors, {}, files, config, generation, folder)
 
@@ -134,7 +131,7 @@ def _modules(
             raise _Refused("it holds something else than the state of modules")
         if "W_q" in state:
             _check(module, state)
-            settings = settings or {key: state[key] for key in ("nbits", "group_size", "axis")}
+            settings = settings or {key: state[key] for key in SETTINGS}
         for name, value in state.items():
             if isinstance(value, _Stored):
                 full = f"{module}.{name}"
