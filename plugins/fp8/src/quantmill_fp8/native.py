@@ -106,10 +106,11 @@ class Product:
             # The weight's scales lie column by column, each padded to a multiple of four.
             blocks = wide.shape[1]
             wide = functional.pad(wide, (0, -blocks % 4), value=1.0).t()
-        elif kind == "row":
-            wide = wide.reshape(1, -1).contiguous()
         self.scale = wide
-        self._by_row: Tensor | None = None
+        """As the product takes it beside activations of its own kind."""
+        if kind != "block":
+            self.per_output = wide.reshape(1, -1).expand(1, form.shape[0]).contiguous()
+            """float32 ``[1, out]``, for tokens that have scales of their own."""
 
     def __call__(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """The product.
@@ -137,16 +138,8 @@ class Product:
             else:
                 by_row = scale.to(torch.float32).reshape(1, 1).expand(tokens, 1).contiguous()
                 codes = _codes(flat.to(torch.float32), by_row)
-            result = _mm(codes, self.weight, by_row, self._per_output(), x.dtype)
+            result = _mm(codes, self.weight, by_row, self.per_output, x.dtype)
         return result.to(x.dtype).reshape(*x.shape[:-1], self.weight.shape[1])
-
-    def _per_output(self) -> Tensor:
-        """A scale for every output, ``[1, out]``: tokens have scales of their own."""
-        if self.kind == "row":
-            return self.scale
-        if self._by_row is None:
-            self._by_row = self.scale.reshape(1, 1).expand(1, self.weight.shape[1]).contiguous()
-        return self._by_row
 
 
 def plain_activations(
