@@ -61,8 +61,6 @@ _WITHOUT_MEANING: Final = (
     "offload_folder",
 )
 
-_SEVERAL: Final = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
-
 
 def load_pretrained(
     cls: type[ModelMixin], source: Any, kwargs: Mapping[str, Any], host: Host
