@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from interop_gptqmodel import PEER as RUN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,20 +44,6 @@ config = QuantizeConfig(bits=4, group_size=64, sym=True, desc_act=False)
 model = GPTQModel.load(source, config, device="cpu", dtype=torch.bfloat16)
 model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=4)
 model.save(out)
-"""
-RUN = r"""
-import sys, torch
-from safetensors.torch import load_file, save_file
-from gptqmodel import BACKEND, GPTQModel
-folder, inputs, out, kind = sys.argv[1:5]
-backend = BACKEND.AWQ_TORCH if kind == "awq" else BACKEND.GPTQ_TORCH
-model = GPTQModel.load(folder, device="cpu", backend=backend, dtype=torch.float16,
-                       attn_implementation="eager")
-if kind != "awq":
-    model.model.float()
-with torch.no_grad():
-    logits = model.model(input_ids=load_file(inputs)["input_ids"]).logits
-save_file({"logits": logits.float().contiguous()}, out)
 """
 LIMIT = 2e-3
 """Largest relative difference of logits: the AWQ kernels of the peer compute in float16."""
