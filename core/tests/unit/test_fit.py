@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ def meta(form: Form) -> Form:
     widths=st.sampled_from([(4,), (8,), (2, 3, 4, 8), tuple(range(1, 9))]),
     size=st.sampled_from([None, 2, 4, 8, 24]),
     ordered=st.booleans(),
+    turned=st.booleans(),
     seed=st.integers(0, 20),
 )
 def test_what_fits_has_the_same_values(
@@ -64,14 +66,20 @@ def test_what_fits_has_the_same_values(
     widths: tuple[int, ...],
     size: int | None,
     ordered: bool,
+    turned: bool,
     seed: int,
 ) -> None:
     form = made(bits, grouping, symmetric, seed)
+    if turned:  # as GGUF's Q4_0 has them: scales of either sign
+        assert isinstance(form.scale, torch.Tensor)
+        signs = torch.rand(form.scale.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+        form = replace(form, scale=torch.where(signs, -form.scale, form.scale))
     if ordered and isinstance(grouping, Group):
         order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(seed))
         index = (order // grouping.size).to(torch.int32)
         form = Affine(form.codes, form.scale, grouping, form.offset, "zero", index)
     options: dict[str, Any] = {"bits": widths, "zeros": kind, "scales": SCALES, "size": size}
+    options |= {"positive": turned}
     try:
         found = fit_integers(form, ordered=ordered, **options)
     except QuantmillError:
@@ -85,6 +93,8 @@ def test_what_fits_has_the_same_values(
         assert found.codes.packing == "i8" and found.offset is None
     if kind == "middle":
         assert is_symmetric(found)
+    if turned and kind != "minimum":
+        assert isinstance(found.scale, torch.Tensor) and bool((found.scale >= 0).all())
     # Without data the answer is the same in shapes and bytes, under conditions.
     dry = Conditions()
     guess = fit_integers(meta(form), ordered=ordered, seen=dry, **options)

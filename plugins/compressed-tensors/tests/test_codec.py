@@ -229,15 +229,18 @@ def test_forms_of_other_layouts_are_encoded() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 0.0])
-def test_a_scale_that_no_weight_has_is_named(value: float) -> None:
-    codec = make_codec(type="float")
-    stored = {
-        "weight": torch.ones(4, 8).to(torch.float8_e4m3fn),
-        "weight_scale": torch.ones(4, 1),
-    }
+@pytest.mark.parametrize("kind", ["float8", "int8", "packed"])
+def test_a_scale_that_no_weight_has_is_named(value: float, kind: str) -> None:
+    codec, weight, size = make_codec(type="float"), torch.ones(4, 8).to(torch.float8_e4m3fn), 8
+    if kind == "int8":
+        codec, weight = make_codec(num_bits=8, dynamic_activations=True), torch.ones(4, 8).char()
+    stored = {"weight": weight, "weight_scale": torch.ones(4, 1)}
+    if kind == "packed":
+        codec, size = make_codec(num_bits=4, group_size=32), 32
+        stored = codec.encode(make_packed(4, 32, 4, 32, 0, zeros=False))
     stored["weight_scale"][2] = value
-    with pytest.raises(QuantmillError, match=r"layer: weight_scale"):
-        codec.decode(stored, make_target(4, 8), torch.float32)
+    with pytest.raises(QuantmillError, match=r"QM-CT-004\] layer: weight_scale"):
+        codec.decode(stored, make_target(4, size), torch.float32)
 
 
 def test_a_row_of_zeros_may_have_a_scale_of_zero() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import quantmill
-from quantmill.findings import FindingsError, QuantmillError
+from quantmill.findings import Finding, FindingsError, QuantmillError
+from quantmill.testing import write_tiny_llama
 from quantmill_compressed_tensors.config import CompressedConfig, rules
 from quantmill_compressed_tensors.schemes import NAMED, args, scheme
 
@@ -145,8 +146,35 @@ def test_what_is_not_computed_is_a_finding(
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= change
     (folder / "config.json").write_text(json.dumps(config))
+    assert code in {item.code for item in findings_of(folder)}
+
+
+def findings_of(source: Path, method: Any = None) -> list[Finding]:
     try:
-        found = list(quantmill.plan(folder).findings)
+        return list(quantmill.plan(source, method).findings)
     except QuantmillError as error:
-        found = list(error.findings)
-    assert code in {item.code for item in found}
+        return list(error.findings)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        ("re:.*proj", "re:.*down_proj", "model.layers.0.mlp.down_proj"),
+        ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj"),
+        ("Linear", "re:.*down_proj", None),
+        ("re:.*up_proj", "re:.*down_proj", None),
+        ("re:.*proj", "model.layers.1.mlp.up_proj", None),
+    ],
+)
+def test_two_groups_of_a_rank_that_claim_a_module_are_refused(
+    tmp_path: Path, first: str, second: str, refused: str | None
+) -> None:
+    folder = write_tiny_llama(tmp_path / "float")
+    groups = {
+        "wide": {"targets": [first], "weights": {**WEIGHTS, "group_size": 32}},
+        "narrow": {"targets": [second], "weights": {"num_bits": 8, "strategy": "channel"}},
+    }
+    method = {"quant_method": "compressed-tensors", "config_groups": groups}
+    found = [item for item in findings_of(folder, method) if item.code == "QM-CT-011"]
+    assert [item.where for item in found] == ([refused] if refused else [])
+    assert all("wide" in item.cause and "narrow" in item.cause for item in found)

@@ -12,7 +12,7 @@ scales, scales of another dtype that holds the same numbers, nested scales as pl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import frexp
 from typing import Literal
@@ -61,6 +61,7 @@ def fit_integers(
     scales: Sequence[torch.dtype],
     size: int | None = None,
     ordered: bool = False,
+    positive: bool = False,
     packing: str = "dense",
     seen: Conditions | None = None,
 ) -> Affine:
@@ -74,6 +75,8 @@ def fit_integers(
         scales: dtypes of scales that it has, the preferred one first; the form's own if possible.
         size: columns per group, None for those of the form.
         ordered: the layout has a group index (act-order).
+        positive: the layout has no negative scales: codes and zero points of such groups are
+            mirrored. What can't be (groups with a minimum) keeps them.
         packing: of the codes in the result; ``signed`` zeros always give ``i8``.
         seen: takes conditions and notes.
 
@@ -86,6 +89,8 @@ def fit_integers(
     """
     seen = seen if seen is not None else Conditions()
     even = _ordered(_grouped(_even(form, seen), size), ordered, seen)
+    if positive:
+        even = _mirrored(even, zeros, seen)
     scale = fit_scale(_tensor(even.scale), scales, seen)
     even = replace(even, scale=scale)
     if zeros == "float" and even.offset_kind == "zero" and _is_float(even.offset):
@@ -304,6 +309,36 @@ def _ordered(form: Affine, allowed: bool, seen: Conditions) -> Affine:
     return form
 
 
+def _mirrored(form: Affine, zeros: Zeros, seen: Conditions) -> Affine:
+    """Without negative scales: ``(c - z) * s == ((top - c) - (top - z)) * -s``, exactly."""
+    scale = _tensor(form.scale)
+    if scale.is_meta:
+        if zeros in ("middle", "signed"):
+            seen.unless.append("a scale is negative")
+        return form
+    below = scale < 0
+    if form.offset_kind == "minimum" or not bool(below.any()):
+        return form
+    top, half = 2**form.codes.bits - 1, 128 if _signed_codes(form) else 0
+    old = torch.zeros_like(scale) if form.offset is None else _tensor(form.offset)
+    old = old.to(torch.float32).reshape(scale.shape) + half
+    points = torch.where(below, top - old, old)
+    if not torch.equal(torch.where(below, top - points, points), old):
+        return form
+    codes = form.codes.unpack()
+    codes = codes.to(torch.int16).add_(half).to(torch.uint8) if half else codes
+    for part in _row_parts(form.shape):
+        mirrored = _spread(form, below[part])
+        codes[part] = torch.where(mirrored, top - codes[part], codes[part])
+    return replace(
+        form,
+        codes=Codes.pack(codes, form.codes.bits, "dense"),
+        scale=scale.abs(),
+        offset=points,
+        offset_kind="zero",
+    )
+
+
 def _narrowed(values: Tensor, dtype: torch.dtype, what: str, seen: Conditions) -> Tensor:
     """The same numbers in another dtype."""
     if values.is_meta:
@@ -460,22 +495,13 @@ def _shifted(form: Affine, shift: Tensor, width: int) -> Tensor:
     """
     signed = _signed_codes(form)
     codes = form.codes.unpack()
-    rows, columns = form.shape
-    out = torch.empty(rows, columns, dtype=torch.uint8, device=codes.device)
-    step = max(1, _CHUNK // max(1, columns))
-    spread: Tensor | None = None
-    for first in range(0, rows, step):
-        part = slice(first, first + step)
+    out = torch.empty(form.shape, dtype=torch.uint8, device=codes.device)
+    for part in _row_parts(form.shape):
         moved = codes[part].to(torch.int16)
         if signed:
             moved = moved + 128
         if bool(shift[part].any()):
-            if form.group_index is not None:
-                spread = torch.index_select(shift[part], 1, form.group_index.to(torch.int64))
-            else:
-                shape = (moved.shape[0], columns)
-                spread = form.grouping.expand(shift[part], shape)
-            moved = moved + spread
+            moved = moved + _spread(form, shift[part])
             if int(moved.min()) < 0 or int(moved.max()) >= 2**width:
                 raise not_exact(
                     "affine",
@@ -483,3 +509,17 @@ def _shifted(form: Affine, shift: Tensor, width: int) -> Tensor:
                 )
         out[part] = moved.to(torch.uint8)
     return out
+
+
+def _row_parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of ``[out, in]`` codes that are worked on at a time."""
+    step = max(1, _CHUNK // max(1, shape[1]))
+    for first in range(0, shape[0], step):
+        yield slice(first, first + step)
+
+
+def _spread(form: Affine, values: Tensor) -> Tensor:
+    """``[rows, groups]`` for every column: ``[rows, in]``."""
+    if form.group_index is not None:
+        return torch.index_select(values, 1, form.group_index.to(torch.int64))
+    return form.grouping.expand(values, (values.shape[0], form.shape[1]))

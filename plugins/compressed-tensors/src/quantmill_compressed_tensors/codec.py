@@ -66,6 +66,7 @@ from quantmill_compressed_tensors.words import pack_rows, row_words, unpack_rows
 __all__ = ["CompressedCodec"]
 
 BAD_TENSORS = declare("QM-CT-001", "A quantized weight's tensors contradict each other")
+BAD_SCALE = declare("QM-CT-004", "A scale of a quantized weight is no scale")
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -352,15 +353,25 @@ def _sound(form: StoredAffine | StoredFloat, target: Target) -> Form:
     scale = form.scale
     assert isinstance(scale, Tensor)
     scale = scale.to(torch.float32) if scale.element_size() == 1 else scale
-    # Integers may have negative ones: GGUF's Q4_0 does, and it comes here by conversion.
-    negative = isinstance(form, StoredFloat) and bool((scale < 0).any())
-    if negative or not bool(torch.isfinite(scale).all()):
-        raise _refuse(target, "weight_scale holds NaN, infinite or negative values")
+    bad = ~(torch.isfinite(scale) & (scale >= 0))
+    if bool(bad.any()):
+        index = int(torch.argmax(bad.reshape(-1).to(torch.uint8)).item())
+        raise _bad_scale(target, f"{float(scale.reshape(-1)[index])} at element {index}")
     zero = scale == 0
     # A scale of zero is what some writers give to rows of zeros: nothing else may be under it.
     if bool(zero.any()) and bool(replace(form, scale=zero.to(scale.dtype)).dequantize().any()):
-        raise _refuse(target, "weight_scale is 0 for weights that are not")
+        raise _bad_scale(target, "0 for weights that are not")
     return form
+
+
+def _bad_scale(target: Target, what: str) -> QuantmillError:
+    return QuantmillError(
+        BAD_SCALE(
+            target.name,
+            f"weight_scale is {what}, and a scale is finite and positive",
+            "the checkpoint is damaged: get it again",
+        )
+    )
 
 
 def _zero_layout(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, Field
 
@@ -49,6 +49,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+class Claim(NamedTuple):
+    """A module matches a target of a group."""
+
+    rank: int
+    """0 for a name, 1 for an expression, 2 for a class."""
+    order: str
+    """Within the rank."""
+    group: str
+    target: str
 
 
 class CompressedConfig(MethodConfig):
@@ -172,19 +183,25 @@ class CompressedConfig(MethodConfig):
 
     def scheme_for(self, name: str, cls: str) -> Scheme | None:
         """The group that claims a module by its dotted name or the name of its class."""
-        found = []
-        for group in self.config_groups.values():
-            for entry in group.targets:
-                if entry == name:
-                    found.append((0, "", group))
-                elif entry.startswith("re:") and re.match(entry[3:], name):
-                    found.append((1, entry, group))  # the peer sorts them by their text
-                elif entry == cls:
-                    found.append((2, "", group))
+        found = self.claims(name, cls)
         if found:
-            return min(found, key=lambda item: item[:2])[2]
+            return self.config_groups[found[0].group]
         only = list(self.config_groups.values())
         return only[0] if len(only) == 1 else None
+
+    def claims(self, name: str, cls: str) -> list[Claim]:
+        """Every target that a module matches, the one that counts first: the peer sorts
+        expressions by their text."""
+        found = []
+        for key, group in self.config_groups.items():
+            for entry in group.targets:
+                if entry == name:
+                    found.append(Claim(0, "", key, entry))
+                elif entry.startswith("re:") and re.match(entry[3:], name):
+                    found.append(Claim(1, entry, key, entry))
+                elif entry == cls:
+                    found.append(Claim(2, "", key, entry))
+        return sorted(found, key=lambda item: item[:2])
 
     def summary(self) -> str:
         parts = []

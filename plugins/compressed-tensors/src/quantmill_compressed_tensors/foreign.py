@@ -186,10 +186,13 @@ def _fit_integers(
         scales=_FLOATS,
         size=size,
         ordered=not plain,
+        positive=True,
         seen=seen,
     )
     scale = even.scale
     assert isinstance(even.grouping, Group) and isinstance(scale, Tensor)
+    if not scale.is_meta and bool((scale < 0).any()):
+        raise not_exact(target.name, "a scale is negative, which compressed-tensors does not have")
     options: dict[str, Any] = {"num_bits": even.codes.bits, "type": "int"}
     width = even.grouping.size
     if width >= target.in_features and (size is None or size >= target.in_features):

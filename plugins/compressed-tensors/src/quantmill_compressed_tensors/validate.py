@@ -22,9 +22,10 @@ BAD_WEIGHTS = declare("QM-CT-013", "A config group asks for weights that no form
 
 def check(job: Job) -> Iterator[Finding]:
     """Everything in the configs that will not be computed as it says."""
-    for selection in job.selections.values():
+    for label, selection in job.selections.items():
         if isinstance(selection.config, CompressedConfig):
             yield from _config(selection.config)
+            yield from _twice(job, label, selection.config)
             if not job.prequantized:
                 yield from _made(selection.config)
 
@@ -40,7 +41,6 @@ def _config(config: CompressedConfig) -> Iterator[Finding]:
         yield _kept("kv_cache_scheme", "the KV cache stays float")
     for name, group in config.config_groups.items():
         yield from _group(f"config_groups.{name}", group)
-    yield from _twice(config)
 
 
 def _group(where: str, group: Scheme) -> Iterator[Finding]:
@@ -107,17 +107,27 @@ def _made(config: CompressedConfig) -> Iterator[Finding]:
             )
 
 
-def _twice(config: CompressedConfig) -> Iterator[Finding]:
-    claimed: dict[str, str] = {}
-    for name, group in config.config_groups.items():
-        for entry in dict.fromkeys(group.targets):
-            if entry in claimed:
-                yield TWO_GROUPS(
-                    f"config_groups.{name}.targets",
-                    f"{entry!r} is a target of {claimed[entry]} too",
-                    "leave it in one of the groups",
-                )
-            claimed.setdefault(entry, name)
+def _twice(job: Job, label: str, config: CompressedConfig) -> Iterator[Finding]:
+    """Groups of which none outranks the other: which of them a module is in, readers decide
+    differently (the library by text, vLLM by the order in the file)."""
+    modules: dict[tuple[str, str, str, str], list[str]] = {}
+    for entry in job.plan.modules if job.plan is not None else ():
+        # What a group makes of the config for its modules has the config's label before its own.
+        ours = entry.method == label or str(entry.method).startswith(f"{label} (")
+        if not ours or entry.action != "quantize" or entry.target is None:
+            continue
+        claims = config.claims(entry.target.name, entry.target.module.cls)
+        for other in claims[1:]:
+            if other.rank == claims[0].rank and other.group != claims[0].group:
+                key = (claims[0].group, claims[0].target, other.group, other.target)
+                modules.setdefault(key, []).append(entry.name)
+    for (one, text, two, other_text), names in modules.items():
+        more = f" (and {len(names) - 1} more)" if names[1:] else ""
+        yield TWO_GROUPS(
+            names[0],
+            f"config group {one} claims it{more} by {text!r}, and group {two} by {other_text!r}",
+            "let one group name it: by a narrower expression, or by its full name",
+        )
 
 
 def _unread(where: str, what: str) -> Finding:

@@ -156,6 +156,7 @@ class HqqCodec(Codec[HqqConfig]):
                 zeros="float",
                 scales=tuple(_FLOATS.values()),
                 size=target.in_features if size is None and "group_size" in wanted else size,
+                positive=True,
                 seen=seen,
             )
         assert isinstance(form.grouping, Strided | Flat | Group)
@@ -174,7 +175,7 @@ class HqqCodec(Codec[HqqConfig]):
         scale, zero = form.scale, form.offset
         assert isinstance(scale, Tensor) and isinstance(zero, Tensor)
         if scale.is_meta:
-            seen.unless.append("a scale is zero or negative")
+            seen.unless.append("a scale is zero")
         elif not bool((scale > 0).all()):
             raise not_exact(target.name, "a scale is zero or negative, which HQQ does not have")
         return Fit(form, found, tuple(seen.unless), tuple(seen.notes))

@@ -214,9 +214,7 @@ class QuantoCodec(Codec[QuantoConfig]):
         if weights not in (None, found):
             raise not_exact(target.name, f"it fits as {found}, and {weights} is asked for")
         assert isinstance(made.scale, Tensor)
-        if made.scale.is_meta:
-            seen.unless.append("a scale is negative")
-        elif bool((made.scale < 0).any()):
+        if not made.scale.is_meta and bool((made.scale < 0).any()):
             raise not_exact(target.name, "a scale is negative, which Quanto does not have")
         return Fit(made, {"weights": found}, tuple(seen.unless), tuple(seen.notes))
 
@@ -298,7 +296,15 @@ def _fit_integers(
 ) -> Affine:
     columns = target.in_features
     if not narrow:
-        made = fit_integers(form, bits=(8,), zeros="signed", scales=scales, size=columns, seen=seen)
+        made = fit_integers(
+            form,
+            bits=(8,),
+            zeros="signed",
+            scales=scales,
+            size=columns,
+            positive=True,
+            seen=seen,
+        )
         assert isinstance(made.scale, Tensor)
         return replace(made, scale=made.scale.reshape(-1), grouping=Channel(0))
     size = group_size(columns)
@@ -309,6 +315,7 @@ def _fit_integers(
         zeros="minimum" if added else "integer",
         scales=scales,
         size=size or columns,
+        positive=True,
         seen=seen,
     )
     grouping = grouping_of(columns, size)

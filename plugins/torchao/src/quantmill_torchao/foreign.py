@@ -57,7 +57,7 @@ def fit(form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
         made, options = _fit_integers(form, target, asked, seen)
     if isinstance(made, Affine) and isinstance(made.scale, Tensor) and made is not form:
         if made.scale.is_meta:
-            seen.unless.append("a scale is zero or negative")
+            seen.unless.append("a scale is zero")
         elif not bool((made.scale > 0).all()):
             raise not_exact(target.name, "a scale is zero or negative, which torchao does not have")
     if asked is not None:
@@ -77,7 +77,13 @@ def _fit_integers(
     byte = asked.tensor == "Int8Tensor" if asked else _is_rows_of_bytes(form, columns)
     if byte:
         even = fit_integers(
-            form, bits=(8,), zeros="signed", scales=_FLOATS, size=columns, seen=seen
+            form,
+            bits=(8,),
+            zeros="signed",
+            scales=_FLOATS,
+            size=columns,
+            positive=True,
+            seen=seen,
         )
         assert isinstance(even.scale, Tensor)
         made = replace(even, scale=even.scale.reshape(-1), grouping=Channel(0))
@@ -89,6 +95,7 @@ def _fit_integers(
         zeros="middle" if asked and asked.mapping != "ASYMMETRIC" else "integer",
         scales=_FLOATS,
         size=columns if asked and asked.grain.kind == "row" else size,
+        positive=True,
         seen=seen,
     )
     scale, offset = even.scale, even.offset
