@@ -5,7 +5,9 @@ without a gate) and ``down_proj [experts, hidden, width]``, perhaps transposed, 
 ``[experts, out]``. Files, and the peers' formats, have one matrix per expert and projection. So has
 quantmill: architectures list ``experts.3.gate_proj`` among their modules, and where one of them is
 quantized :func:`unstack` gives the module such linears in place of its stacks. It computes with
-the experts that tokens are routed to, and with no other. :func:`restack` is the inverse.
+the experts that tokens are routed to, and with no other: by one product for a projection of all
+experts where a kernel has it (:mod:`quantmill.grouped`), one by one otherwise. :func:`restack` is
+the inverse of :func:`unstack`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantmill.grouped import Bank
 from quantmill.targeting.roles import guess_layer
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Part
 
@@ -155,6 +158,8 @@ class LinearExperts(nn.Module):
 
     _stack: Stack
     _stacked_class: type[nn.Module]
+    _banks: tuple[Bank, ...] = ()
+    """A bank for each matrix of an expert, or none at all."""
 
     def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
@@ -167,41 +172,99 @@ class LinearExperts(nn.Module):
         """
         index, weights = (*args, *kwargs.values())
         tokens, chosen = index.shape
-        flat = index.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        counts: list[int] = torch.bincount(flat, minlength=self._stack.experts).tolist()
+        ordered, order = torch.sort(index.reshape(-1), stable=True)
+        experts = torch.arange(self._stack.experts, device=index.device, dtype=index.dtype)
+        ends = torch.searchsorted(ordered, experts, right=True)
         rows = hidden_states[order // chosen]
-        outputs = []
-        start = 0
-        for expert, count in enumerate(counts[: self._stack.experts]):
-            if count:
-                outputs.append(self.run_expert(expert, rows[start : start + count]))
-                start += count
-        if start < rows.shape[0]:
-            outputs.append(torch.zeros_like(rows[start:]))
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        every = torch.cat(outputs)[back] if outputs else rows
-        weighted = every * weights.reshape(-1, 1)
+        run = self._at_once if self._grouped(rows) else self._in_turn
+        by_expert = run(rows, ends)
+        outputs = torch.empty_like(by_expert).index_copy_(0, order, by_expert)
+        weighted = outputs * weights.reshape(-1, 1)
         summed = weighted.view(tokens, chosen, weighted.shape[-1]).sum(dim=1)
         return summed.to(hidden_states.dtype)
 
-    def run_expert(self, expert: int, rows: Tensor) -> Tensor:
+    def _grouped(self, rows: Tensor) -> bool:
+        """Whether the banks serve: kernels compute no gradients, and what somebody put in place of
+        a linear, or around it, has to be called."""
+        if not self._banks or (rows.requires_grad and torch.is_grad_enabled()):
+            return False
+        if any(rows.dtype not in bank.products for bank in self._banks):
+            return False
+        return _banks_serve(self)
+
+    def _at_once(self, rows: Tensor, ends: Tensor) -> Tensor:
+        *first, last = self._banks
+        hidden = self._between([bank(rows, ends) for bank in first])
+        return self._after(last(hidden, ends))
+
+    def _in_turn(self, rows: Tensor, ends: Tensor) -> Tensor:
+        outputs = []
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                outputs.append(self._run_expert(expert, rows[start:end]))
+                start = end
+        if start < rows.shape[0]:
+            outputs.append(torch.zeros_like(rows[start:]))
+        return torch.cat(outputs) if outputs else rows
+
+    def _run_expert(self, expert: int, rows: Tensor) -> Tensor:
         """What one expert makes of ``rows [n, hidden]``, unweighted."""
         own: Any = self._modules[str(expert)]
         *first, last = self._stack.matrices
-        parts = [own._modules[item.leaf](rows) for item in first]
+        hidden = self._between([own._modules[item.leaf](rows) for item in first])
+        return self._after(own._modules[last.leaf](hidden))
+
+    def _between(self, parts: list[Tensor]) -> Tensor:
+        """The last projection's input, from the outputs of those before."""
         this: Any = self
         if len(parts) == 1:
-            hidden = this.act_fn(parts[0])
-        else:
-            concatenated = first[0].rows[2] == 1
-            joined = torch.cat(parts, -1) if concatenated else torch.stack(parts, -1).flatten(-2)
-            hidden = _apply_gate(this, joined)
-        output: Tensor = own._modules[last.leaf](hidden)
+            alone: Tensor = this.act_fn(parts[0])
+            return alone
+        concatenated = self._stack.matrices[0].rows[2] == 1
+        joined = torch.cat(parts, -1) if concatenated else torch.stack(parts, -1).flatten(-2)
+        return _apply_gate(this, joined)
+
+    def _after(self, output: Tensor) -> Tensor:
+        this: Any = self
         if getattr(this, "has_post_expert_norm", False):
-            output = this.post_expert_norm(output)
+            normed: Tensor = this.post_expert_norm(output)
+            return normed
         return output
+
+    def linears(self, matrix: Matrix) -> list[nn.Module | None]:
+        """The linears of one matrix, expert by expert."""
+        return [
+            self._modules[str(expert)]._modules[matrix.leaf]  # type: ignore[union-attr]
+            for expert in range(self._stack.experts)
+        ]
+
+    def group(self) -> bool:
+        """Let all experts compute at once from now on, where a kernel can; whether one does."""
+        self._banks = ()
+        banks: list[Bank] = []
+        for matrix in self._stack.matrices:
+            linears = [linear for linear in self.linears(matrix) if linear is not None]
+            bank = Bank.of(linears)
+            if bank is None:
+                return False
+            banks.append(bank)
+        self._banks = tuple(banks)
+        return True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LinearExperts:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._banks:
+            self.group()
+        return self
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _banks_serve(module: LinearExperts) -> bool:
+    return all(
+        bank.serves(module.linears(matrix))
+        for bank, matrix in zip(module._banks, module._stack.matrices, strict=True)
+    )
 
 
 def _apply_gate(module: Any, gate_up: Tensor) -> Tensor:
@@ -268,6 +331,7 @@ def restack(module: nn.Module) -> None:
         del module._modules[str(expert)]
     module.__class__ = changed._stacked_class
     del changed._stack, changed._stacked_class
+    changed.__dict__.pop("_banks", None)
 
 
 def _empty_stack(stack: Stack, name: str, like: Tensor) -> nn.Parameter:

@@ -17,6 +17,13 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
 ``matmul``
     ``fn(x, form, bias)``, ``x`` float ``[..., in]``, result ``[..., out]`` in the dtype of ``x``.
     A kernel with a ``layout`` gets the :class:`Prepared` tensors in place of the form.
+``grouped_matmul``
+    ``fn(x, ends, weights, bias)``: many matrices of one shape, ``x`` float ``[rows, in]`` sorted by
+    matrix, ``ends`` int64 ``[matrices]`` the row after each one's last; ``weights`` a
+    :class:`Prepared` whose tensors are those of all matrices, stacked; ``bias`` ``[matrices, out]``
+    or None. Result ``[rows, out]``; rows after the last end are zeros. A kernel of this operation
+    prepares nothing: it reads a layout of ``matmul``. Its ``bind(weights) -> fn(x, ends, bias)``
+    may be None for weights that it can't take together.
 ``activations``, for products in 8 bits
     ``fn(x, *, size, bound, rows)``: ``x`` float ``[tokens, in]``; blocks of ``size`` columns of a
     token share a scale, with None all of them do; no scale is chosen for more than ``bound``;
@@ -89,11 +96,12 @@ class Choice:
         function: Callable[..., Any] = resolve(self.kernel.implementation)
         return function
 
-    def bind(self, weight: Form | Prepared) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """The kernel, a matmul, for one weight: ``fn(x, bias)``."""
+    def bind(self, weight: Form | Prepared) -> Callable[..., Tensor]:
+        """The kernel, a matmul, for one weight: ``fn(x, bias)``; ``fn(x, ends, bias)`` for a
+        grouped one."""
         if self.kernel.bind is None:
             return _Call(self.load(), weight)
-        function: Callable[[Tensor, Tensor | None], Tensor] = resolve(self.kernel.bind)(weight)
+        function: Callable[..., Tensor] = resolve(self.kernel.bind)(weight)
         return function
 
 
@@ -104,8 +112,9 @@ class _Call:
     function: Callable[..., Tensor]
     weight: Form | Prepared
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.function(x, self.weight, bias)
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
+        *first, bias = arguments
+        return self.function(*first, self.weight, bias)
 
 
 class KernelRegistry:

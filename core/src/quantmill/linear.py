@@ -21,17 +21,18 @@ from quantmill.forms import Form
 from quantmill.kernels import KernelRegistry, Prepared
 from quantmill.targeting.types import Target
 
-__all__ = ["FormLinear", "FormLinearFactory"]
+__all__ = ["DTYPES", "FormLinear", "FormLinearFactory", "live_of"]
 
 
 Way = tuple[int, Callable[[Tensor, Tensor | None], Tensor] | None]
 """A matmul of the weight for at most so many rows of activations; None is the form's reference."""
 
 _NO_WAYS: tuple[Way, ...] = ()
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of activations for which kernels are chosen ahead."""
 
 
-def _live(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> Form | Prepared:
+def live_of(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> Form | Prepared:
     """The form as the best kernel for one row wants it: decoding is what a layout is made for.
 
     A form in a foreign layout becomes one of the core's kinds only if a kernel asks for that.
@@ -130,8 +131,29 @@ class FormLinear(nn.Module):
 
     def _hold(self, form: Form) -> None:
         device = next(iter(form.tensors().values())).device.type
-        self._live = _live(self._kernels, form, device, self._dtype)
-        self._ways = {dtype: _ways(self._kernels, self._live, device, dtype) for dtype in _DTYPES}
+        self.adopt(live_of(self._kernels, form, device, self._dtype))
+
+    def adopt(self, live: Form | Prepared) -> None:
+        """Compute with this from now on: the same weight, wherever its tensors lie."""
+        tensors = live.tensors if isinstance(live, Prepared) else live.tensors()
+        device = next(iter(tensors.values())).device.type
+        self._live = live
+        self._ways = {dtype: _ways(self._kernels, live, device, dtype) for dtype in DTYPES}
+
+    @property
+    def live(self) -> Form | Prepared:
+        """What is in memory: the form, or a kernel's layout made of it."""
+        return self._live
+
+    @property
+    def kernels(self) -> KernelRegistry:
+        """Where its kernels were chosen from."""
+        return self._kernels
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether it computes ``x @ W.T + bias`` and nothing besides: inputs stay as they are."""
+        return type(self).forward is FormLinear.forward
 
     @property
     def form(self) -> Form:
@@ -226,10 +248,10 @@ class FormLinearFactory(LinearFactory[Any]):
         return module.form if isinstance(module, FormLinear | FormEmbedding) else None
 
     def resident_bytes(self, form: Form) -> int:
-        return _live(self.kernels, form, self.device, self.dtype).nbytes
+        return live_of(self.kernels, form, self.device, self.dtype).nbytes
 
     def forward_bytes(self, form: Form, dtype: torch.dtype) -> int:
-        live = _live(self.kernels, form, self.device, self.dtype)
+        live = live_of(self.kernels, form, self.device, self.dtype)
         skeleton = live.skeleton if isinstance(live, Prepared) else live
         kernel = self.kernels.choose(
             "matmul",

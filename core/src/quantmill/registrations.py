@@ -191,7 +191,7 @@ class Kernel:
 
     name: str
     operation: str
-    """``quantize``, ``dequantize`` or ``matmul``; signatures in :mod:`quantmill.kernels`."""
+    """``quantize``, ``dequantize``, ``matmul``, ...; signatures in :mod:`quantmill.kernels`."""
     form: str
     """Kind of form: ``affine``, ``codebook``, ``scaled_float`` or a plugin's own."""
     implementation: ImportString
@@ -217,8 +217,8 @@ class Kernel:
     """``restore(tensors, skeleton) -> Form``: the exact inverse; ``skeleton`` is the form on the
     meta device."""
     bind: ImportString | None = None
-    """``bind(weight) -> fn(x, bias)``: a matmul of one weight (what ``implementation`` takes as its
-    second argument), for a kernel that can work out once what each call would repeat."""
+    """``bind(weight) -> fn(x, bias)``: a matmul of one weight (what ``implementation`` takes before
+    the bias), for a kernel that can work out once what each call would repeat."""
 
 
 @dataclass(frozen=True, slots=True)

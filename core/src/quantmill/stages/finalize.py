@@ -44,6 +44,9 @@ def core_finalize(job: Job, model: nn.Module) -> Iterator[Finding]:
         model.quantmill_job = job  # type: ignore[assignment]
         if job.architecture is not None:
             job.architecture.quantized(model, stored_config(job))
+        for part in model.modules():
+            if isinstance(part, LinearExperts):
+                part.group()
     if job.options.training:
         for item in job.selections.values():
             if not item.method.capabilities.trainable:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from quantmill.backend import LinearFactory
 from quantmill.forms import Affine, Channel, Codebook, Codes, Flat, Form
+from quantmill.grouped import groups
+from quantmill.linear import FormLinear
 from quantmill.targeting.types import Target
 from quantmill_bnb.config import BnbConfig
 
@@ -342,11 +344,17 @@ class QuantmillLinear8bit(bnb.nn.Linear8bitLt):
 
 
 class BnbLinearFactory(LinearFactory[BnbConfig]):
-    """Makes the linears above; PEFT and others recognise them as bitsandbytes' own."""
+    """Makes the linears above; PEFT and others recognise them as bitsandbytes' own.
+
+    The library has nothing that multiplies with many weights at once. Experts for which a kernel
+    does are the core's linears, and of 8 bits they have float inputs.
+    """
 
     def build(
         self, target: Target, form: Form, bias: Tensor | None, compute_dtype: torch.dtype
     ) -> nn.Module:
+        if target.module.role == "expert" and groups(self.kernels, form, self.device, self.dtype):
+            return FormLinear(form, bias, self.codec, self.kernels, self.dtype)
         if isinstance(form, Codebook):
             module: nn.Module = QuantmillLinear4bit(form, bias, self.config, self.codec)
         else:
@@ -358,4 +366,4 @@ class BnbLinearFactory(LinearFactory[BnbConfig]):
     def form_of(self, module: nn.Module) -> Form | None:
         if isinstance(module, QuantmillLinear4bit | QuantmillLinear8bit):
             return module.exact_form()
-        return None
+        return module.form if isinstance(module, FormLinear) else None

@@ -63,6 +63,10 @@ class CompressedLinear(FormLinear):
             return replace(form, whole=self._scales[0], inputs=self._scales[1])
         return form
 
+    @property
+    def weight_only(self) -> bool:
+        return self.inputs is None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None and x.numel():
             x = _Rounded.apply(x, self.inputs, *self._given)

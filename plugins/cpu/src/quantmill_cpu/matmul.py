@@ -20,7 +20,7 @@ from quantmill.kernels import Prepared
 from quantmill_cpu.layout import prepare, restore
 from quantmill_cpu.native import library
 
-__all__ = ["bind", "matmul", "prepare", "restore"]
+__all__ = ["bind", "bind_grouped", "grouped_matmul", "matmul", "prepare", "restore"]
 
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAILURES: Final = {
@@ -41,28 +41,63 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
-    kind = _DTYPES.get(x.dtype)
+    kind = _kind_of(x, columns)
     shape = x.shape
-    if kind is None or shape[-1] != columns or not x.is_cpu:
-        raise ValueError(
-            f"x must be float32, bfloat16 or float16 [..., {columns}] on the CPU,"
-            f" not {x.dtype} {list(shape)} on {x.device}"
-        )
     x = x.contiguous()
-    address = None
     if bias is not None:
-        if bias.dtype != x.dtype or bias.numel() != rows:
-            raise ValueError(f"bias must be {x.dtype} [{rows}]")
-        bias = bias.contiguous()
-        address = bias.data_ptr()
+        bias = _checked_bias(bias, x, rows)
     y = x.new_empty((*shape[:-1], rows))
     failed = _library().qm_matmul(
         weight.data_ptr(),
         x.data_ptr(),
-        address,
+        None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         kind,
         x.numel() // columns,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise _FAILURES[failed]
+    return y
+
+
+def _kind_of(x: Tensor, columns: int) -> int:
+    kind = _DTYPES.get(x.dtype)
+    if kind is None or x.shape[-1] != columns or not x.is_cpu:
+        raise ValueError(
+            f"x must be float32, bfloat16 or float16 [..., {columns}] on the CPU,"
+            f" not {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    return kind
+
+
+def _checked_bias(bias: Tensor, x: Tensor, count: int) -> Tensor:
+    if bias.dtype != x.dtype or bias.numel() != count:
+        raise ValueError(f"bias must be {x.dtype} [{count}]")
+    return bias.contiguous()
+
+
+def _call_grouped(
+    x: Tensor, weights: Tensor, ends: Tensor, rows: int, columns: int, bias: Tensor | None
+) -> Tensor:
+    kind = _kind_of(x, columns)
+    count, each = weights.shape
+    if x.ndim != 2 or ends.dtype != torch.int64 or ends.numel() != count:
+        raise ValueError(f"x must have two dimensions, and ends be int64 [{count}]")
+    x, ends = x.contiguous(), ends.contiguous()
+    if bias is not None:
+        bias = _checked_bias(bias, x, count * rows)
+    y = x.new_empty((x.shape[0], rows))
+    failed = _library().qm_matmul_grouped(
+        weights.data_ptr(),
+        each,
+        count,
+        ends.data_ptr(),
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        kind,
+        x.shape[0],
         torch.get_num_threads(),
     )
     if failed:
@@ -74,11 +109,23 @@ def _call(x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | Non
 _OPERATORS: Final = torch.library.Library("quantmill_cpu", "DEF")
 _OPERATORS.define("matmul(Tensor x, Tensor weight, int rows, int columns, Tensor? bias) -> Tensor")
 _OPERATORS.impl("matmul", _call, "CPU")
+_OPERATORS.define(
+    "grouped_matmul(Tensor x, Tensor weights, Tensor ends, int rows, int columns, Tensor? bias)"
+    " -> Tensor"
+)
+_OPERATORS.impl("grouped_matmul", _call_grouped, "CPU")
 
 
 @torch.library.register_fake("quantmill_cpu::matmul", lib=_OPERATORS)
 def _fake(x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.register_fake("quantmill_cpu::grouped_matmul", lib=_OPERATORS)
+def _fake_grouped(
+    x: Tensor, weights: Tensor, ends: Tensor, rows: int, columns: int, bias: Tensor | None
+) -> Tensor:
+    return x.new_empty((x.shape[0], rows))
 
 
 class _Bound:
@@ -116,3 +163,43 @@ def bind(live: Prepared) -> Callable[[Tensor, Tensor | None], Tensor]:
 def matmul(x: Tensor, live: Prepared, bias: Tensor | None) -> Tensor:
     """:func:`bind` and its call at once."""
     return bind(live)(x, bias)
+
+
+class _Grouped:
+    """A matmul of many weights that lie one after the other."""
+
+    __slots__ = ("_columns", "_live", "_rows", "_weights")
+
+    def __init__(self, live: Prepared) -> None:
+        self._live = live
+        self._rows, self._columns = live.skeleton.shape
+        self._weights = live.tensors["weight"]
+
+    def __call__(self, x: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            result: Tensor = torch.ops.quantmill_cpu.grouped_matmul(
+                x, self._weights, ends, self._rows, self._columns, bias
+            )
+            return result
+        return _call_grouped(x, self._weights, ends, self._rows, self._columns, bias)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bind_grouped, (self._live,)
+
+
+def bind_grouped(live: Prepared) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """The kernel for many weights of one shape, ``live`` being theirs stacked: ``fn(x, ends,
+    bias)``, with the rows of ``x`` sorted by weight. None where they have no panels."""
+    return _Grouped(live) if "weight" in live.tensors else None
+
+
+def grouped_matmul(x: Tensor, ends: Tensor, live: Prepared, bias: Tensor | None) -> Tensor:
+    """:func:`bind_grouped` and its call at once.
+
+    Raises:
+        ValueError: the weights have no panels, or an argument doesn't fit them.
+    """
+    bound = bind_grouped(live)
+    if bound is None:
+        raise ValueError("these weights have no panels")
+    return bound(x, ends, bias)

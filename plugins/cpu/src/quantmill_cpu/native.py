@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -56,6 +56,10 @@ def library() -> ctypes.CDLL:
         "qm_quantize_codebook8": (size, [pointer, size, size, *[pointer] * 3, small]),
         "qm_quantize_rows_int8": (size, [pointer, small, size, size, pointer, pointer, small]),
         "qm_matmul": (small, [*[pointer] * 4, small, size, small]),
+        "qm_matmul_grouped": (
+            small,
+            [pointer, size, size, *[pointer] * 4, small, size, small],
+        ),
         "qm_weight_finish": (None, [pointer]),
         "qm_borrow_threads": (None, [pointer]),
         "qm_ggml_encode": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from quantmill.hookspecs import hookimpl
@@ -20,9 +21,10 @@ _COLUMNS = (*range(16, 257, 16), 320, 384, 512, 768, 1024, 2048, 4096, 8192)
 """Group sizes that the matmul is tested with: any multiple of 16 would do."""
 
 
-def _matmul(name: str, form: str, **constraints: tuple[Any, ...]) -> Kernel:
-    return Kernel(
-        name=name,
+def _matmuls(name: str, form: str, **constraints: tuple[Any, ...]) -> list[Kernel]:
+    """The products of one weight and of many, on the same layout."""
+    one = Kernel(
+        name=f"cpu-matmul-{name}",
         operation="matmul",
         form=form,
         implementation="quantmill_cpu.matmul:matmul",
@@ -36,6 +38,16 @@ def _matmul(name: str, form: str, **constraints: tuple[Any, ...]) -> Kernel:
         restore="quantmill_cpu.matmul:restore",
         bind="quantmill_cpu.matmul:bind",
     )
+    many = replace(
+        one,
+        name=f"cpu-grouped-{name}",
+        operation="grouped_matmul",
+        implementation="quantmill_cpu.matmul:grouped_matmul",
+        prepare=None,
+        restore=None,
+        bind="quantmill_cpu.matmul:bind_grouped",
+    )
+    return [one, many]
 
 
 @hookimpl
@@ -92,8 +104,8 @@ def quantmill_kernels() -> Sequence[Kernel]:
             cost=0.02,
             available=_AVAILABLE,
         ),
-        _matmul(
-            "cpu-matmul-affine",
+        *_matmuls(
+            "affine",
             "affine",
             bits=_BITS,
             packing=_PACKINGS,
@@ -101,16 +113,16 @@ def quantmill_kernels() -> Sequence[Kernel]:
             group_size=(None, *_COLUMNS),
             offset=("none", "zero", "minimum"),
         ),
-        _matmul(
-            "cpu-matmul-codebook",
+        *_matmuls(
+            "codebook",
             "codebook",
             bits=_BITS,
             packing=_PACKINGS,
             grouping=("flat", "group", "channel", "pertensor", "blocks"),
             group_size=(None, *_COLUMNS),
         ),
-        _matmul(
-            "cpu-matmul-float8",
+        *_matmuls(
+            "float8",
             "scaled_float",
             values=("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
             grouping=("group", "channel", "pertensor", "blocks"),

@@ -69,6 +69,10 @@ class FP8Linear(FormLinear):
         assert isinstance(form, ScaledFloat)
         return joined(form, self.activation)
 
+    @property
+    def weight_only(self) -> bool:
+        return not self.native
+
     def forward(self, x: Tensor) -> Tensor:
         grads = x.requires_grad and torch.is_grad_enabled()
         if not self.native or grads or x.dtype == torch.float32 or not x.numel():

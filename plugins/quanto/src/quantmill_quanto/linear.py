@@ -59,6 +59,10 @@ class QLinear(FormLinear):
         """Bytes of the weight as it lives here."""
         return super().live_bytes + sum(s.nbytes for s in self._scales if s is not None)
 
+    @property
+    def weight_only(self) -> bool:
+        return self.activations is None or all(scale is None for scale in self._scales)
+
     def forward(self, x: Tensor) -> Tensor:
         before, after = self._scales
         if self.activations is None or (before is None and after is None):

@@ -73,6 +73,10 @@ class TorchaoLinear(FormLinear):
         """Bytes of the weight as it lives here."""
         return super().live_bytes + sum(item.nbytes for item in self._kept.values())
 
+    @property
+    def weight_only(self) -> bool:
+        return self.inputs is None and "act_pre_scale" not in self._kept
+
     def forward(self, x: Tensor) -> Tensor:
         before = self._kept.get("act_pre_scale")
         if before is not None:

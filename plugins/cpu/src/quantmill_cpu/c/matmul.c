@@ -367,3 +367,25 @@ QM_API int qm_matmul(const void *weight, const void *x, const void *bias, void *
     }
     return 0;
 }
+
+QM_API int qm_matmul_grouped(const void *weights, int64_t each, int64_t count, const int64_t *ends,
+                             const void *x, const void *bias, void *y, int dtype, int64_t batch,
+                             int threads) {
+    if ((uintptr_t)weights % 64 || each % 64) return -2;
+    if (count == 0 || batch == 0) return 0;
+    const int64_t *spec = weights;
+    const int64_t size = dtype == QM_F32 ? 4 : 2;
+    const int64_t in = spec[QM_SPEC_COLUMNS] * size, out = spec[QM_SPEC_ROWS] * size;
+    int64_t start = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t end = ends[i] < batch ? ends[i] : batch;
+        if (end <= start) continue;
+        int failed = qm_matmul((const char *)weights + i * each, (const char *)x + start * in,
+                               bias ? (const char *)bias + i * out : NULL, (char *)y + start * out,
+                               dtype, end - start, threads);
+        if (failed) return failed;
+        start = end;
+    }
+    memset((char *)y + start * out, 0, (size_t)((batch - start) * out));
+    return 0;
+}

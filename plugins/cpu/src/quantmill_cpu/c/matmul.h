@@ -81,6 +81,13 @@ void qm_weight_finish(void *weight);
 int qm_matmul(const void *weight, const void *x, const void *bias, void *y, int dtype,
               int64_t batch, int threads);
 
+/* `count` weights of one shape and size, `each` bytes from one to the next, and as many rows of x for
+ * each as `ends` says, the row after its last one (ascending); `bias` is [count, rows of a weight] or
+ * NULL. The rows of y after the last end are zeros. Returns as qm_matmul. */
+int qm_matmul_grouped(const void *weights, int64_t each, int64_t count, const int64_t *ends,
+                      const void *x, const void *bias, void *y, int dtype, int64_t batch,
+                      int threads);
+
 /* Instruction sets that matmul has code for here, ascending. The best one within the level that
  * qm_use_level chose is used, unless another is asked for: */
 const char *qm_matmul_levels(void);
