@@ -134,6 +134,18 @@ KERNELS = (
         ratios={"share_of_read": HIGHER, "of_linear_bf16": LOWER},
     ),
     Step(
+        "Experts of a mixture on CPU",
+        "One layer's experts, NF4. `of_one_by_one` is the time of one product for all by that of a"
+        " call for each, `of_transformers_bf16` by that of the faster of transformers' own ways"
+        " with bf16 weights. Lower quartiles over the rounds.",
+        "experts.py",
+        ("--json", "{json}"),
+        quick=("qwen3-moe", "--rounds", "3"),
+        beside={"transformers": ()},
+        needs=("transformers", "bitsandbytes"),
+        ratios={"of_one_by_one": LOWER, "of_transformers_bf16": LOWER},
+    ),
+    Step(
         "Decoding on CPU",
         "One sequence through a Llama of 252M, lower quartile of the tokens' times;"
         " `of_bitsandbytes` is tokens a second by bitsandbytes' NF4.",

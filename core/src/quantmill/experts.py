@@ -190,7 +190,8 @@ class LinearExperts(nn.Module):
             return False
         if any(rows.dtype not in bank.products for bank in self._banks):
             return False
-        return _banks_serve(self)
+        serve: bool = _banks_serve(self)
+        return serve
 
     def _at_once(self, rows: Tensor, ends: Tensor) -> Tensor:
         *first, last = self._banks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,68 @@ def test_bytes_beyond_the_experts_file_are_named(tmp_path: Path, small: Small) -
     with pytest.raises(quantmill.QuantmillError) as caught:
         quantmill.load(tmp_path / "out")
     assert any("experts.3.w2" in item.where for item in caught.value.findings)
+
+
+# -- all at once -----------------------------------------------------------------------------------
+
+
+def in_turn(name: str, model: Any) -> Tensor:
+    """Logits of the reference: a call for each expert."""
+    experts = [part for part in model.modules() if isinstance(part, LinearExperts)]
+    banks = [part._banks for part in experts]
+    for part in experts:
+        part._banks = ()
+    found = logits(name, model)
+    for part, kept in zip(experts, banks, strict=True):
+        part._banks = kept
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_product_for_all_experts_is_that_of_each(name: str, small: Small) -> None:
+    pytest.importorskip("quantmill_cpu")
+    model = quantmill.load(small(name), "bnb-nf4", dtype="bfloat16")
+    experts = experts_of(model)
+    assert len(experts._banks) == 3
+    found = logits(name, model)
+    assert torch.equal(found, in_turn(name, model))
+    assert torch.equal(logits(name, copy.deepcopy(model)), found)
+    # Moving makes new tensors, and a new bank of them.
+    before = experts._banks
+    experts.to(torch.bfloat16)
+    assert len(experts._banks) == 3 and experts._banks[0] is not before[0]
+    assert torch.equal(logits(name, model), found)
+    again = logits(name, quantmill.dequantize(model))
+    assert (found - again).norm() < 0.06 * again.norm()
+
+
+def test_what_somebody_puts_at_an_expert_is_called(small: Small) -> None:
+    pytest.importorskip("quantmill_cpu")
+    model = quantmill.load(small("mixtral"), "bnb-nf4", dtype="bfloat16")
+    experts: Any = experts_of(model)
+    state = torch.randn(7, 64, dtype=torch.bfloat16)
+    chosen = torch.tensor([[0, 1]] * 7)
+    weights = torch.full((7, 2), 0.5, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        before = experts(state, chosen, weights)
+        linear = experts.get_submodule("1.w2")
+        handle = linear.register_forward_hook(lambda _, __, output: output * 0)
+        without = experts(state, chosen, weights)
+        handle.remove()
+        assert torch.equal(experts(state, chosen, weights), before)
+        experts.set_submodule("1.w2", nn.Linear(128, 64, bias=False).to(torch.bfloat16))
+        other = experts(state, chosen, weights)
+    assert not torch.equal(without, before) and not torch.equal(other, before)
+
+
+def test_experts_compile_whole(small: Small) -> None:
+    pytest.importorskip("quantmill_cpu")
+    experts: Any = experts_of(quantmill.load(small("gpt-oss"), "bnb-nf4", dtype="bfloat16"))
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        for tokens in (5, 9):
+            state = torch.randn(tokens, 64, dtype=torch.bfloat16)
+            chosen = torch.randint(0, 4, (tokens, 2))
+            weights = torch.rand(tokens, 2, dtype=torch.bfloat16)
+            found, wanted = compiled(state, chosen, weights), experts(state, chosen, weights)
+            assert torch.allclose(found, wanted, rtol=0.02, atol=0.02)

@@ -65,7 +65,24 @@ def _sum_parts(pointers, stride, mask, BM: tl.constexpr, BN: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["rows", "chunks", "part", "groups"])
+@triton.jit
+def _place_of(ends, count, tile, BM: tl.constexpr, MATRICES: tl.constexpr):
+    """The matrix of a tile of rows, its first row, and the row after the matrix' last one: 0 for a
+    tile beyond them all. Each matrix' rows begin a tile."""
+    index = tl.arange(0, MATRICES)
+    inside = index < count
+    end = tl.load(ends + index, mask=inside, other=0)
+    start = tl.load(ends + index - 1, mask=inside & (index > 0), other=0)
+    tiles = tl.where(inside, (end - start + (BM - 1)) // BM, 0)
+    after = tl.cumsum(tiles, axis=0)
+    matrix = tl.sum(tl.where(inside & (after <= tile), 1, 0), axis=0)
+    own = index == matrix
+    first = tl.sum(tl.where(own, start + (tile - (after - tiles)) * BM, 0), axis=0)
+    last = tl.sum(tl.where(own, end, 0), axis=0)
+    return tl.minimum(matrix, count - 1).to(tl.int64), first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "part", "groups", "matrices"])
 def matmul_kernel(
     x,
     codes,
@@ -79,6 +96,7 @@ def matmul_kernel(
     out,
     work,
     locks,
+    ends,
     rows,
     lanes,
     columns,
@@ -87,6 +105,11 @@ def matmul_kernel(
     part,
     groups,
     scale_stride,
+    matrices,
+    code_step,
+    high_step,
+    scale_step,
+    zero_step,
     BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -109,6 +132,7 @@ def matmul_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     TEAMS: tl.constexpr,
+    MATRICES: tl.constexpr,
     FACTOR: tl.constexpr,
 ):
     """``out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]`` for one tile and one part of ``k``.
@@ -123,6 +147,11 @@ def matmul_kernel(
     ``x`` [rows, columns] with row stride ``stride``; ``out`` [rows, lanes] where ``lanes`` is the
     number of the weight's rows; the weight's tensors as in :mod:`quantmill_triton.layout`.
     ``WIDE`` multiplies in float32: Triton's interpreter has no product of bfloat16.
+
+    With ``MATRICES`` (a power of two, at least their number ``matrices``) the rows of ``x`` are
+    sorted by the matrix that each is for; ``ends`` int64 [matrices] is the row after each one's
+    last. The tensors are those of all matrices, with so many elements from one to the next. The
+    tables are the first one's.
     """
     CHUNK: tl.constexpr = WIDTH * SLICES
     TILE: tl.constexpr = 64 * WIDTH
@@ -136,7 +165,19 @@ def matmul_kernel(
     first = tl.program_id(1) * part
     last = tl.minimum(first + part, chunks)
     rn = tile * BN + tl.arange(0, BN)
-    rm = tl.program_id(2) * BM + tl.arange(0, BM)
+    row = tl.program_id(2) * BM
+    limit = rows
+    if MATRICES > 0:
+        matrix, row, limit = _place_of(ends, matrices, tl.program_id(2), BM, MATRICES)
+        if limit == 0:
+            last = first  # No rows, nothing to read.
+        codes += matrix * code_step
+        high += matrix * high_step
+        scale += matrix * scale_step
+        zero += matrix * zero_step
+        bias += matrix * lanes
+        order += matrix * columns
+    rm = row + tl.arange(0, BM)
     rs = tl.arange(0, WIDTH)
     # A tile of more than 64 rows may reach past the padding: it then reads the last 64 again.
     block = tl.minimum(rn // 64, (lanes - 1) // 64)
@@ -253,7 +294,7 @@ def matmul_kernel(
                         weight += tl.expand_dims(less, -1)
                 weight = weight.to(dtype)
                 values = _activations(
-                    x, order, rm, k + (f * STEPS + s) * WIDTH, stride, rows, columns, GATHER, EVEN
+                    x, order, rm, k + (f * STEPS + s) * WIDTH, stride, limit, columns, GATHER, EVEN
                 )
                 if WIDE:
                     weight = weight.to(tl.float32)
@@ -274,7 +315,7 @@ def matmul_kernel(
             factor *= tl.load(table)
         total *= factor[:, None]
     where = rm[None, :] * lanes + rn[:, None]
-    mask = (rm < rows)[None, :] & (rn < lanes)[:, None]
+    mask = (rm < limit)[None, :] & (rn < lanes)[:, None]
     if SPLIT:
         tl.store(work + tl.program_id(1) * rows * lanes + where, total, mask=mask)
         # All threads' sums are out before the one that counts says so.

@@ -13,7 +13,7 @@ from quantmill_triton.configs import FUSED_ROWS, Config, choose, split_of
 from quantmill_triton.facts import ROWS, Facts
 from quantmill_triton.kernels import dequantize_kernel, matmul_kernel
 
-__all__ = ["BUFFER_BYTES", "Weight", "dequantize", "matmul", "matmul_fused"]
+__all__ = ["BUFFER_BYTES", "Weight", "dequantize", "matmul", "matmul_fused", "matmul_grouped"]
 
 BUFFER_BYTES = 128 << 20
 """Most bytes of dequantized weight that a large batch holds at a time."""
@@ -126,6 +126,23 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None, facts: Facts, factor:
     return out if bias is None else out.add_(bias)
 
 
+def matmul_grouped(
+    x: Tensor, weights: Weight, ends: Tensor, bias: Tensor | None, facts: Facts, factor: float
+) -> Tensor:
+    """Products with many weights of the same facts, their tensors stacked: rows of ``x`` up to
+    ``ends[i]`` int64 with the ``i``-th one. Rows after the last end are zeros. Nothing waits for
+    the device."""
+    rows, count = x.shape[0], ends.numel()
+    if not (x.dtype in _HALVES and rows and count):
+        return x.new_zeros((rows, facts.rows))
+    machine = _machine(x.device)
+    config = choose(facts, min(-(-rows // count), FUSED_ROWS), machine.shared)
+    # Each matrix with rows has at most one tile that is not full.
+    tiles = min(rows, rows // config.bm + min(rows, count))
+    split = split_of(facts, min(rows, tiles * config.bm), config, machine.processors)
+    return matmul_fused(x, weights, bias, facts, factor, config, split, (ends, tiles))
+
+
 def matmul_fused(
     x: Tensor,
     weight: Weight,
@@ -134,21 +151,35 @@ def matmul_fused(
     factor: float,
     config: Config | None = None,
     split: tuple[int, int] | None = None,
+    grouped: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """The fused kernel for ``x`` bfloat16 or float16 ``[rows, columns]``, at least one row."""
+    """The fused kernel for ``x`` bfloat16 or float16 ``[rows, columns]``, at least one row.
+
+    ``grouped`` are the ends of each matrix' rows, and tiles of rows that are enough for all.
+    """
     rows = x.shape[0]
     machine = _machine(x.device)
     config = config or choose(facts, rows, machine.shared)
     parts, part = split or split_of(facts, rows, config, machine.processors)
-    gather = weight.order is not None and rows <= _GATHER_ROWS
+    gather = weight.order is not None and (grouped is not None or rows <= _GATHER_ROWS)
     if weight.order is not None and not gather:
         x = x.index_select(1, weight.order)
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = x.new_empty((rows, facts.rows))
+    if grouped is None:
+        ends, count, tiles = x, 0, -(-rows // config.bm)
+        out = x.new_empty((rows, facts.rows))
+        scale_stride, steps = weight.scale.shape[1], [0, 0, 0, 0]
+    else:
+        ends, tiles = grouped
+        count = ends.numel()
+        out = x.new_zeros((rows, facts.rows))  # No program writes rows that belong to no matrix.
+        scale_stride = weight.scale.shape[2]
+        tensors = (weight.codes, weight.high, weight.scale, weight.offset)
+        steps = [0 if item is None else item.stride(0) for item in tensors]
     fast = _fast(facts, machine)
     prescale = config.prescale or facts.offset in (2, 3) or (facts.values == 1 and not fast)
-    grid = (-(-facts.rows // config.bn), parts, -(-rows // config.bm))
+    grid = (-(-facts.rows // config.bn), parts, tiles)
     work, locks = out, out
     if parts > 1:
         work = x.new_empty((parts, rows, facts.rows), dtype=torch.float32)
@@ -175,6 +206,7 @@ def matmul_fused(
         out,
         work,
         locks,
+        ends,
         rows,
         facts.rows,
         facts.columns,
@@ -182,7 +214,9 @@ def matmul_fused(
         facts.chunks,
         part,
         facts.groups,
-        weight.scale.shape[1],
+        scale_stride,
+        count,
+        *steps,
         BITS=facts.bits,
         HIGH_BITS=facts.high_bits,
         WIDTH=facts.width,
@@ -205,6 +239,7 @@ def matmul_fused(
         BM=config.bm,
         TEAMS=config.teams,
         BN=config.bn,
+        MATRICES=0 if count == 0 else 1 << (count - 1).bit_length(),
         FACTOR=factor,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -8,7 +8,7 @@ from torch.library import Library, register_fake
 
 from quantmill_triton.available import interpreted
 from quantmill_triton.facts import Facts
-from quantmill_triton.launch import Weight, dequantize, matmul
+from quantmill_triton.launch import Weight, dequantize, matmul, matmul_grouped
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,10 @@ _WEIGHT = (
 
 LIBRARY = Library("quantmill_triton", "DEF")
 LIBRARY.define(f"matmul(Tensor x, {_WEIGHT}, Tensor? bias, int[] facts, float factor) -> Tensor")
+LIBRARY.define(
+    f"grouped_matmul(Tensor x, Tensor ends, {_WEIGHT}, Tensor? bias, int[] facts, float factor)"
+    " -> Tensor"
+)
 LIBRARY.define(f"dequantize({_WEIGHT}, int[] facts, float factor, ScalarType dtype) -> Tensor")
 
 
@@ -46,6 +50,27 @@ def _matmul(
     return out.reshape(*x.shape[:-1], known.rows)
 
 
+def _grouped_matmul(
+    x: Tensor,
+    ends: Tensor,
+    codes: Tensor,
+    high: Tensor | None,
+    scale: Tensor,
+    offset: Tensor | None,
+    table: Tensor | None,
+    lut: Tensor | None,
+    unit: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    facts: list[int],
+    factor: float,
+) -> Tensor:
+    # Tables are the same for all: the first one's.
+    table, lut, unit = (None if item is None else item[0] for item in (table, lut, unit))
+    weights = Weight(codes, high, scale, offset, table, lut, unit, order)
+    return matmul_grouped(x, weights, ends, bias, Facts(*facts), factor)
+
+
 def _dequantize(
     codes: Tensor,
     high: Tensor | None,
@@ -66,12 +91,18 @@ def _dequantize(
 _KEYS = ("CUDA", "CPU") if interpreted() else ("CUDA",)
 for _key in _KEYS:
     LIBRARY.impl("matmul", _matmul, _key)
+    LIBRARY.impl("grouped_matmul", _grouped_matmul, _key)
     LIBRARY.impl("dequantize", _dequantize, _key)
 
 
 @register_fake("quantmill_triton::matmul", lib=LIBRARY)
 def _(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], Facts(*arguments[-2]).rows))
+
+
+@register_fake("quantmill_triton::grouped_matmul", lib=LIBRARY)
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty((x.shape[0], Facts(*arguments[-2]).rows))
 
 
 @register_fake("quantmill_triton::dequantize", lib=LIBRARY)

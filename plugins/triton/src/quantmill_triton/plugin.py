@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from quantmill.hookspecs import hookimpl
@@ -15,11 +16,11 @@ _PACKINGS = ("u8", "hi4", "lo4", "dense")
 _AMPERE, _ADA = (8, 0), (8, 9)
 
 
-def _pair(
+def _family(
     name: str, form: str, constraints: Mapping[str, tuple[Any, ...]], capability: tuple[int, int]
 ) -> list[Kernel]:
-    """The kernels of both operations for one family of forms, on the same live layout."""
-    return [
+    """The kernels of all operations for one family of forms, on the same live layout."""
+    made = [
         Kernel(
             name=f"triton-{operation}-{name}",
             operation=operation,
@@ -40,6 +41,17 @@ def _pair(
         )
         for operation in ("matmul", "dequantize")
     ]
+    many = replace(
+        made[0],
+        name=f"triton-grouped-{name}",
+        operation="grouped_matmul",
+        implementation="quantmill_triton.matmul:grouped_matmul",
+        dtypes=("bfloat16", "float16"),
+        prepare=None,
+        restore=None,
+        bind="quantmill_triton.matmul:bind_grouped",
+    )
+    return [*made, many]
 
 
 @hookimpl
@@ -52,19 +64,19 @@ def quantmill_kernels() -> Sequence[Kernel]:
     signed = {"bits": (8,), "packing": ("i8",)}
     fp8 = {"values": ("float8_e4m3fn", "float8_e5m2")}
     return [
-        *_pair("affine-group", "affine", {**unsigned, **grouped}, _AMPERE),
-        *_pair("affine-row", "affine", {**unsigned, **whole, "act_order": (False,)}, _AMPERE),
-        *_pair("int8-group", "affine", {**signed, **grouped}, _AMPERE),
-        *_pair("int8-row", "affine", {**signed, **whole, "act_order": (False,)}, _AMPERE),
-        *_pair("codebook", "codebook", {**tables, **blocks}, _AMPERE),
-        *_pair("codebook-row", "codebook", {**tables, **whole}, _AMPERE),
-        *_pair(
+        *_family("affine-group", "affine", {**unsigned, **grouped}, _AMPERE),
+        *_family("affine-row", "affine", {**unsigned, **whole, "act_order": (False,)}, _AMPERE),
+        *_family("int8-group", "affine", {**signed, **grouped}, _AMPERE),
+        *_family("int8-row", "affine", {**signed, **whole, "act_order": (False,)}, _AMPERE),
+        *_family("codebook", "codebook", {**tables, **blocks}, _AMPERE),
+        *_family("codebook-row", "codebook", {**tables, **whole}, _AMPERE),
+        *_family(
             "fp8-group",
             "scaled_float",
             {**fp8, "grouping": ("group",), "group_size": tuple((size,) for size in _GROUPS)},
             _ADA,
         ),
-        *_pair(
+        *_family(
             "fp8-blocks",
             "scaled_float",
             {
@@ -74,7 +86,7 @@ def quantmill_kernels() -> Sequence[Kernel]:
             },
             _ADA,
         ),
-        *_pair("fp8-row", "scaled_float", {**fp8, **whole}, _ADA),
+        *_family("fp8-row", "scaled_float", {**fp8, **whole}, _ADA),
         Kernel(
             name="triton-activations-fp8",
             operation="activations",
