@@ -30,10 +30,10 @@ import quantmill
 from quantmill.experts import LinearExperts
 
 SHAPES: dict[str, tuple[type[nn.Module], Any, int]] = {
-    # Mixtral 8x7B with experts of half their width.
+    # Mixtral 8x7B with experts of a quarter of their width.
     "mixtral": (
         MixtralExperts,
-        MixtralConfig(hidden_size=4096, intermediate_size=7168, num_local_experts=8),
+        MixtralConfig(hidden_size=4096, intermediate_size=3584, num_local_experts=8),
         2,
     ),
     # Qwen3-30B-A3B.
@@ -126,20 +126,23 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=list(SHAPES), metavar="SHAPE")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--method", default="bnb-nf4")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode():
         for name in asked.shapes:
-            rows += measure(name, asked.method, asked.tokens, asked.rounds)
-    for row in rows:
-        times = ", ".join(f"{way} {spent:.2f}" for way, spent in row["ms"].items())
-        print(
-            f"{row['shape']:10} {row['tokens']:4} tokens: {times} ms; of one by one"
-            f" {row['of_one_by_one']:.2f}, of transformers' bf16 {row['of_transformers_bf16']:.2f}"
-        )
+            measured = measure(name, asked.method, asked.tokens, asked.rounds)
+            for row in measured:
+                times = ", ".join(f"{way} {spent:.2f}" for way, spent in row["ms"].items())
+                print(
+                    f"{name:10} {row['tokens']:4} tokens: {times} ms;"
+                    f" of one by one {row['of_one_by_one']:.2f},"
+                    f" of transformers' bf16 {row['of_transformers_bf16']:.2f}",
+                    flush=True,
+                )
+            rows += measured
     if asked.json:
         asked.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 

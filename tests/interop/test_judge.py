@@ -148,6 +148,29 @@ def test_what_we_write_gives_the_same_in_both(tmp_path: Path) -> None:
     assert written
 
 
+def test_a_gguf_file_gives_the_same_and_stays_packed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Theirs makes it float (defect 10) and can't write it again (11)."""
+    needs("gguf")
+    pytest.importorskip("gguf")
+    quantmill.quantize(TINY, tmp_path / "tiny.gguf", "gguf-q8_0")
+    theirs = script(tmp_path, gguf_file="tiny.gguf")
+    with qt.activated("gptq"):
+        assert torch.equal(script(tmp_path, gguf_file="tiny.gguf"), theirs), "not taken over"
+    with qt.activated("gguf"):
+        ours = script(tmp_path, gguf_file="tiny.gguf")
+        cls = transformers.LlamaForCausalLM
+        model = cls.from_pretrained(tmp_path / "tiny.gguf", dtype=torch.float32, use_cache=False)
+    assert off(ours, theirs) < 1e-5
+    assert model.quantmill_job.plan.totals["quantized"] > 0 and model.config.use_cache is False
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "folder")
+    assert 'quantmill.save(model, "model.gguf")' in caplog.text
+    quantmill.save(model, tmp_path / "again.gguf")
+    assert off(script(tmp_path, gguf_file="again.gguf"), theirs) < 1e-5
+
+
 # -- where theirs does not -------------------------------------------------------------------------
 
 

@@ -10,10 +10,10 @@ What changes, and nothing else:
 The second one only where PEFT has been imported by the time of :func:`activate` or of a model's
 loading: it gives LoRA to quantmill's linears, and leaves all others to PEFT.
 
-The new ``from_pretrained`` looks at the ``quantization_config`` of the call and of the checkpoint.
-Where the ``quant_method`` is one that was taken over, or one that this transformers can't read,
-quantmill loads the model; every other call goes to the library's own method, unchanged. Auto
-classes and pipelines all come through that method.
+The new ``from_pretrained`` looks at the ``quantization_config`` of the call and of the checkpoint,
+and at a ``gguf_file``. Where the ``quant_method`` is one that was taken over, or one that this
+transformers can't read, quantmill loads the model; every other call goes to the library's own
+method, unchanged. Auto classes and pipelines all come through that method.
 """
 
 from __future__ import annotations
@@ -160,6 +160,9 @@ _TAKEOVER: Final = Takeover(
 def _is_ours(cls: Any, source: Any, kwargs: dict[str, Any], state: State) -> bool:
     from quantmill_transformers.claims import stored_config_of
 
+    file = kwargs.get("gguf_file") or (source if Path(source or "").is_file() else None)
+    if file is not None:
+        return _holds_ours(file, state)
     if _TAKEOVER.claims(kwargs.get("quantization_config")):
         return True
     if source is None:
@@ -169,6 +172,18 @@ def _is_ours(cls: Any, source: Any, kwargs: dict[str, Any], state: State) -> boo
         config = _config_dict(cls, config or source, kwargs)
     stored = stored_config_of(config) or _detected(source, kwargs, state)
     return _TAKEOVER.claims(stored)
+
+
+def _holds_ours(file: Any, state: State) -> bool:
+    """Whether a file is of a format whose methods were taken over, or are ours alone."""
+    from quantmill.checkpoint.containers import container_for
+
+    container = container_for(file, state.host)
+    if container is None:
+        return False
+    methods = [state.host.methods[name] for name in container.methods if name in state.host.methods]
+    keys = {key for method in methods for key in method.quant_methods}
+    return bool(keys & state.taken or keys - _theirs())
 
 
 def _detected(source: Any, kwargs: dict[str, Any], state: State) -> Any:

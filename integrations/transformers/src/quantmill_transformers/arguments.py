@@ -42,7 +42,6 @@ _REFUSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "device_mesh": (_given, "weights are not distributed over a mesh"),
     "distributed_config": (_given, "weights are not distributed over processes"),
     "fusion_config": (_given, "modules are not fused while loading"),
-    "gguf_file": (_given, "activate('gguf') takes GGUF files over where quantmill-gguf is there"),
     "ignore_mismatched_sizes": (_given, "a tensor of a wrong shape is an error"),
     "kernel_config": (_given, "kernels come from quantmill's registry"),
     "key_mapping": (_given, "names are mapped by the architecture's own rules"),
@@ -69,6 +68,8 @@ class Arguments:
     max_memory: Mapping[Any, Any] | None = None
     offload_folder: str | None = None
     offload_buffers: bool = False
+    file: str | None = None
+    """A file that holds the whole checkpoint, in the source or beside it."""
     hub: dict[str, Any] = field(default_factory=dict)
     """Those of :data:`quantmill.pretrained.HUB` that were given."""
     implementations: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +106,7 @@ def read_arguments(kwargs: Mapping[str, Any]) -> Arguments:
         max_memory=rest.pop("max_memory", None),
         offload_folder=rest.pop("offload_folder", None),
         offload_buffers=bool(rest.pop("offload_buffers", False)),
+        file=rest.pop("gguf_file", None),
         hub=hub,
         generation_config=rest.pop("generation_config", None),
         loading_info=bool(rest.pop("output_loading_info", False)),

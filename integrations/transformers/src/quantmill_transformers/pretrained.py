@@ -6,7 +6,6 @@ code of transformers' own loader takes part, so quantmill's bound on memory hold
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from quantmill.pretrained import CANT_HONOUR, Bar, locate_source
 from quantmill_transformers.architecture import NEW_PARAMETER, TransformersArchitecture
 from quantmill_transformers.arguments import Arguments, read_arguments
 from quantmill_transformers.claims import stored_config_of
+from quantmill_transformers.configs import config_of_file, config_of_folder, locate_file
 from quantmill_transformers.offload import PlacedSink
 from quantmill_transformers.placement import first_device, normalise, place
 
@@ -91,8 +91,12 @@ def _load(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host)
 
 
 def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host, device: str) -> Job:
-    where = locate_source(source, asked.hub, _FILES)
-    config, model_kwargs = _config(cls, where, asked)
+    in_file = asked.file is not None or Path(source).is_file()
+    if in_file:
+        where = locate_file(source, asked.file, asked.hub)
+    else:
+        where = locate_source(source, asked.hub, _FILES)
+        config, model_kwargs = config_of_folder(cls, where, asked)
     options = dict(asked.options)
     job = make_job(
         where,
@@ -105,7 +109,9 @@ def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host, 
         progress=Bar(library_logging.tqdm),
         **options,
     )
-    if job.dtype is None and isinstance(asked.config, PreTrainedConfig) and config.dtype:
+    if in_file:
+        config, model_kwargs = config_of_file(where, job.headers.config, asked)
+    elif job.dtype is None and isinstance(asked.config, PreTrainedConfig) and config.dtype:
         # What a user wrote into a config of their own outranks the file's.
         wanted, there = str(config.dtype).removeprefix("torch."), job.headers.config
         if wanted != (there.get("dtype") or there.get("torch_dtype")):
@@ -117,27 +123,6 @@ def _job(cls: type[PreTrainedModel], source: Any, asked: Arguments, host: Host, 
     architecture.source_name, architecture.dtype = "transformers", job.dtype
     job.architecture = architecture
     return job
-
-
-def _config(cls: type[PreTrainedModel], where: str, asked: Arguments) -> tuple[Any, dict[str, Any]]:
-    """The typed config of the model, and what the rest of the arguments gives its class."""
-    if isinstance(asked.config, PreTrainedConfig):
-        config, rest = copy.deepcopy(asked.config), asked.rest
-    else:
-        name, _, revision = (where, "", "") if Path(where).is_dir() else where.partition("@")
-        config_class: Any = cls.config_class
-        config, rest = config_class.from_pretrained(
-            name if asked.config is None else asked.config,
-            return_unused_kwargs=True,
-            **({"revision": revision} if revision else {}),
-            **asked.rest,
-        )
-    for name, value in asked.implementations.items():
-        setattr(config, f"_{name}", value)
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    return config, rest
 
 
 def _report(job: Job, source: Any) -> None:

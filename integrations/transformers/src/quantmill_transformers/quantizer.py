@@ -7,6 +7,7 @@ The one here answers from the job's declared capabilities; loading is not its bu
 from __future__ import annotations
 
 import copy
+import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import quantmill
-from quantmill.findings import declare
+from quantmill.findings import Finding, Severity, declare
 from quantmill.pretrained import all_capable, check_dequantizable
 from quantmill.stages.table import stored_config
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["JobQuantizer", "StoredConfig", "mark_model", "unmark_model"]
 
 CANT_DEQUANTIZE = declare("QM-TF-006", "The model can't be turned into a float one")
+CANT_SAVE = declare(
+    "QM-TF-007", "save_pretrained has no layout for the model's method", Severity.WARNING
+)
+log = logging.getLogger("quantmill_transformers")
 
 _MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
@@ -76,7 +81,28 @@ class JobQuantizer(HfQuantizer):
         }
 
     def is_serializable(self) -> bool:
-        return all_capable(self.job, "serialisable")
+        able = all_capable(self.job, "serialisable")
+        if not able:
+            log.warning("%s", self._instead())
+        return able
+
+    def _instead(self) -> Finding:
+        """What to do where ``save_pretrained`` can't."""
+        names = {item.method.name for item in self.job.selections.values()}
+        ending = next(
+            (
+                container.suffixes[0]
+                for container in self.job.host.containers
+                if container.write is not None and names <= set(container.methods)
+            ),
+            None,
+        )
+        fix = "dequantize() it first"
+        if ending is not None:
+            fix = f'quantmill.save(model, "model{ending}") writes a file; or {fix}'
+        return CANT_SAVE(
+            "save_pretrained", f"no folder can hold weights of {', '.join(sorted(names))}", fix
+        )
 
     @property
     def is_trainable(self) -> bool:
