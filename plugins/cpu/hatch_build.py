@@ -108,6 +108,7 @@ def compile_library(
         sources += [
             (f"kernels_{level}", "kernels", [*LEVELS[level], *name]),
             (f"ggml_{level}", "ggml_types", [*LEVELS[level], *name]),
+            (f"rows_{level}", "ggml_rows", [*MATMUL_LEVELS[level], *MATMUL, *name]),
             (f"fp32_{level}", "matmul_fp32", [*MATMUL_LEVELS[level], *MATMUL, *name]),
         ]
     sources.append(("matmul", "matmul", MATMUL))

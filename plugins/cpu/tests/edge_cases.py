@@ -62,6 +62,7 @@ def rows_int8(source: Tensor) -> list[Tensor]:
 def ggml_types(name: str) -> list[Tensor]:
     """Blocks from values, and values from any bytes, few and many, aligned and not."""
     from quantmill_cpu.ggml import dequantize, quantize
+    from quantmill_cpu.ggml_matmul import bind
 
     kind, found = TYPES[name], []
     points = torch.arange(kind.points, dtype=torch.int32).to(torch.int8)
@@ -73,6 +74,10 @@ def ggml_types(name: str) -> list[Tensor]:
             out = torch.zeros(count)
             form: Any = SimpleNamespace(data=data, type_name=name, points=points, shape=(count,))
             found.append(dequantize(form, torch.float32, out).nan_to_num(1e30))
+            form.data = data.view(rows, -1)
+            form.tensors = lambda held=form.data: {"data": held}
+            for tokens in (0, 1, 6):  # sums may be ordered otherwise: run, and not compared
+                bind(form)(torch.ones(tokens, across * kind.values), None)
         for dtype in DTYPES if kind.made else ():
             *finite, _, unaligned = sources(count, dtype)
             weights = torch.rand(across * kind.values, generator=generator)

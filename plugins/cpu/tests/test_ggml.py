@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantmill_cpu import native
 from quantmill_cpu.ggml import dequantize, quantize
+from quantmill_cpu.ggml_matmul import bind
 from quantmill_cpu.ggml_types import TYPES
 
 MADE = [name for name, item in TYPES.items() if item.made]
@@ -27,7 +28,9 @@ def form(name: str, data: Tensor) -> Any:
     kind = TYPES[name]
     points = (torch.arange(kind.points) % 7 - 3).to(torch.int8)
     shape = (*data.shape[:-1], data.shape[-1] // kind.size * kind.values)
-    return SimpleNamespace(data=data, type_name=name, points=points, shape=shape)
+    return SimpleNamespace(
+        data=data, type_name=name, points=points, shape=shape, tensors=lambda: {"data": data}
+    )
 
 
 def guarded(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -102,6 +105,39 @@ def test_levels_and_threads_decode_any_bytes_alike(
         found = values_of(name, data)
         same = found.view(torch.int32) == wanted.view(torch.int32)
         assert bool((same | (found.isnan() & wanted.isnan())).all()), level
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.sampled_from(list(TYPES)), tokens=st.integers(0, 9), **SIZES)
+def test_products_are_those_of_decoded_floats(
+    name: str, tokens: int, rows: int, across: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = rows * across * TYPES[name].size
+    whole = torch.randint(0, 256, (size + 1,), dtype=torch.uint8, generator=generator)
+    data = whole[1:].reshape(rows, -1)
+    weight = values_of(name, data).double()
+    x = torch.randn(tokens, weight.shape[1], generator=generator)
+    bias = torch.randn(rows, generator=generator) if seed % 2 else None
+    more = torch.zeros(rows) if bias is None else bias
+    wanted = x.double() @ weight.T + more
+    reach = x.double().abs() @ weight.T.abs() + more.abs() + 1e-20
+    usual = (reach < 1e30) & wanted.isfinite()  # random scales may be anything
+    for level in native.levels():
+        native.use_level(level)
+        torch.set_num_threads(1 + seed % 3)
+        found = bind(form(name, data))(x, bias)
+        assert found.shape == (tokens, rows)
+        assert bool(((found - wanted).abs() <= 1e-6 * reach)[usual].all()), level
+
+
+def test_products_refuse_what_does_not_fit() -> None:
+    call = bind(form("Q8_0", torch.zeros(2, 34, dtype=torch.uint8)))
+    for x, bias in ((torch.zeros(1, 64), None), (torch.zeros(1, 32), torch.zeros(3))):
+        with pytest.raises(ValueError, match="must be"):
+            call(x, bias)
+    with pytest.raises(ValueError, match="whole blocks"):
+        bind(form("Q8_0", torch.zeros(2, 33, dtype=torch.uint8)))
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -20,7 +20,15 @@ from quantmill.kernels import Prepared
 from quantmill_cpu.layout import prepare, restore
 from quantmill_cpu.native import library
 
-__all__ = ["bind", "bind_grouped", "grouped_matmul", "matmul", "prepare", "restore"]
+__all__ = [
+    "bind",
+    "bind_grouped",
+    "grouped_matmul",
+    "matmul",
+    "prepare",
+    "restore",
+    "torch_library",
+]
 
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAILURES: Final = {
@@ -30,7 +38,7 @@ _FAILURES: Final = {
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def torch_library() -> ctypes.CDLL:
     """The library, with PyTorch's threads: those spin for a while after each of its operations,
     and threads of our own would get half of the processors meanwhile."""
     found = library()
@@ -47,7 +55,7 @@ def _call(x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | Non
     if bias is not None:
         bias = _checked_bias(bias, x, rows)
     y = x.new_empty((*shape[:-1], rows))
-    failed = _library().qm_matmul(
+    failed = torch_library().qm_matmul(
         weight.data_ptr(),
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
@@ -88,7 +96,7 @@ def _call_grouped(
     if bias is not None:
         bias = _checked_bias(bias, x, count * rows)
     y = x.new_empty((x.shape[0], rows))
-    failed = _library().qm_matmul_grouped(
+    failed = torch_library().qm_matmul_grouped(
         weights.data_ptr(),
         each,
         count,

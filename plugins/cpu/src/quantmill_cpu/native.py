@@ -67,6 +67,10 @@ def library() -> ctypes.CDLL:
             [small, pointer, small, size, size, pointer, pointer, small],
         ),
         "qm_ggml_decode": (small, [small, pointer, size, pointer, pointer, small]),
+        "qm_ggml_matmul": (
+            small,
+            [small, pointer, size, size, pointer, pointer, size, pointer, pointer, small],
+        ),
         "qm_read": (size, [pointer, size, small]),
         "qm_matmul_levels": (text, []),
         "qm_matmul_level": (text, []),

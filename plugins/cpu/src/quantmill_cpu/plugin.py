@@ -50,6 +50,24 @@ def _matmuls(name: str, form: str, **constraints: tuple[Any, ...]) -> list[Kerne
     return [one, many]
 
 
+_WITHOUT_FORM = ("Q8_K", "TQ1_0", *(name for name, item in TYPES.items() if item.points))
+"""ggml's types that no form of the core stands for: panels can't be made of them."""
+
+
+def _blocks(name: str, types: tuple[str, ...], *dtypes: str) -> Kernel:
+    return Kernel(
+        name=name,
+        operation="matmul",
+        form="ggml",
+        implementation="quantmill_cpu.ggml_matmul:matmul",
+        dtypes=dtypes,
+        constraints={"table": types},
+        cost=0.05,
+        available=_AVAILABLE,
+        bind="quantmill_cpu.ggml_matmul:bind",
+    )
+
+
 @hookimpl
 def quantmill_kernels() -> Sequence[Kernel]:
     return [
@@ -104,6 +122,8 @@ def quantmill_kernels() -> Sequence[Kernel]:
             cost=0.02,
             available=_AVAILABLE,
         ),
+        _blocks("cpu-matmul-ggml", tuple(TYPES), "float32"),
+        _blocks("cpu-matmul-ggml-half", _WITHOUT_FORM, "bfloat16", "float16"),
         *_matmuls(
             "affine",
             "affine",

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "floats.h"
+#include "ggml_rows.h"
 #include "pool.h"
 #include "quantize.h"
 
@@ -100,5 +101,54 @@ QM_API int qm_ggml_decode(int number, const uint8_t *raw, int64_t blocks, const 
     if (blocks <= 0) return 0;
     Decoding d = {type, raw, points, blocks, 65536 / type->values, out};
     qm_parallel(decode_piece, &d, (blocks + d.piece - 1) / d.piece, threads);
+    return 0;
+}
+
+#define DECODED (1 << 15) /* values that a thread decodes at a time: they stay in its cache */
+
+typedef struct {
+    const QmGgmlType *type;
+    const uint8_t *raw;
+    const int8_t *points;
+    QmRows all;    /* of the whole matrix */
+    int64_t piece; /* rows */
+    float *values; /* of each worker, piece x columns */
+    void (*multiply)(const QmRows *job);
+} Product;
+
+static void multiply_piece(void *argument, int64_t index, int worker) {
+    const Product *p = argument;
+    QmRows job = p->all;
+    const int64_t first = index * p->piece, blocks = job.columns / p->type->values;
+    float *values = p->values + worker * p->piece * job.columns;
+    job.rows = job.rows - first < p->piece ? job.rows - first : p->piece;
+    p->type->decode(p->raw + first * blocks * p->type->size, job.rows * blocks, p->points, values);
+    job.values = values;
+    job.out += first;
+    if (job.bias) job.bias += first;
+    p->multiply(&job);
+}
+
+QM_API int qm_ggml_matmul(int number, const uint8_t *raw, int64_t rows, int64_t columns,
+                          const int8_t *points, const float *x, int64_t tokens, const float *bias,
+                          float *out, int threads) {
+    int lanes;
+    const QmGgmlType *type = type_of(number, &lanes);
+    if (!type) return -1;
+    if (rows <= 0 || tokens <= 0) return 0;
+    if (threads < 1) threads = 1;
+    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
+    int64_t piece = DECODED / columns / QM_ROWS_TILE * QM_ROWS_TILE;
+    if (piece < QM_ROWS_TILE) piece = QM_ROWS_TILE;
+    Product p = {type, raw, points, {NULL, rows, columns, x, tokens, bias, out, rows}, piece, NULL,
+                 qm_ggml_rows_baseline};
+#ifdef QM_X86_LEVELS
+    if (lanes == qm_ggml_lanes_avx2) p.multiply = qm_ggml_rows_avx2;
+    if (lanes == qm_ggml_lanes_avx512) p.multiply = qm_ggml_rows_avx512;
+#endif
+    p.values = aligned_alloc(64, (size_t)(threads * piece * columns + 16) * 4 / 64 * 64 + 64);
+    if (!p.values) return -2;
+    qm_parallel(multiply_piece, &p, (rows + piece - 1) / piece, threads);
+    free(p.values);
     return 0;
 }

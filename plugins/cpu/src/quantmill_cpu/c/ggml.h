@@ -53,4 +53,11 @@ int qm_ggml_encode(int type, const void *values, int dtype, int64_t rows, int64_
 int qm_ggml_decode(int type, const uint8_t *raw, int64_t blocks, const int8_t *points, float *out,
                    int threads);
 
+/* `out [tokens, rows]` = `x [tokens, columns]` times the transposed matrix of the blocks, plus
+ * `bias [rows]` or nothing (NULL), in float32. Rows are decoded a few at a time. 0, or -1: the type
+ * is not known; -2: there is no memory. */
+int qm_ggml_matmul(int type, const uint8_t *raw, int64_t rows, int64_t columns,
+                   const int8_t *points, const float *x, int64_t tokens, const float *bias,
+                   float *out, int threads);
+
 #endif
