@@ -1,22 +1,25 @@
 """Our GGUF types, mixes and files held against llama.cpp's own binaries, bit for bit.
 
     python benchmarks/interop_llamacpp.py mixes BUILD/bin [--write FILE]
-    python benchmarks/interop_llamacpp.py files BUILD/bin MODEL-F16.gguf
+    python benchmarks/interop_llamacpp.py files BUILD/bin MODEL-F16.gguf [--imatrix FILE]
     python benchmarks/interop_llamacpp.py types BUILD/bin
+    python benchmarks/interop_llamacpp.py models BUILD/bin [--only NAME...] [--mixes MIX...]
 
 ``mixes`` compares the type of every tensor over models of several shapes with what
 ``llama-quantize`` chooses, and can write its choices as data for the tests. ``files`` writes a
 model's file in every mix with both and compares the bytes. ``types`` compares encoders and decoders
-with the functions of ``libggml-base`` on random values and on random bytes.
+with the functions of ``libggml-base`` on random values and on random bytes. ``models`` computes
+tiny models of every architecture, in files of every mix that either program writes, with both; it
+needs the bindings of llama-cpp-python (see ``llamacpp.py``).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llamacpp import Ggml
 from torch import Tensor
 
 from quantmill_gguf.encode import MADE, encode
@@ -177,20 +181,22 @@ def packed(stored: dict[str, Any]) -> dict[str, Any]:
     return {"letters": {letter: name for name, letter in letters.items()}, "cases": stored}
 
 
-def files(bins: Path, source: Path) -> bool:
+def files(bins: Path, source: Path, imatrix: Path | None) -> bool:
     """Whole files, byte by byte."""
-    good = True
+    good, given = True, []
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "ours.gguf", Path(folder) / "theirs.gguf"
+        if imatrix is not None:
+            # Its name is written into files, without its folder by us.
+            shutil.copy(imatrix, folder)
+            given = ["--imatrix", imatrix.name]
         for mix in MIXES:
             start = time.perf_counter()
-            requantize(source, ours, mix)
+            requantize(source, ours, mix, imatrix=imatrix)
             middle = time.perf_counter()
+            command = [bins.resolve() / "llama-quantize", *given, source.resolve(), theirs, mix, 2]
             done = subprocess.run(
-                [str(bins / "llama-quantize"), str(source), str(theirs), mix, "2"],
-                capture_output=True,
-                text=True,
-                check=False,
+                [*map(str, command)], capture_output=True, text=True, check=False, cwd=folder
             )
             end = time.perf_counter()
             if done.returncode:
@@ -205,45 +211,6 @@ def files(bins: Path, source: Path) -> bool:
                 flush=True,
             )
     return good
-
-
-class Ggml:
-    """The entry points of libggml-base that are compared with."""
-
-    def __init__(self, bins: Path) -> None:
-        self.library = ctypes.CDLL(str(bins / "libggml-base.so"))
-        pointer, long = ctypes.c_void_p, ctypes.c_int64
-        self.library.ggml_quantize_chunk.argtypes = [
-            *(ctypes.c_int, pointer, pointer, long, long, long, pointer)
-        ]
-        self.library.ggml_quantize_chunk.restype = ctypes.c_size_t
-
-    def encode(self, name: str, values: Tensor, importance: Tensor | None = None) -> Tensor:
-        """uint8 ``[rows, row bytes]`` of float32 ``[rows, columns]``."""
-        info, values = BY_NAME[name], values.contiguous()
-        out = torch.zeros(len(values), info.row_bytes(values.shape[1]), dtype=torch.uint8)
-        self.library.ggml_quantize_init(info.number)
-        address = None if importance is None else importance.data_ptr()
-        self.library.ggml_quantize_chunk(
-            info.number, values.data_ptr(), out.data_ptr(), 0, *values.shape, address
-        )
-        return out
-
-    def decoder(self, name: str) -> Any:
-        """``fn(raw address, out address, values)``."""
-        head, _, tail = name.partition("_")
-        tail = tail if tail == "K" else tail.lower()
-        function = getattr(self.library, f"dequantize_row_{head.lower()}" + (tail and f"_{tail}"))
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        function.restype = None
-        return function
-
-    def decode(self, name: str, raw: Tensor) -> Tensor:
-        """float32 ``[rows, columns]``."""
-        info = BY_NAME[name]
-        out = torch.empty(len(raw), raw.shape[1] // info.size * info.block)
-        self.decoder(name)(raw.contiguous().data_ptr(), out.data_ptr(), out.numel())
-        return out
 
 
 def samples(generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -310,15 +277,24 @@ def types(bins: Path) -> bool:
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("what", choices=("mixes", "files", "types"))
+    parser.add_argument("what", choices=("mixes", "files", "types", "models"))
     parser.add_argument("bins", type=Path, help="folder of llama.cpp's binaries and libraries")
     parser.add_argument("model", type=Path, nargs="?", help="a float GGUF file, for files")
+    parser.add_argument("--imatrix", type=Path, help="an importance matrix of the model, for files")
     parser.add_argument("--write", type=Path, help="where mixes stores llama.cpp's choices")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="names of models (quantmill_gguf.tiny)"
+    )
+    parser.add_argument("--mixes", nargs="*", default=[], help="mixes of models, in place of all")
     arguments = parser.parse_args()
     if arguments.what == "mixes":
         good = mixes(arguments.bins, arguments.write)
     elif arguments.what == "files":
-        good = files(arguments.bins, arguments.model)
+        good = files(arguments.bins, arguments.model, arguments.imatrix)
+    elif arguments.what == "models":
+        from llamacpp_models import models
+
+        good = models(arguments.bins, arguments.only, arguments.mixes)
     else:
         good = types(arguments.bins)
     sys.exit(0 if good else 1)

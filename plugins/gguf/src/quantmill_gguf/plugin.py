@@ -50,6 +50,8 @@ _MIXES = {
     "MXFP4_MOE": (4.25, "4-bit floats for experts, 8 bits for the rest"),
     "TQ1_0": (1.6875, "ternary, packed tightest: for models trained so"),
     "TQ2_0": (2.0625, "ternary: for models trained so"),
+    "Q2_0": (2.25, "2 bits, blocks of 64: for models trained so"),
+    "Q1_0": (1.125, "signs, blocks of 128: for models trained so"),
 }
 """Nominal bits and a summary of the mixes of llama.cpp that can be written."""
 
@@ -129,7 +131,7 @@ def _weighs(job: Job) -> bool:
 @hookimpl
 def quantmill_validate(job: Job) -> Iterable[Finding]:
     found: Iterable[Finding] = ()
-    if _weighs(job):
+    if any(item.method.name == "gguf" for item in job.selections.values()):
         found = resolve("quantmill_gguf.importance:findings")(job)
     return found
 
