@@ -248,6 +248,9 @@ def test_what_it_lacks_is_told(model: Path, tmp_path: Path) -> None:
     assert finding.code == "QM-GGUF-035" and "lacks 9 of" in finding.cause
     # Codes of 8 bits are not chosen by weight: there is nothing to tell.
     assert not quantmill.plan(model, "gguf-q8_0", imatrix=path).findings
+    # llama-quantize refuses this mix without one.
+    (finding,) = quantmill.plan(model, "gguf-q2_k_s").findings
+    assert finding.code == "QM-GGUF-036"
 
 
 def test_methods_without_one_refuse_it(model: Path, tmp_path: Path) -> None:

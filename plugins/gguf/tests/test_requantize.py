@@ -10,6 +10,7 @@ import torch
 from quantmill.findings import QuantmillError
 from quantmill_gguf.container import GgufFile
 from quantmill_gguf.encode import decode, encode
+from quantmill_gguf.imatrix import COUNTS, Entry, Imatrix
 from quantmill_gguf.mixes import MixOptions
 from quantmill_gguf.requantize import requantize
 from quantmill_gguf.writer import GgufWriter, TensorSpec
@@ -76,16 +77,26 @@ def test_tensors_and_metadata_come_over(tmp_path: Path, big: bool) -> None:
 def test_experts_have_importance_of_their_own(tmp_path: Path) -> None:
     name = "blk.1.ffn_down_exps.weight"
     importance = torch.rand(2, 256)
-    path, out = source(tmp_path / "x.gguf"), tmp_path / "y.gguf"
-    requantize(path, out, "Q4_K_S", importance={name: importance})
+    path, out, file = source(tmp_path / "x.gguf"), tmp_path / "y.gguf", tmp_path / "i.gguf"
+    Imatrix({name: Entry(importance * 4, torch.full((2,), 4.0))}, 3, 512, ["/of/some.txt"]).write(
+        file
+    )
+    requantize(path, out, "Q4_K_S", imatrix=file)
     found = read(GgufFile.open(out), name)
+    facts = GgufFile.open(out).metadata
+    assert {key: facts[f"quantize.imatrix.{key}"] for key in ("file", "dataset")} == {
+        "file": "i.gguf",
+        "dataset": "some.txt",
+    }
+    assert [facts[key] for key in COUNTS] == [1, 3]
     for expert in range(2):
         half = values(3, 2, 16, 256).half()[expert]
         kind = GgufFile.open(out).tensors[name].type.name
         wanted = decode(kind, encode(kind, half, importance[expert]))
         assert torch.equal(found[expert], wanted)
+    Imatrix({name: Entry(torch.rand(1, 256), torch.ones(1))}).write(file)
     with pytest.raises(QuantmillError, match="QM-GGUF-033"):
-        requantize(path, out, "Q4_K_S", importance={name: torch.rand(256)})
+        requantize(path, out, "Q4_K_S", imatrix=file)
 
 
 def test_blocks_are_not_quantized_again_unasked(tmp_path: Path) -> None:

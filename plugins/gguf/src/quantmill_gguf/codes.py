@@ -21,6 +21,7 @@ __all__ = [
     "NOT_MEASURED",
     "NOT_QUANTIZED",
     "NO_BLOCKS",
+    "NO_IMPORTANCE",
     "NO_TOKENIZER",
     "OFFSET",
     "OVERLAP",
@@ -72,4 +73,7 @@ IMPORTANCE = declare("QM-GGUF-033", "An importance matrix can't be read or does 
 REQUANTIZED = declare("QM-GGUF-034", "A tensor is quantized already")
 NOT_MEASURED = declare(
     "QM-GGUF-035", "An importance matrix lacks tensors of the model", Severity.WARNING
+)
+NO_IMPORTANCE = declare(
+    "QM-GGUF-036", "A mix is made without the importance matrix that it needs", Severity.WARNING
 )

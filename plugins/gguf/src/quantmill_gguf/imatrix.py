@@ -29,7 +29,10 @@ from quantmill_gguf.byteorder import swapped
 from quantmill_gguf.container import MAGIC, Array, GgufFile, GgufTensor
 from quantmill_gguf.writer import GgufWriter, TensorSpec
 
-__all__ = ["SUFFIXES", "Entry", "Imatrix"]
+__all__ = ["COUNTS", "SUFFIXES", "Entry", "Imatrix"]
+
+COUNTS = ("quantize.imatrix.entries_count", "quantize.imatrix.chunks_count")
+"""Keys of :meth:`Imatrix.facts` that are numbers."""
 
 SUFFIXES = (".gguf", ".dat")
 """Endings of the two formats."""
@@ -81,6 +84,16 @@ class Imatrix:
         if not newer:
             return _Older(path, size).read()
         return _newer(GgufFile.open(path))
+
+    def facts(self, path: Path) -> dict[str, str | int]:
+        """Where a file's importance came from, under the keys that llama-quantize writes."""
+        found: dict[str, str | int] = {"quantize.imatrix.file": path.name}
+        if self.texts:
+            found["quantize.imatrix.dataset"] = Path(self.texts[0]).name
+        found["quantize.imatrix.entries_count"] = len(self.entries)
+        if self.chunks:
+            found["quantize.imatrix.chunks_count"] = self.chunks
+        return found
 
     def write(self, path: Path) -> None:
         """Write a file in the format that its ending names.

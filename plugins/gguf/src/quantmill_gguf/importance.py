@@ -14,6 +14,7 @@ from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
 from quantmill_gguf.imatrix import Entry, Imatrix
 from quantmill_gguf.layout import layout_of
+from quantmill_gguf.mixes import NEEDY
 from quantmill_gguf.types import TYPES
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def findings(job: Job) -> Iterator[Finding]:
         yield from error.findings
         return
     if found is None:
+        yield from _missing(job)
         return
     path, matrix = found
     if layout_of(job).family is None:
@@ -126,6 +128,17 @@ def findings(job: Job) -> Iterator[Finding]:
         cause = f"it lacks {len(lacking)} of the model's tensors, {lacking[0]} for one"
         fix = "nothing to do: they are quantized as without an importance matrix"
         yield codes.NOT_MEASURED(str(path), cause, fix)
+
+
+def _missing(job: Job) -> Iterator[Finding]:
+    """A mix that llama-quantize makes with an importance matrix only."""
+    for item in job.selections.values():
+        config = item.config
+        if isinstance(config, GgufConfig) and config.mix in NEEDY and config.type is None:
+            cause = "llama-quantize refuses this mix without an importance matrix: errors are large"
+            fix = "measure one with quantmill imatrix, and give it: --imatrix FILE"
+            yield codes.NO_IMPORTANCE(f"gguf-{config.mix.lower()}", cause, fix)
+            return
 
 
 def write(job: Job, measured: Measured, path: Path) -> None:

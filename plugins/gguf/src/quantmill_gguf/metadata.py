@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from quantmill.findings import Finding
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
+from quantmill_gguf.imatrix import COUNTS
 from quantmill_gguf.importance import matrix_of
 from quantmill_gguf.mixes import MIXES, mix_named
 from quantmill_gguf.reader import GgufSource
@@ -42,7 +43,11 @@ def metadata_of(
         found[f"{arch}.{key}"] = value
     found["general.file_type"] = _file_type(job, layout, types)
     found["general.quantization_version"] = _QUANTIZATION_VERSION
-    found |= _importance(job)
+    there = matrix_of(job)
+    if there is not None:
+        path, matrix = there
+        found |= matrix.facts(path)
+        kinds |= dict.fromkeys(COUNTS, "uint32")
     if isinstance(job.headers.source, GgufSource):
         # A file's tokenizer goes on as it is.
         first = job.headers.source.files[0]
@@ -89,21 +94,6 @@ def _vocabulary(job: Job, layout: Layout) -> Vocabulary | VocabularyError | None
         except VocabularyError as error:
             state["vocabulary"] = error
     found: Vocabulary | VocabularyError | None = state["vocabulary"]
-    return found
-
-
-def _importance(job: Job) -> dict[str, Any]:
-    """Where the importance came from, under the keys that llama-quantize writes."""
-    there = matrix_of(job)
-    if there is None:
-        return {}
-    path, matrix = there
-    found: dict[str, Any] = {"quantize.imatrix.file": path.name}
-    if matrix.texts:
-        found["quantize.imatrix.dataset"] = Path(matrix.texts[0]).name
-    found["quantize.imatrix.entries_count"] = len(matrix.entries)
-    if matrix.chunks:
-        found["quantize.imatrix.chunks_count"] = matrix.chunks
     return found
 
 

@@ -24,7 +24,16 @@ from quantmill_gguf import codes
 from quantmill_gguf.container import Array
 from quantmill_gguf.types.sizes import BY_NAME, PLAIN
 
-__all__ = ["MIXES", "Mix", "MixOptions", "ModelFacts", "choose", "mix_named", "tensor_order"]
+__all__ = [
+    "MIXES",
+    "NEEDY",
+    "Mix",
+    "MixOptions",
+    "ModelFacts",
+    "choose",
+    "mix_named",
+    "tensor_order",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,8 @@ MIXES: Final[dict[str, Mix]] = {
         Mix("Q2_0", "Q2_0", 41),
     )
 }
+NEEDY: Final = ("Q2_K_S",)
+"""Mixes that llama-quantize makes with an importance matrix only."""
 _ALIASES: Final = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 
 

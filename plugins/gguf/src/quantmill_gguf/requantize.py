@@ -20,6 +20,8 @@ from quantmill_gguf import codes
 from quantmill_gguf.byteorder import swapped
 from quantmill_gguf.container import GgufFile, GgufTensor, open_split
 from quantmill_gguf.encode import MADE, decode, encode
+from quantmill_gguf.imatrix import COUNTS as IMATRIX_COUNTS
+from quantmill_gguf.imatrix import Imatrix
 from quantmill_gguf.mixes import Mix, MixOptions, ModelFacts, choose, mix_named
 from quantmill_gguf.types.sizes import PLAIN
 from quantmill_gguf.writer import GgufWriter, TensorSpec
@@ -42,7 +44,7 @@ def requantize(
     mix: Mix | str,
     options: MixOptions | None = None,
     *,
-    importance: Mapping[str, Tensor] | None = None,
+    imatrix: Path | None = None,
     metadata: Mapping[str, Any] | None = None,
     kinds: Mapping[str, str | int] | None = None,
     allow_requantize: bool = False,
@@ -56,8 +58,7 @@ def requantize(
         out: the file to write; one that is there is replaced.
         mix: a mix or its name.
         options: see :class:`~quantmill_gguf.mixes.MixOptions`.
-        importance: by tensor name, float32 ``[columns]``, or ``[experts, columns]`` for stacked
-            experts.
+        imatrix: an importance matrix of llama.cpp's; the file then says which one.
         metadata: keys to add or to replace, with their types in ``kinds``.
         kinds: value types of ``metadata``.
         allow_requantize: blocks may be decoded and quantized once more, with a second loss.
@@ -77,7 +78,8 @@ def requantize(
     owners = {name: file for file in files for name in file.tensors}
     tensors = {name: file.tensors[name] for name, file in owners.items()}
     first = files[0]
-    options = replace(options or MixOptions(), importance=importance is not None)
+    matrix = None if imatrix is None else Imatrix.read(imatrix)
+    options = replace(options or MixOptions(), importance=matrix is not None)
     facts = ModelFacts.of(first.metadata)
     listed = [(name, item.shape, item.type.name) for name, item in tensors.items()]
     types = choose(mix, facts, listed, options)
@@ -87,15 +89,14 @@ def requantize(
     replaced = {
         "general.quantization_version": _QUANTIZATION_VERSION,
         "general.file_type": mix.file_type,
+        **(matrix.facts(imatrix) if matrix is not None and imatrix is not None else {}),
         **(metadata or {}),
     }
     for key in replaced:
         keys.pop(key, None)
     keys.pop("general.alignment", None)
-    number: dict[str, str | int] = dict.fromkeys(
-        ("general.quantization_version", "general.file_type"), "uint32"
-    )
-    written = {**first.kinds, **number, **(kinds or {})}
+    numbers = ("general.quantization_version", "general.file_type", *IMATRIX_COUNTS)
+    written = {**first.kinds, **dict.fromkeys(numbers, "uint32"), **(kinds or {})}
     total = sum(item.nbytes for item in tensors.values())
     done = 0
     with GgufWriter(out, {**keys, **replaced}, specs, kinds=written) as writer:
@@ -103,7 +104,8 @@ def requantize(
             tensor, file = tensors[spec.name], owners[spec.name]
             if progress is not None:
                 progress(done, total, spec.name)
-            weights = None if importance is None else importance.get(spec.name)
+            entry = None if matrix is None else matrix.entries.get(spec.name)
+            weights = None if entry is None else entry.mean()
             for part in blocks_of(file, tensor, spec.type_name, weights, kernels):
                 writer.write(part)
             done += tensor.nbytes
