@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import quantmill
 from quantmill.calibration.carry_out import resume_folder
@@ -113,6 +114,31 @@ def test_a_killed_job_refuses_another_config(folder: Path, tokens: Tensor, tmp_p
             quantmill.quantize(folder, out, **arguments)
         assert caught.value.findings[0].code == "QM-CALIB-030"
     quantmill.quantize(folder, out, METHODS[0], calibration=tokens)
+
+
+def _held() -> int:
+    """Bytes of all tensors that are reachable."""
+    gc.collect()
+    tensors: list[Tensor] = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
+    storages = {item.untyped_storage().data_ptr(): item for item in tensors if not item.is_meta}
+    return sum(item.untyped_storage().nbytes() for item in storages.values())
+
+
+@pytest.mark.parametrize("method", ["gptq-4:group_size=32", "awq-4:group_size=32"])
+def test_no_block_is_held_when_its_turn_is_over(
+    method: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    folder = write_tiny_llama(tmp_path / "float", hidden=96, inner=160, layers=6, heads=4)
+    held = {}
+
+    def progress(done: int, total: int, what: str) -> None:
+        if what in ("model.layers.1", "model.layers.5"):
+            held[what] = _held()
+
+    quantmill.quantize(folder, tmp_path / "out", method, calibration=tokens, progress=progress)
+    weights = 4 * 96 * 96 + 3 * 96 * 160
+    # Four further blocks leave less than a quarter of one behind.
+    assert held["model.layers.5"] - held["model.layers.1"] < 2 * weights // 4
 
 
 def test_options_per_module_reach_the_calibrator_and_the_checkpoint(

@@ -10,13 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from quantmill.findings import Finding, FindingCode, FindingsError, Severity, declare
 
-__all__ = ["MethodConfig", "dtype_name", "suggestion"]
+__all__ = ["GroupSize", "MethodConfig", "dtype_name", "group_width", "suggestion"]
 
 UNKNOWN_KEY = declare("QM-CONFIG-001", "A config has a key the method does not know")
 INVALID_VALUE = declare("QM-CONFIG-002", "A config field has an invalid value")
@@ -40,6 +40,21 @@ def dtype_name(value: Any) -> Any:
     """``"bfloat16"`` for ``torch.bfloat16``, ``"torch.bfloat16"`` or itself."""
     text = str(value) if type(value).__module__ == "torch" else value
     return text.removeprefix("torch.") if isinstance(text, str) else text
+
+
+def _group_size(value: int) -> int:
+    if value != -1 and value < 8:
+        raise ValueError("it is -1 (one group per row) or at least 8")
+    return value
+
+
+GroupSize = Annotated[int, AfterValidator(_group_size)]
+"""A field: input columns that share a scale; -1 for one group per row."""
+
+
+def group_width(size: int, columns: int) -> int:
+    """Input columns per group of a row of so many, for a :data:`GroupSize`."""
+    return columns if size == -1 else min(size, columns)
 
 
 class MethodConfig(BaseModel):

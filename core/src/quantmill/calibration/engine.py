@@ -10,7 +10,7 @@ get every form, so that each goes on as if it were alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.backend import BlockCalibrator, NonFiniteWeight
-from quantmill.calibration.block import Block, Observer, Share
+from quantmill.calibration.block import Block, Share
 from quantmill.calibration.data import CalibrationData, Calls
+from quantmill.calibration.heap import give_back, mapped_apart
 from quantmill.calibration.mixture import few_tokens
 from quantmill.calibration.moments import lane_owner, lanes_of
 from quantmill.calibration.overlay import OverlayReader
 from quantmill.calibration.replay import Replay, find_blocks
 from quantmill.calibration.resume import Progress
+from quantmill.calibration.tail import Tail
 from quantmill.checkpoint.reader import TensorReader
 from quantmill.findings import QuantmillError, Severity, declare
 from quantmill.finite import first_non_finite
@@ -55,7 +57,7 @@ def calibrate(
         QuantmillError: the model can't be replayed, a weight or an activation is not finite, or
             ``keep`` holds another job.
     """
-    with open_reader(job.headers) as reader:
+    with open_reader(job.headers) as reader, mapped_apart():
         run = Run(job, sink, data, keep, reader)
         try:
             run.run()
@@ -163,6 +165,7 @@ class Run:
                     self._advance(index, total, name)
                     forms = self._block(model, replay, calibrator, name, index, inside)
                 self._send(inside, forms)
+                give_back()
             self._advance(count, total, "outside the blocks")
             self._send(outside, self._tail(replay, calibrator, inner))
             self._advance(total, total, "done")
@@ -185,11 +188,11 @@ class Run:
             self.job.advance(done, total, what)
 
     def _send(self, modules: list[ModuleInfo], forms: Mapping[str, Form | None]) -> None:
-        if self.sink is None:
-            return
-        overlay: Any = OverlayReader(self.reader, self.changed)
-        for _ in run_modules(self.job, self.sink, modules, overlay, forms):
-            pass
+        if self.sink is not None:
+            overlay: Any = OverlayReader(self.reader, self.changed)
+            for _ in run_modules(self.job, self.sink, modules, overlay, forms):
+                pass
+        self.changed.clear()
 
     def _finish(self, model: nn.Module, inner: str) -> None:
         """Complete the model around its blocks; these get their weights one by one, later."""
@@ -278,6 +281,10 @@ class Run:
             self._advance(block.index, len(block._replay.blocks) + 1, words)
 
     def _take_changes(self, block: Block) -> None:
+        for target in block.targets:
+            # What its form already holds is not written as it is.
+            if block.forms.get(target.name) is not None:
+                block.changed.pop(f"{target.name}.{target.parameter}", None)
         for name, value in block.changed.items():
             module, _, local = name.rpartition(".")
             sources = self.modules[module].parameters[local].sources
@@ -338,48 +345,11 @@ class Run:
             return {}
         configs = {target.name: selection.config for target, selection in outside}
         members = [target for target, _ in outside]
-        block = _Tail(len(replay.blocks), "", replay.model, members, configs, replay, self.share)
+        block = Tail(len(replay.blocks), "", replay.model, members, configs, replay, self.share)
         self._finite(block)
         calibrator.calibrate(block)
         self._complete(block)
         return block.forms
-
-
-class _Tail(Block):
-    """The model around its blocks: calls give the output through the stored hidden states."""
-
-    def pass_on(self, observers: Mapping[str, Observer]) -> None:
-        self.observe(observers)
-
-    def inputs(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """One call of the whole model per batch, made by :meth:`Replay.finish`."""
-        for _ in self._replay.finish():
-            yield (), {}
-
-    def observe(self, observers: Mapping[str, Observer]) -> None:
-        handles = []
-        number = 0
-        for name, observer in observers.items():
-            module = self._replay.model.get_submodule(name)
-
-            def seen(_: nn.Module, args: tuple[Any, ...], observer: Observer = observer) -> None:
-                observer(args[0].detach().reshape(-1, args[0].shape[-1]), number)
-
-            handles.append(module.register_forward_pre_hook(seen))
-        outputs = self._replay.finish()
-        try:
-            for number in self._replay.numbers:  # noqa: B007 the hooks read it
-                next(outputs)
-        finally:
-            outputs.close()
-            for handle in handles:
-                handle.remove()
-
-    def run_first(self) -> Any:
-        return next(self._replay.finish())
-
-    def call_order(self) -> list[list[Target]]:
-        return [[target] for target in self.targets]
 
 
 def _to(value: Any, device: str) -> Any:

@@ -16,7 +16,6 @@ from quantmill.checkpoint.dtypes import code_of
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError
 from quantmill.forms import Form
-from quantmill.registrations import Capabilities
 from quantmill.testing.base import (
     Conformance,
     MatrixSource,
@@ -206,10 +205,8 @@ class FormPromises(Conformance):
         assert torch.equal(decoded.dequantize(), form.dequantize())
 
     def test_memory_beyond_the_form_does_not_grow_with_the_rows(
-        self, quantizer: Quantizer[Any], able: Capabilities
+        self, quantizer: Quantizer[Any]
     ) -> None:
-        if not able.on_the_fly:
-            pytest.skip("calibration has a block in memory anyway")
         shapes = ((512, 512), (1536, 512))
         if any(self.refused(quantizer, shape) for shape in shapes):
             pytest.skip("it takes no matrix of that size")

@@ -17,11 +17,12 @@ from torch import Tensor
 from quantmill.backend import BlockCalibrator
 from quantmill.calibration.block import Block
 from quantmill.calibration.moments import Moments
+from quantmill.config import group_width
 from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_awq.config import AwqConfig
 from quantmill_awq.folding import Fold, find_fold
-from quantmill_awq.rounding import group_width, make_form, nearest, ranges
+from quantmill_awq.rounding import make_form, nearest, ranges
 
 __all__ = ["AwqCalibrator"]
 
@@ -68,7 +69,7 @@ class AwqCalibrator(BlockCalibrator[AwqConfig]):
         sample = [_sample(block.weight(target).to(torch.float32)) for target in group]
         together = torch.cat(sample)
         inputs = moments.magnitude.clamp(min=1e-8)
-        weights = _magnitude(together, group_width(config, together.shape[1]))
+        weights = _magnitude(together, group_width(config.group_size, together.shape[1]))
         best, chosen = _error(together, moments.square, config), None
         for step in range(1, config.grid + 1):
             share = step / config.grid
@@ -136,7 +137,7 @@ def _magnitude(weight: Tensor, width: int) -> Tensor:
 def _error(weight: Tensor, square: Tensor, config: AwqConfig, scale: Tensor | None = None) -> float:
     """Squared output error of rounding ``weight`` to nearest, its columns times ``scale``."""
     rows, columns = weight.shape
-    width = group_width(config, columns)
+    width = group_width(config.group_size, columns)
     blocks = (weight if scale is None else weight * scale).reshape(rows, -1, width)
     error = (nearest(blocks, *ranges(blocks, config)) - blocks).reshape(rows, columns)
     if scale is not None:
@@ -147,7 +148,7 @@ def _error(weight: Tensor, square: Tensor, config: AwqConfig, scale: Tensor | No
 def _clip(weight: Tensor, moments: Moments, config: AwqConfig) -> Tensor:
     """Share of each group's range to keep, ``[out, groups]``, by the error within the group."""
     rows, columns = weight.shape
-    width = group_width(config, columns)
+    width = group_width(config.group_size, columns)
     blocks = weight.reshape(rows, -1, width)
     groups = blocks.shape[1]
     index = torch.arange(columns, device=weight.device).reshape(groups, width)

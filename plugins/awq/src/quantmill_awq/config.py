@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from quantmill.config import MethodConfig
+from quantmill.config import GroupSize, MethodConfig
 from quantmill.targeting.dialects import from_transformers_skip
 from quantmill.targeting.types import Rule
 
@@ -42,7 +42,7 @@ class AwqConfig(MethodConfig):
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"version", "grid", "clip"})
 
     bits: Literal[4] = 4
-    group_size: int = 128
+    group_size: GroupSize = 128
     """Input columns that share a scale; -1 for one group per row."""
     zero_point: bool = True
     """Asymmetric; otherwise the zero point is the middle code."""
@@ -69,13 +69,6 @@ class AwqConfig(MethodConfig):
                 " checkpoint in one of these"
             )
         return name
-
-    @field_validator("group_size")
-    @classmethod
-    def _size(cls, value: int) -> int:
-        if value != -1 and value < 8:
-            raise ValueError("it is -1 (one group per row) or at least 8")
-        return value
 
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> dict[str, Any]:

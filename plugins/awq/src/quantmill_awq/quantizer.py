@@ -7,13 +7,15 @@ from collections.abc import Iterator
 import torch
 
 from quantmill.backend import Quantizer, WeightSource
+from quantmill.config import group_width
 from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
-from quantmill.forms import Form
+from quantmill.forms import Affine, Form
+from quantmill.forms.rows import join_rows, whole_bytes
 from quantmill.targeting.types import Target
 from quantmill_awq.codec import abstract_form
 from quantmill_awq.config import AwqConfig
-from quantmill_awq.rounding import group_width, make_form
+from quantmill_awq.rounding import make_form
 
 __all__ = ["AwqQuantizer"]
 
@@ -25,7 +27,7 @@ class AwqQuantizer(Quantizer[AwqConfig]):
     """Planning, and rounding to nearest without calibration."""
 
     def abstract(self, target: Target, dtype: torch.dtype) -> Form:
-        width = group_width(self.config, target.in_features)
+        width = group_width(self.config.group_size, target.in_features)
         groups = -(-target.in_features // width)
         return abstract_form(target, width, groups, torch.float16, dtype)
 
@@ -37,7 +39,7 @@ class AwqQuantizer(Quantizer[AwqConfig]):
                     f"its {words} {features} is no multiple of 8",
                     f"keep it float: --skip {target.name}",
                 )
-        width = group_width(self.config, target.in_features)
+        width = group_width(self.config.group_size, target.in_features)
         if target.in_features % width:
             yield NO_GROUPS(
                 target.name,
@@ -47,7 +49,13 @@ class AwqQuantizer(Quantizer[AwqConfig]):
             )
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
-        whole = weight.tensor().to(torch.float32)
+        columns = target.in_features
         with FiniteCheck(weight.name) as finite:
-            finite.look(whole)
-        return make_form(whole, self.config, weight.dtype)
+
+            def parts() -> Iterator[tuple[int, Affine]]:
+                for start, block in weight.row_blocks(whole_bytes(columns, self.config.bits)):
+                    rows = block.to(torch.float32)
+                    finite.look(rows, start * columns)
+                    yield start, make_form(rows, self.config, weight.dtype)
+
+            return join_rows(parts(), target.out_features)

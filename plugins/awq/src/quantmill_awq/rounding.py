@@ -5,17 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantmill.config import group_width
 from quantmill.forms import Affine, Codes, Group
 from quantmill_awq.config import AwqConfig
 
-__all__ = ["group_width", "make_form", "nearest", "ranges"]
+__all__ = ["make_form", "nearest", "ranges"]
 
 _TOP = 15.0
-
-
-def group_width(config: AwqConfig, columns: int) -> int:
-    """Input columns per group."""
-    return columns if config.group_size == -1 else min(config.group_size, columns)
 
 
 def ranges(groups: Tensor, config: AwqConfig, share: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -47,7 +43,7 @@ def make_form(
 ) -> Affine:
     """The form of a float32 ``weight [out, in]``; ``share [out, groups]`` shrinks ranges."""
     rows, columns = weight.shape
-    width = group_width(config, columns)
+    width = group_width(config.group_size, columns)
     groups = -(-columns // width)
     pad = groups * width - columns
     blocks = torch.nn.functional.pad(weight, (0, pad)).reshape(rows, groups, width)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from quantmill.backend import BlockCalibrator
 from quantmill.calibration.block import Block
 from quantmill.calibration.moments import Moments
+from quantmill.config import group_width
 from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_gptq.config import GptqConfig
-from quantmill_gptq.quantizer import group_width
 from quantmill_gptq.rounding import grid_of, rounded
 from quantmill_gptq.solver import Problem, gptq
 
@@ -34,7 +34,7 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
             config = block.configs[target.name]
             assert isinstance(config, GptqConfig)
             weight = block.weight(target)
-            width = group_width(config, target.in_features)
+            width = group_width(config.group_size, target.in_features)
             if moments.tokens == 0:
                 # No token reached it (an expert that was never routed to): nothing to learn from.
                 whole = weight.float()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from quantmill.config import MethodConfig
+from quantmill.config import GroupSize, MethodConfig
 from quantmill.targeting.dialects import from_gptq_dynamic
 from quantmill.targeting.types import Rule
 
@@ -42,7 +42,7 @@ class GptqConfig(MethodConfig):
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("desc_act", "act_group_aware"),)
 
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: int = 128
+    group_size: GroupSize = 128
     """Input columns that share a scale; -1 for one group per row."""
     sym: bool = True
     """Symmetric: the zero point is the middle code."""
@@ -82,13 +82,6 @@ class GptqConfig(MethodConfig):
         if isinstance(data, dict) and data.get("desc_act") is True:
             data = {"act_group_aware": False, **data}
         return data
-
-    @field_validator("group_size")
-    @classmethod
-    def _size(cls, value: int) -> int:
-        if value != -1 and value < 8:
-            raise ValueError("it is -1 (one group per row) or at least 8")
-        return value
 
     @field_validator("dynamic")
     @classmethod

@@ -7,27 +7,19 @@ from collections.abc import Iterator
 import torch
 
 from quantmill.backend import Quantizer, WeightSource
+from quantmill.config import group_width
 from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
-from quantmill.forms import Form
+from quantmill.forms import Affine, Form
+from quantmill.forms.rows import join_rows, whole_bytes
 from quantmill.targeting.types import Target
 from quantmill_gptq.codec import abstract_form
 from quantmill_gptq.config import GptqConfig
-from quantmill_gptq.rounding import Grid, grid_of, rounded
+from quantmill_gptq.rounding import grid_of, rounded
 
-__all__ = ["GptqQuantizer", "group_count", "group_width"]
+__all__ = ["GptqQuantizer"]
 
 NO_WORDS = declare("QM-GPTQ-002", "A module's shape does not fill the layout's 32-bit words")
-
-
-def group_width(config: GptqConfig, columns: int) -> int:
-    """Input columns per group."""
-    return columns if config.group_size == -1 else min(config.group_size, columns)
-
-
-def group_count(config: GptqConfig, columns: int) -> int:
-    """Groups of a row; the last may be ragged."""
-    return -(-columns // group_width(config, columns))
 
 
 class GptqQuantizer(Quantizer[GptqConfig]):
@@ -35,12 +27,12 @@ class GptqQuantizer(Quantizer[GptqConfig]):
 
     def abstract(self, target: Target, dtype: torch.dtype) -> Form:
         config = self.config
-        columns = target.in_features
+        width = group_width(config.group_size, target.in_features)
         return abstract_form(
             target,
             config.bits,
-            group_width(config, columns),
-            group_count(config, columns),
+            width,
+            -(-target.in_features // width),
             config.desc_act,
             torch.float16,
             dtype,
@@ -58,9 +50,15 @@ class GptqQuantizer(Quantizer[GptqConfig]):
                 )
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
-        whole = weight.tensor().to(torch.float32)
+        columns = target.in_features
+        width = group_width(self.config.group_size, columns)
         with FiniteCheck(weight.name) as finite:
-            finite.look(whole)
-        width = group_width(self.config, target.in_features)
-        grid: Grid = grid_of(whole, width, self.config)
-        return rounded(whole, grid, width, self.config, weight.dtype)
+
+            def parts() -> Iterator[tuple[int, Affine]]:
+                for start, block in weight.row_blocks(whole_bytes(columns, self.config.bits)):
+                    rows = block.to(torch.float32)
+                    finite.look(rows, start * columns)
+                    grid = grid_of(rows, width, self.config)
+                    yield start, rounded(rows, grid, width, self.config, weight.dtype)
+
+            return join_rows(parts(), target.out_features)
