@@ -28,6 +28,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-Wall",
     "-Wextra",
+    "-Wno-psabi",  # vectors wider than the level's are passed to functions that are inlined
     "-Werror=implicit-function-declaration",
     "-fvisibility=hidden",
 ]

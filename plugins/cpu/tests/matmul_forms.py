@@ -129,12 +129,28 @@ def nested_affine(shape: tuple[int, int], make: Make) -> Affine:
     """As Q4_K: scales and minimums of 6 bits with a second scale for 8 of them."""
     form = make.affine(shape, 4, Group(32), offset="minimum")
     groups = Group(32).scale_shape(shape)
+    offset = _level(make, groups, 6, "u8", 8, torch.bfloat16)
+    return replace(
+        form,
+        scale=_level(make, groups, 6, "dense", 8, torch.float16),
+        offset=replace(offset, factor=-0.2),
+    )
 
-    def level(bits: int, packing: str) -> Affine:
-        second = make.rand(*Group(8).scale_shape(groups)).to(torch.float16)
-        return Affine(make.codes(groups, bits, packing), second, Group(8), factor=1 / 32)
 
-    return replace(form, scale=level(6, "dense"), offset=replace(level(6, "u8"), factor=-0.2))
+def nested_signed(shape: tuple[int, int], make: Make, bits: int) -> Affine:
+    """As Q6_K: signed scales for 16 columns, and one zero point."""
+    form = make.affine(shape, bits, Group(16), offset="none", packing="dense")
+    groups = Group(16).scale_shape(shape)
+    zero = torch.full(groups, 2 ** (bits - 1), dtype=torch.uint8)
+    scale = _level(make, groups, 8 if bits > 3 else 6, "i8", 16, torch.float32)
+    return replace(form, scale=scale, offset=zero, offset_kind="zero")
+
+
+def _level(
+    make: Make, shape: tuple[int, ...], bits: int, packing: str, size: int, dtype: torch.dtype
+) -> Affine:
+    second = make.rand(*Group(size).scale_shape(shape)).to(dtype)
+    return Affine(make.codes(shape, bits, packing), second, Group(size), factor=1 / 32)
 
 
 def various(make: Make) -> dict[str, Form]:
@@ -160,6 +176,13 @@ def various(make: Make) -> dict[str, Form]:
         "nested, odd rows": make.codebook((37, 320), 4, Flat(64), nested=True, packing="dense"),
         "nested affine": nested_affine((35, 256), make),
         "nested affine, ragged": nested_affine((3, 96), make),
+        "nested, signed": nested_signed((35, 512), make, 6),
+        "nested, signed, ragged": nested_signed((17, 592), make, 3),
+        "nested, blocks across rows": make.codebook((37, 64 * 43), 4, Flat(64), nested=True),
+        "one zero point": replace(make.affine((20, 96), 4, Group(32)), offset=torch.full((20, 3), 8)),
+        "one float zero point": replace(
+            make.affine((20, 96), 4, Group(32)), offset=torch.full((20, 3), 7.3)
+        ),
         "nvfp4": nvfp4,
         "mxfp8": mx,
         "codebook of 8 bits": make.codebook((20, 96), 8, Group(32), packing="u8"),

@@ -59,7 +59,9 @@ def draw(batch: int, width: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 def check(form: Form, batches: tuple[int, ...] = (1, 3, 20), levels: list[str] = LEVELS) -> None:
     live = prepared(form)
     assert misfit(form) is None and "weight" in live.tensors
-    assert prepared(form.to("meta")).nbytes == live.nbytes
+    planned = prepared(form.to("meta")).nbytes
+    # Only data tell that all zero points are the same.
+    assert planned > live.nbytes if "offset_value" in live.tensors else planned == live.nbytes
     assert same(live.restore(), form)
     weight = form.dequantize(torch.float32)
     # A table is rounded so that its entries lose little on average: few weights are no average.

@@ -8,7 +8,16 @@ from torch import Tensor
 from quantmill.forms import Codes
 from quantmill_cpu.native import library
 
-__all__ = ["PACKINGS", "pack_codes", "panels_of", "panels_size", "panels_to", "unpack_codes"]
+__all__ = [
+    "PACKINGS",
+    "pack_codes",
+    "panels_of",
+    "panels_of_groups",
+    "panels_size",
+    "panels_to",
+    "panels_to_groups",
+    "unpack_codes",
+]
 
 PACKINGS = {"u8": 0, "i8": 1, "hi4": 2, "lo4": 3, "dense": 4}
 """Numbers of the packings in the library."""
@@ -95,3 +104,32 @@ def panels_to(panels: Tensor, like: Codes, order: Tensor | None) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def _group_panels(codes: Codes) -> tuple[int, int, int]:
+    """Panels of codes of groups, the bytes that :func:`panels_of` makes of each, and those of them
+    that hold codes: where there is one plane, vectors beyond the last group are left out."""
+    rows, groups = codes.shape
+    panels, chunks, rest = -(-rows // 16), -(-groups // 32), groups % 32
+    whole = used = chunks * 64 * codes.bits
+    if rest and codes.bits in (1, 2, 4, 8):
+        used -= 64 * (codes.bits - -(-rest * codes.bits // 32))
+    return panels, whole, used
+
+
+def panels_of_groups(codes: Codes) -> Tensor:
+    """Codes ``[rows, groups]`` of scales or offsets in panels (``c/matmul.h``), uint8 ``[n]``."""
+    panels, whole, used = _group_panels(codes)
+    if codes.data.is_meta:
+        return torch.empty(panels * used, dtype=torch.uint8, device="meta")
+    out = torch.empty(panels * whole, dtype=torch.uint8)
+    panels_of(codes, None, 0, out)
+    return out.reshape(panels, whole)[:, :used].reshape(-1)
+
+
+def panels_to_groups(data: Tensor, like: Codes) -> Tensor:
+    """The inverse of :func:`panels_of_groups`, as :func:`panels_to` gives it."""
+    panels, whole, used = _group_panels(like)
+    wide = data.new_zeros((panels, whole))
+    wide[:, :used] = data.reshape(panels, used)
+    return panels_to(wide.reshape(-1), like, None)

@@ -127,6 +127,20 @@ def _lookup(form: Form) -> tuple[Tensor, float, float, float]:
     return form.table.to(torch.float32).reshape(-1) * factor, 1.0 / factor, 0.0, plus
 
 
+def _same_zero(form: Form) -> Tensor | None:
+    """The zero point ``[1]`` where all groups have the same one, as in every symmetric format."""
+    if not isinstance(form, Affine) or form.offset_kind != "zero":
+        return None
+    offset = form.offset
+    if not isinstance(offset, Tensor) or offset.is_meta or offset.itemsize > 4:
+        return None
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[offset.itemsize]
+    flat = offset.contiguous().reshape(-1).view(bits)
+    if not bool((flat == flat[0]).all()) or not bool(offset.reshape(-1)[0].isfinite()):
+        return None
+    return offset.reshape(-1)[:1].clone()
+
+
 def prepare(form: Form) -> dict[str, Tensor]:
     """The form in panels, as ``weight``, and what these lack; on the meta device only the sizes."""
     if misfit(form) is not None:
@@ -138,7 +152,10 @@ def prepare(form: Form) -> dict[str, Tensor]:
     scale = store(form.scale, form.grouping, form.shape, "scale")
     offset, kind = Stored(), "none"
     kept: dict[str, Tensor] = {}
-    if isinstance(form, Affine) and form.offset is not None and form.offset_kind != "none":
+    same = _same_zero(form)
+    if same is not None:
+        kept["offset_value"] = same
+    elif isinstance(form, Affine) and form.offset is not None and form.offset_kind != "none":
         offset, kind = store(form.offset, form.grouping, form.shape, "offset"), form.offset_kind
     elif isinstance(form, Affine) and isinstance(form.offset, Form):
         kept |= {f"form.offset.{name}": tensor for name, tensor in form.offset.tensors().items()}
@@ -161,10 +178,12 @@ def prepare(form: Form) -> dict[str, Tensor]:
         parts["lookup"] = torch.empty(2**codes.bits, device=device)
         return {"weight": assemble(Spec((), ()), parts, bytes_of_codes, device), **kept}
     lookup, gain, shift, plus = _lookup(form)
+    if same is not None:
+        shift -= float(same)
     parts["lookup"] = lookup
     spec = Spec(
         (*form.shape, codes.bits, size, _OFFSETS[kind], *scale.spec, *offset.spec),
-        (gain, shift, plus, scale.plus, offset.plus),
+        (gain, shift, plus, *scale.constants, *offset.constants),
     )
     weight = assemble(spec, parts, bytes_of_codes, device)
     # Padding must be finite: zero times infinity is not zero.
@@ -196,9 +215,13 @@ def restore(tensors: Mapping[str, Tensor], skeleton: Form) -> Form:
             found["values"] = data.view(skeleton.values.dtype).reshape(skeleton.shape)
         else:
             found["codes"] = data.view(codes.data.dtype).reshape(codes.data.shape)
-        found |= from_panels(tensors, skeleton.scale, skeleton.shape[0], "scale")
+        found |= from_panels(tensors, skeleton.scale, skeleton.shape, "scale")
         if isinstance(skeleton, Affine) and skeleton.offset is not None:
-            found |= from_panels(tensors, skeleton.offset, skeleton.shape[0], "offset")
+            found |= from_panels(tensors, skeleton.offset, skeleton.shape, "offset")
+        if "offset_value" in tensors:
+            assert isinstance(skeleton, Affine) and isinstance(skeleton.offset, Tensor)
+            found["offset"] = tensors["offset_value"].repeat(skeleton.offset.numel())
+            found["offset"] = found["offset"].reshape(skeleton.offset.shape)
         if isinstance(skeleton, Affine) and skeleton.group_index is not None:
             assert order is not None
             index = torch.empty(order.numel(), dtype=torch.int64)

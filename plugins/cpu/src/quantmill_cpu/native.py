@@ -61,6 +61,7 @@ def library() -> ctypes.CDLL:
             [pointer, size, size, *[pointer] * 4, small, size, small],
         ),
         "qm_weight_finish": (None, [pointer]),
+        "qm_large_pages": (None, [pointer, size]),
         "qm_borrow_threads": (None, [pointer]),
         "qm_ggml_encode": (
             small,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantmill_cpu.native import library
 
-__all__ = ["CODED", "KINDS", "PARTS", "Spec", "assemble", "finish", "parts_of"]
+__all__ = ["CODED", "KINDS", "LEVEL_KINDS", "PARTS", "ROW", "Spec", "assemble", "finish", "parts_of"]
 
 PARTS: Final = (
     "facts",
@@ -29,10 +29,12 @@ PARTS: Final = (
     "codes",
 )
 """In the order of ``QM_PART_*``."""
-_FLOATS: Final = ("lookup", "scale_table", "scale_level", "offset_table", "offset_level")
-_NUMBERS, _CONSTANTS, _PLACES = 15, 15, 18
+_FLOATS: Final = ("lookup", "scale_table", "offset_table")
+_VALUES: Final = {"scale": 5, "offset": 12}
+"""Where the head has the numbers of each."""
+_NUMBERS, _CONSTANTS, _PLACES = 19, 19, 24
 """int64 of the spec, and where in the head the constants and the parts' places lie."""
-_HEAD, _FACTS, _STEP = 320, 704, 64
+_HEAD, _FACTS, _STEP = 384, 704, 64
 KINDS: Final = {
     torch.float32: 1,
     torch.bfloat16: 2,
@@ -43,7 +45,11 @@ KINDS: Final = {
 }
 """Numbers of the dtypes that scales and offsets may have as they are."""
 CODED: Final = 7
-_DTYPES: Final = {**{number: dtype for dtype, number in KINDS.items()}, CODED: torch.uint8}
+LEVEL_KINDS: Final = {dtype: number for dtype, number in KINDS.items() if dtype.is_floating_point}
+"""Those of dtypes that a second level may have."""
+ROW: Final = 2
+"""``QM_LEVEL_ROW``: the second level lies in panels."""
+_DTYPES: Final = {number: dtype for dtype, number in KINDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Spec:
     """The head's numbers."""
 
     numbers: tuple[int, ...]
-    """``QM_SPEC_ROWS`` to ``QM_SPEC_OFFSET_STRIDE``."""
+    """``QM_SPEC_ROWS`` to the last one of the offset."""
     constants: tuple[float, ...]
     """``QM_SPEC_CONSTANTS``."""
 
@@ -77,6 +83,7 @@ def assemble(spec: Spec, parts: Mapping[str, Tensor], codes: int, device: torch.
     weight = torch.empty(at, dtype=torch.uint8, device=device)
     if weight.is_meta:
         return weight
+    library().qm_large_pages(weight.data_ptr(), at)
     head = weight[:_HEAD].view(torch.int64)
     head.zero_()
     head[:_NUMBERS] = torch.tensor(spec.numbers)
@@ -102,7 +109,6 @@ def parts_of(weight: Tensor) -> dict[str, Tensor]:
     head = weight[:_HEAD].view(torch.int64).tolist()
     rows, columns, size = head[0], head[1], head[3]
     panels, groups = -(-rows // 16), -(-columns // size)
-    shapes = {16: (panels, groups, 16), 1: (panels, groups), 0: (1,)}
     found: dict[str, Tensor] = {}
     for index, name in enumerate(PARTS):
         start, count = head[_PLACES + 2 * index : _PLACES + 2 * index + 2]
@@ -113,8 +119,16 @@ def parts_of(weight: Tensor) -> dict[str, Tensor]:
             part = part.view(torch.float32)
         elif name == "order":
             part = part.view(torch.int32)
-        elif name in ("scale", "offset"):
-            kind, lanes = head[5:7] if name == "scale" else head[10:12]
-            part = part.view(_DTYPES[kind]).view(shapes[lanes])
+        elif name in _VALUES:
+            kind, lanes = head[_VALUES[name] :][:2]
+            if kind != CODED:
+                part = part.view(_DTYPES[kind])
+            if kind != CODED or lanes != 16:
+                part = part.view({16: (panels, groups, 16), 1: (panels, groups), 0: (1,)}[lanes])
+        elif name.endswith("_level"):
+            _, _, _, level, kind, _, stride = head[_VALUES[name.removesuffix("_level")] :][:7]
+            part = part.view(_DTYPES[kind])
+            if level == ROW:
+                part = part.view(panels, stride, 16)
         found[name] = part
     return found

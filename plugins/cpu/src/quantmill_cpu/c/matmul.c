@@ -207,16 +207,46 @@ static const void *part_of(const int64_t *spec, int part) {
     return at[1] ? (const char *)spec + at[0] : NULL;
 }
 
-static QmValues values_of(const int64_t *spec, int kind, int part, float plus) {
-    return (QmValues){.kind = (int)spec[kind],
-                      .lanes = (int)spec[kind + 1],
-                      .level = (int)spec[kind + 2],
-                      .size = spec[kind + 3],
-                      .stride = spec[kind + 4],
-                      .data = part_of(spec, part),
-                      .table = part_of(spec, part + 1),
-                      .second = part_of(spec, part + 2),
-                      .plus = plus};
+static int64_t panel_bytes_of(int kind, int bits, int64_t groups) {
+    static const uint8_t SIZES[] = {0, 4, 2, 2, 1, 1, 4};
+    if (kind != QM_CODED) return groups * QM_PANEL * SIZES[kind];
+    const int64_t rest = groups % QM_CHUNK_COLUMNS, chunk = 64 * bits;
+    const int two_planes = bits == 3 || bits == 5 || bits == 6;
+    const int64_t last = two_planes ? (rest > 0) * chunk : (rest * bits + 31) / 32 * 64;
+    return groups / QM_CHUNK_COLUMNS * chunk + last;
+}
+
+static QmValues values_of(const int64_t *spec, int first, int part, const float *constants,
+                          int64_t groups) {
+    const int64_t *of = spec + first;
+    const int kind = (int)of[QM_VALUES_KIND], bits = (int)of[QM_VALUES_BITS];
+    QmValues v = {.kind = kind,
+                  .lanes = (int)of[QM_VALUES_LANES],
+                  .bits = bits,
+                  .level = (int)of[QM_VALUES_LEVEL],
+                  .level_kind = (int)of[QM_VALUES_LEVEL_KIND],
+                  .size = of[QM_VALUES_SIZE],
+                  .stride = of[QM_VALUES_STRIDE],
+                  .panel_bytes = panel_bytes_of(kind, bits, groups),
+                  .data = part_of(spec, part),
+                  .table = part_of(spec, part + 1),
+                  .second = part_of(spec, part + 2),
+                  .step = constants[0],
+                  .low = constants[1],
+                  .plus = constants[2]};
+    if (kind != QM_CODED) return v;
+    const int low = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits, high = bits - low;
+    v.mask = 0x01010101u * ((1u << low) - 1);
+    v.high_mask = 0x01010101u * ((1u << high) - 1);
+    v.high_to = (uint8_t)low;
+    for (int j = 0; j < 8; j++) {
+        const int each = 8 / low, high_each = high ? 8 / high : 8;
+        v.at[j] = (uint16_t)(64 * (j / each));
+        v.shift[j] = (uint8_t)(low * (j % each));
+        v.high_at[j] = (uint16_t)(64 * (low + j / high_each));
+        v.high_shift[j] = (uint8_t)(high * (j % high_each));
+    }
+    return v;
 }
 
 /* The lookup as bf16, and as whole numbers where it can be: see QmFacts. */
@@ -279,13 +309,13 @@ QM_API void qm_weight_finish(void *weight) {
 static void weight_of(QmJob *job, const void *weight) {
     const int64_t *spec = weight;
     const QmFacts *facts = part_of(spec, QM_PART_FACTS);
-    float constants[5];
+    float constants[9];
     memcpy(constants, spec + QM_SPEC_CONSTANTS, sizeof constants);
     job->rows = spec[QM_SPEC_ROWS];
     job->columns = spec[QM_SPEC_COLUMNS];
     job->bits = (int)spec[QM_SPEC_BITS];
     job->group_units = spec[QM_SPEC_GROUP] / QM_UNIT;
-    job->offset_kind = (int)spec[QM_SPEC_OFFSET];
+    job->offset_kind = (int)spec[QM_SPEC_OFFSET_KIND];
     int64_t chunks = (job->columns + QM_CHUNK_COLUMNS - 1) / QM_CHUNK_COLUMNS;
     job->units = chunks * 2;
     int64_t size = job->group_units * QM_UNIT;
@@ -298,8 +328,8 @@ static void weight_of(QmJob *job, const void *weight) {
     job->gain = constants[0];
     job->shift = constants[1];
     job->plus = constants[2];
-    job->scale = values_of(spec, QM_SPEC_SCALE_KIND, QM_PART_SCALE, constants[3]);
-    job->offset = values_of(spec, QM_SPEC_OFFSET_KIND, QM_PART_OFFSET, constants[4]);
+    job->scale = values_of(spec, QM_SPEC_SCALE, QM_PART_SCALE, constants + 3, job->groups);
+    job->offset = values_of(spec, QM_SPEC_OFFSET, QM_PART_OFFSET, constants + 6, job->groups);
     job->runs = (job->group_units + QM_SEGMENT - 1) / QM_SEGMENT;
     job->numbers = facts->numbers;
     job->bf16_fits = facts->bf16_fits;
@@ -323,13 +353,14 @@ static int run_batch(Work *work, int threads) {
     size_t row = (size_t)(job->stride * way->element), sum = (size_t)job->groups * 4;
     size_t step = (size_t)(job->groups * job->runs) * 4;
     size_t act = qm_part(rows * row), sums = qm_part(rows * sum), steps = qm_part(rows * step);
-    size_t bytes = act + sums + steps + (size_t)threads * job->workspace_bytes;
+    size_t bytes = act + sums + 3 * steps + (size_t)threads * job->workspace_bytes;
     char *memory = scratch_take(bytes);
     if (!memory) return -1;
     job->act = memory;
     job->sums = (float *)(void *)(memory + act);
     job->steps = (float *)(void *)(memory + act + sums);
-    job->workspace = memory + act + sums + steps;
+    job->starts = (int32_t *)(void *)(memory + act + sums + steps);
+    job->workspace = memory + act + sums + 3 * steps;
     work->rows_each = 65536 / (job->columns + 1) + 1;
     qm_parallel(load_piece, work, (job->batch + work->rows_each - 1) / work->rows_each, threads);
     work->pairs = (job->panels + 1) / 2;
@@ -357,8 +388,10 @@ QM_API int qm_matmul(const void *weight, const void *x, const void *bias, void *
     work.way = choose_way(job, batch);
     job->batch = batch;
     work.way->settle(job);
-    job->sums_needed = !job->scaled && (job->shift / job->unit + job->base != 0.0f ||
-                                        job->plus != 0.0f || job->offset_kind != QM_OFFSET_NONE);
+    const int constant = job->shift / job->unit + job->base != 0.0f && !job->zero_folded;
+    job->zeros_needed = !job->scaled && (constant || job->offset_kind == QM_OFFSET_ZERO);
+    job->sums_needed = job->zeros_needed || (!job->scaled && (job->plus != 0.0f ||
+                                             job->offset_kind == QM_OFFSET_MINIMUM));
     for (int64_t done = 0; done < batch; done += QM_BATCH) {
         job->batch = batch - done < QM_BATCH ? batch - done : QM_BATCH;
         job->x = (const uint8_t *)x + done * job->columns * size;

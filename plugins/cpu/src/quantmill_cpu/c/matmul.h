@@ -24,11 +24,13 @@
 #define QM_CHUNK_COLUMNS 32
 #define QM_UNIT 16 /* columns: half a chunk; groups are whole units */
 
-/* How a scale or an offset is stored. Coded: bytes through `table`, times the second level's
- * value, plus a constant. */
+/* How a scale or an offset is stored. Coded: as codes, whose value is taken from `table`, or is
+ * step * code + low where there is no table; times the second level's value, plus a constant. Codes
+ * of 16 lanes lie in planes as the weight's do, groups in place of columns, without the vectors that
+ * a panel's last groups leave empty where there is one plane; others are a byte each. */
 enum { QM_NONE, QM_FLOAT, QM_BFLOAT, QM_HALF, QM_INT8, QM_UINT8, QM_INT32, QM_CODED };
-/* The second level's index for row r and group g of G: none; (r * G + g) / size;
- * r * stride + g / size; or 0. */
+/* The second level's place for row r and group g of G: none; (r * G + g) / size; in [panels, stride,
+ * 16] at g / size; or 0. It is of one of the kinds of floats. */
 enum { QM_LEVEL_NONE, QM_LEVEL_FLAT, QM_LEVEL_ROW, QM_LEVEL_ONE };
 enum { QM_OFFSET_NONE, QM_OFFSET_ZERO, QM_OFFSET_MINIMUM };
 
@@ -39,19 +41,24 @@ enum {
     QM_SPEC_COLUMNS,
     QM_SPEC_BITS,
     QM_SPEC_GROUP, /* columns, a multiple of QM_UNIT */
-    QM_SPEC_OFFSET,
-    QM_SPEC_SCALE_KIND, /* five for the scale, then the same five for the offset */
-    QM_SPEC_SCALE_LANES, /* 16: [panels, groups, 16]; 1: [panels, groups]; 0: one for all */
-    QM_SPEC_SCALE_LEVEL,
-    QM_SPEC_SCALE_SIZE,
-    QM_SPEC_SCALE_STRIDE,
-    QM_SPEC_OFFSET_KIND,
-    QM_SPEC_OFFSET_LANES,
-    QM_SPEC_OFFSET_LEVEL,
-    QM_SPEC_OFFSET_SIZE,
-    QM_SPEC_OFFSET_STRIDE,
-    QM_SPEC_CONSTANTS, /* float[5]: gain, shift, plus, the coded scale's and offset's constant */
-    QM_SPEC_PARTS = QM_SPEC_CONSTANTS + 3, /* two for each part: where it begins, and its bytes */
+    QM_SPEC_OFFSET_KIND, /* QM_OFFSET_NONE, ... */
+    QM_SPEC_SCALE, /* QM_VALUES_COUNT numbers for the scale, */
+    QM_SPEC_OFFSET = QM_SPEC_SCALE + 7, /* and for the offset */
+    QM_SPEC_CONSTANTS = QM_SPEC_OFFSET + 7, /* float[9]: gain, shift, plus; step, low and plus of */
+    QM_SPEC_PARTS = QM_SPEC_CONSTANTS + 5, /* the scale, then of the offset */
+    /* Two for each part: where it begins, and its bytes. */
+};
+
+/* The numbers of a scale or an offset. */
+enum {
+    QM_VALUES_KIND,
+    QM_VALUES_LANES, /* 16: [panels, groups, 16]; 1: [panels, groups]; 0: one for all */
+    QM_VALUES_BITS, /* of codes */
+    QM_VALUES_LEVEL,
+    QM_VALUES_LEVEL_KIND,
+    QM_VALUES_SIZE,
+    QM_VALUES_STRIDE,
+    QM_VALUES_COUNT
 };
 
 /* The parts, in their order; of those that a weight lacks both numbers are 0. */
@@ -60,8 +67,8 @@ enum {
     QM_PART_LOOKUP, /* float[2**bits] */
     QM_PART_ORDER, /* int32[columns]: act-order */
     QM_PART_SCALE,
-    QM_PART_SCALE_TABLE, /* float[256] */
-    QM_PART_SCALE_LEVEL, /* float */
+    QM_PART_SCALE_TABLE, /* float[256], then all their second bytes, third and fourth ones */
+    QM_PART_SCALE_LEVEL,
     QM_PART_OFFSET,
     QM_PART_OFFSET_TABLE,
     QM_PART_OFFSET_LEVEL,
@@ -69,7 +76,7 @@ enum {
     QM_PART_COUNT
 };
 
-#define QM_HEAD_BYTES 320 /* of (QM_SPEC_PARTS + 2 * QM_PART_COUNT) * 8 */
+#define QM_HEAD_BYTES 384 /* of (QM_SPEC_PARTS + 2 * QM_PART_COUNT) * 8 */
 #define QM_FACTS_BYTES 704
 
 /* Fill QM_PART_FACTS, once the head and the lookup are there. */
@@ -113,6 +120,9 @@ void qm_panels_unpack(const uint8_t *panels, int packing, int bits, int64_t rows
 void qm_codes_unpack(const uint8_t *packed, int packing, int bits, int64_t start, int64_t count,
                      uint8_t *codes);
 void qm_codes_pack(const uint8_t *codes, int packing, int bits, int64_t count, uint8_t *packed);
+
+/* Ask for large pages where a weight will be. */
+void qm_large_pages(void *memory, int64_t bytes);
 
 /* Read memory and do nothing else: what benchmarks compare with. */
 int64_t qm_read(const uint8_t *from, int64_t count, int threads);

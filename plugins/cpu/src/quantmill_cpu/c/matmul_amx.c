@@ -46,7 +46,7 @@ QM_INLINE void finish(const QmJob *job, const QmWorkspace *w, int64_t group, int
     const float *sums = job->sums + m * job->groups + group;
     for (int64_t r = 0; r < rows; r++, total += QM_PAIR, sums += job->groups, tile += 16) {
         __m512 sum = _mm512_loadu_ps(tile);
-        if (job->sums_needed) sum = _mm512_fmadd_ps(zero, _mm512_set1_ps(*sums), sum);
+        if (job->zeros_needed) sum = _mm512_fmadd_ps(zero, _mm512_set1_ps(*sums), sum);
         _mm512_storeu_ps(total, _mm512_fmadd_ps(sum, scale, _mm512_loadu_ps(total)));
     }
 }

@@ -213,7 +213,7 @@ QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int
                 sums[r][1] = _mm512_add_ps(sums[r][1], sums[r][3]);
             }
             __m512 sum = qm_rows(sums[r][0], sums[r][1]);
-            if (job->sums_needed)
+            if (job->zeros_needed)
                 sum = _mm512_fmadd_ps(_mm512_loadu_ps(zero + g * QM_PAIR),
                                       _mm512_set1_ps(job->sums[r * job->groups + g]), sum);
             totals[r] = _mm512_fmadd_ps(sum, by, totals[r]);

@@ -41,124 +41,176 @@ QM_INLINE void qm_load16(const uint8_t *from, int dtype, float *out) {
 
 /* ---- Scales and offsets ----------------------------------------------------------------------- */
 
-QM_INLINE int64_t qm_second(const QmValues *v, int64_t row, int64_t group, int64_t groups) {
-    if (v->level == QM_LEVEL_FLAT) return (row * groups + group) / v->size;
-    return v->level == QM_LEVEL_ROW ? row * v->stride + group / v->size : 0;
-}
-
-/* The second level's factors of 16 rows. Rows beyond the last one repeat it: they are padding. */
-QM_INLINE void qm_seconds(const QmJob *job, const QmValues *v, int64_t row, int64_t group,
-                          float *out) {
-    for (int i = 0; i < QM_PANEL; i++) {
-        int64_t real = qm_least(row + i, job->rows - 1);
-        memcpy(out + i, v->second + qm_second(v, real, group, job->groups), 4);
+/* The second level's factors of 16 rows, in `out`. Returns the group from which on others hold. */
+QM_INLINE int64_t qm_seconds(const QmJob *job, const QmValues *v, int64_t panel, int64_t group,
+                             float *out) {
+    if (v->level == QM_LEVEL_ROW) {
+        const int64_t at = (panel * v->stride + group / v->size) * QM_PANEL;
+        qm_load16(v->second + at * (v->level_kind == QM_FLOAT ? 4 : 2), v->level_kind - QM_FLOAT, out);
+        return (group / v->size + 1) * v->size;
     }
+    int64_t until = job->groups;
+    for (int i = 0; i < QM_PANEL; i++) {
+        /* Rows beyond the last one repeat it: they are padding. */
+        const int64_t first = qm_least(panel * QM_PANEL + i, job->rows - 1) * job->groups;
+        const int64_t at = v->level == QM_LEVEL_ONE ? 0 : (first + group) / v->size;
+        out[i] = qm_value_at(v->second, v->level_kind - QM_FLOAT, at);
+        if (v->level == QM_LEVEL_FLAT) until = qm_least(until, (at + 1) * v->size - first);
+    }
+    return until;
 }
 
-/* The group from which on another second level holds than for group g. */
-QM_INLINE int64_t qm_until(const QmValues *v, int64_t g, int64_t groups) {
-    if (v->level == QM_LEVEL_ONE) return groups;
-    int64_t next = (g / v->size + 1) * v->size;
-    if (v->level == QM_LEVEL_ROW || groups % v->size == 0) return next;
-    return v->size % groups == 0 ? groups : g + 1; /* flat: rows change at groups of their own */
+/* Lanes are spelt out as vectors: of loops over arrays the compiler makes scalars where they are in
+ * the midst of others. */
+typedef float QmFloats __attribute__((vector_size(64)));
+typedef int32_t QmInts __attribute__((vector_size(64)));
+typedef uint32_t QmWords32 __attribute__((vector_size(64)));
+
+QM_INLINE QmFloats qm_load_floats(const float *from) {
+    QmFloats lanes;
+    memcpy(&lanes, from, sizeof lanes);
+    return lanes;
 }
 
 /* 16 values of a group, where each lane has its own. */
-QM_INLINE void qm_lanes(const QmValues *v, const uint8_t *from, int kind, float *lanes) {
-    if (kind == QM_FLOAT) qm_load16(from, QM_F32, lanes);
-    else if (kind == QM_BFLOAT) qm_load16(from, QM_BF16, lanes);
-    else if (kind == QM_HALF) qm_load16(from, QM_F16, lanes);
-    else if (kind == QM_INT8)
-        for (int i = 0; i < 16; i++) lanes[i] = (float)(int8_t)from[i];
-    else if (kind == QM_UINT8)
-        for (int i = 0; i < 16; i++) lanes[i] = (float)from[i];
-    else if (kind == QM_INT32) {
-        int32_t whole[16];
-        memcpy(whole, from, 64);
-        for (int i = 0; i < 16; i++) lanes[i] = (float)whole[i];
-    } else
-        for (int i = 0; i < 16; i++) memcpy(lanes + i, v->table + from[i], 4);
+QM_INLINE QmFloats qm_lanes(const uint8_t *from, int kind) {
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    typedef uint8_t Positive __attribute__((vector_size(16)));
+    QmFloats lanes;
+    QmInts whole;
+    Halves halves;
+    Bytes bytes;
+    Positive positive;
+    float out[16];
+    switch (kind) {
+    case QM_FLOAT: memcpy(&lanes, from, 64); return lanes;
+    case QM_BFLOAT:
+        memcpy(&halves, from, 32);
+        return (QmFloats)(__builtin_convertvector(halves, QmWords32) << 16);
+    case QM_HALF: qm_halves(from, out); return qm_load_floats(out);
+    case QM_INT8:
+        memcpy(&bytes, from, 16);
+        return __builtin_convertvector(__builtin_convertvector(bytes, QmInts), QmFloats);
+    case QM_UINT8:
+        memcpy(&positive, from, 16);
+        return __builtin_convertvector(__builtin_convertvector(positive, QmInts), QmFloats);
+    }
+    memcpy(&whole, from, 64);
+    return __builtin_convertvector(whole, QmFloats);
 }
 
 /* Values of a panel's groups, times `by` plus `add`: out[group * 32 + lane]. */
 QM_INLINE void qm_values_of(const QmJob *job, const QmValues *v, int64_t panel, int kind, int size,
                             float by, float add, float *out) {
-    const int64_t groups = job->groups;
-    const uint8_t *from = (const uint8_t *)v->data + panel * groups * 16 * size;
-    float second[16];
-    int64_t until = 0;
-    for (int64_t g = 0; g < groups; g++, from += 16 * size, out += QM_PAIR) {
-        float lanes[16];
-        qm_lanes(v, from, kind, lanes);
-        if (kind == QM_CODED) {
-            if (v->level != QM_LEVEL_NONE && g >= until) {
-                qm_seconds(job, v, panel * QM_PANEL, g, second);
-                until = qm_until(v, g, groups);
-            }
-            if (v->level != QM_LEVEL_NONE)
-                for (int i = 0; i < 16; i++) lanes[i] *= second[i];
-            for (int i = 0; i < 16; i++) lanes[i] += v->plus;
-        }
-        for (int i = 0; i < 16; i++) out[i] = lanes[i] * by + add;
+    const uint8_t *from = v->data + panel * v->panel_bytes;
+    for (int64_t g = 0; g < job->groups; g++, from += 16 * size, out += QM_PAIR) {
+        const QmFloats lanes = qm_lanes(from, kind) * by + add;
+        memcpy(out, &lanes, sizeof lanes);
     }
 }
 
-/* One value as float; of coded ones that of the table. */
-QM_INLINE float qm_one(const QmValues *v, int64_t at) {
-    const uint8_t *from = (const uint8_t *)v->data;
-    uint16_t half;
-    int32_t whole;
-    float value;
-    switch (v->kind) {
-    case QM_FLOAT: memcpy(&value, from + 4 * at, 4); return value;
-    case QM_BFLOAT: memcpy(&half, from + 2 * at, 2); return qm_bfloat(half);
-    case QM_HALF: memcpy(&half, from + 2 * at, 2); return qm_half(half);
-    case QM_INT8: return (float)(int8_t)from[at];
-    case QM_UINT8: return (float)from[at];
-    case QM_INT32: memcpy(&whole, from + 4 * at, 4); return (float)whole;
+/* Codes of groups 4 * j to 4 * j + 3 (of 32 in a chunk) of 16 rows, each a byte of the row's word. */
+QM_INLINE QmWords32 qm_code_words(const QmValues *v, const uint8_t *chunk, int j) {
+    QmWords32 low, high;
+    memcpy(&low, chunk + v->at[j], 64);
+    low = low >> v->shift[j] & v->mask;
+    if (!v->high_mask) return low;
+    memcpy(&high, chunk + v->high_at[j], 64);
+    return low | (high >> v->high_shift[j] & v->high_mask) << v->high_to;
+}
+
+#ifdef __AVX512VBMI__
+/* Each byte of the words through a table of 256 bytes. */
+QM_INLINE QmWords32 qm_table_bytes(const uint8_t *table, __m512i codes) {
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), codes,
+                                                 _mm512_loadu_si512(table + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), codes,
+                                                  _mm512_loadu_si512(table + 192));
+    return (QmWords32)_mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+}
+#endif
+
+/* The same of coded values; a table's entries have 16 bits of precision with AVX-512 VBMI. */
+QM_INLINE void qm_coded(const QmJob *job, const QmValues *v, int64_t panel, int linear, float by,
+                        float add, float *out) {
+    const int64_t groups = job->groups;
+    const uint8_t *codes = v->data + panel * v->panel_bytes;
+    QmFloats second = (QmFloats){0} + by;
+    const float more = v->plus * by + add;
+    int64_t until = v->level == QM_LEVEL_NONE ? groups : 0;
+    for (int64_t first = 0; first < groups; first += 4) {
+        const QmWords32 words =
+            qm_code_words(v, codes + first / 32 * 64 * v->bits, (int)(first % 32) / 4);
+#ifdef __AVX512VBMI__
+        QmWords32 bytes[3];
+        for (int k = 0; k < 3 && !linear; k++)
+            bytes[k] = qm_table_bytes((const uint8_t *)(v->table + 256) + 256 * k, (__m512i)words);
+#endif
+        const int count = (int)qm_least(4, groups - first);
+        for (int p = 0; p < count; p++) {
+            const int64_t g = first + p;
+            if (g >= until) {
+                float found[16];
+                until = qm_seconds(job, v, panel, g, found);
+                second = qm_load_floats(found) * by;
+            }
+            QmFloats lanes;
+            if (linear) {
+                const QmInts code = (QmInts)(words >> 8 * p & 255);
+                lanes = __builtin_convertvector(code, QmFloats) * v->step + v->low;
+            } else {
+#ifdef __AVX512VBMI__
+                lanes = (QmFloats)(bytes[0] >> 8 * p << 24 >> 16 | bytes[1] >> 8 * p << 24 >> 8 |
+                                   bytes[2] >> 8 * p << 24);
+#else
+                for (int i = 0; i < 16; i++) lanes[i] = v->table[words[i] >> 8 * p & 255];
+#endif
+            }
+            lanes = lanes * second + more;
+            memcpy(out + g * QM_PAIR, &lanes, sizeof lanes);
+        }
     }
-    memcpy(&value, v->table + from[at], 4);
-    return value;
+}
+
+/* One value as float. */
+QM_INLINE float qm_one(const QmValues *v, int64_t at) {
+    int32_t whole;
+    switch (v->kind) {
+    case QM_INT8: return (float)(int8_t)v->data[at];
+    case QM_UINT8: return (float)v->data[at];
+    case QM_INT32: memcpy(&whole, v->data + 4 * at, 4); return (float)whole;
+    case QM_CODED: return v->table[v->data[at]];
+    }
+    return qm_value_at(v->data, v->kind - QM_FLOAT, at);
 }
 
 /* The same where all 16 rows, or all of W, have one value. */
 static void qm_values_shared(const QmJob *job, const QmValues *v, int64_t panel, float by,
                              float add, float *out) {
-    const int coded = v->kind == QM_CODED, second = coded && v->level != QM_LEVEL_NONE;
     for (int64_t g = 0; g < job->groups; g++) {
-        const float value = qm_one(v, v->lanes ? panel * job->groups + g : 0);
-        float lanes[16];
-        for (int i = 0; i < 16; i++) lanes[i] = value;
-        if (second) {
-            float seconds[16];
-            qm_seconds(job, v, panel * QM_PANEL, g, seconds);
-            for (int i = 0; i < 16; i++) lanes[i] *= seconds[i];
-        }
-        const float more = coded ? v->plus : 0.0f;
-        for (int i = 0; i < 16; i++) out[g * QM_PAIR + i] = (lanes[i] + more) * by + add;
+        const float value = qm_one(v, v->lanes ? panel * job->groups + g : 0) * by + add;
+        for (int i = 0; i < 16; i++) out[g * QM_PAIR + i] = value;
     }
 }
-
-static const uint8_t qm_sizes[] = {0, 4, 2, 2, 1, 1, 4, 1};
 
 /* Where the values of later panels are, for fetching them while this one is worked on: they are
  * read all at once at its beginning. */
 typedef struct {
-    const char *scale, *offset;
+    const uint8_t *scale, *offset;
     int64_t scale_step, offset_step; /* from group to group */
 } QmAhead;
 
 QM_INLINE QmAhead qm_ahead(const QmJob *job, int64_t panel) {
     const QmValues *s = &job->scale, *o = &job->offset;
-    const int64_t first = panel * job->groups;
-    QmAhead ahead = {(const char *)job->codes, (const char *)job->codes, 0, 0};
+    QmAhead ahead = {job->codes, job->codes, 0, 0};
     if (s->lanes == 16) {
-        ahead.scale_step = 16 * qm_sizes[s->kind];
-        ahead.scale = (const char *)s->data + first * ahead.scale_step;
+        ahead.scale_step = s->panel_bytes / job->groups;
+        ahead.scale = s->data + panel * s->panel_bytes;
     }
     if (o->kind != QM_NONE && o->lanes == 16) {
-        ahead.offset_step = 16 * qm_sizes[o->kind];
-        ahead.offset = (const char *)o->data + first * ahead.offset_step;
+        ahead.offset_step = o->panel_bytes / job->groups;
+        ahead.offset = o->data + panel * o->panel_bytes;
     }
     return ahead;
 }
@@ -181,7 +233,10 @@ static void qm_values(const QmJob *job, const QmValues *v, int64_t panel, float 
     case QM_INT8: qm_values_of(job, v, panel, QM_INT8, 1, by, add, out); break;
     case QM_UINT8: qm_values_of(job, v, panel, QM_UINT8, 1, by, add, out); break;
     case QM_INT32: qm_values_of(job, v, panel, QM_INT32, 4, by, add, out); break;
-    case QM_CODED: qm_values_of(job, v, panel, QM_CODED, 1, by, add, out); break;
+    case QM_CODED:
+        if (v->table) qm_coded(job, v, panel, 0, by, add, out);
+        else qm_coded(job, v, panel, 1, by, add, out);
+        break;
     }
 }
 
@@ -194,7 +249,7 @@ static void qm_panel_values(const QmJob *job, int64_t panel, const QmWorkspace *
         qm_values(job, &job->offset, panel, -1.0f / job->unit, zero, w->zero + lane);
         return;
     }
-    for (int64_t g = 0; g < job->groups && job->sums_needed; g++)
+    for (int64_t g = 0; g < job->groups && job->zeros_needed; g++)
         for (int i = 0; i < 16; i++) w->zero[g * QM_PAIR + lane + i] = zero;
     if (job->offset_kind == QM_OFFSET_MINIMUM)
         qm_values(job, &job->offset, panel, 1.0f, 0.0f, w->minimum + lane);
@@ -204,7 +259,7 @@ static void qm_panel_values(const QmJob *job, int64_t panel, const QmWorkspace *
 static void qm_add_sums(const QmJob *job, const QmWorkspace *w, int64_t group, int with_zero) {
     const float *scale = w->scale + group * QM_PAIR, *zero = w->zero + group * QM_PAIR;
     const float *minimum = w->minimum + group * QM_PAIR;
-    if (with_zero && job->sums_needed)
+    if (with_zero && job->zeros_needed)
         for (int64_t m = 0; m < job->act_rows; m++) {
             const float sum = job->sums[m * job->groups + group];
             for (int i = 0; i < QM_PAIR; i++) w->total[m * QM_PAIR + i] += scale[i] * zero[i] * sum;

@@ -42,6 +42,12 @@ typedef struct {
     __m512i of[3];
 } Sums;
 
+/* What the zero point adds, where it is the same for all weights. */
+QM_INLINE Sums start_of(const int32_t *starts) {
+    return (Sums){{_mm512_set1_epi32(starts[0]), _mm512_set1_epi32(starts[1]),
+                   _mm512_setzero_si512()}};
+}
+
 QM_INLINE void add_products(Sums *sums, Weights w, const int8_t *upper, int64_t stride, int two) {
     __m512i high = four(upper), low = four(upper + stride);
     sums->of[0] = _mm512_dpbusd_epi32(sums->of[0], w.first, high);
@@ -86,6 +92,7 @@ QM_INLINE void few(const QmJob *job, int64_t panel, const QmWorkspace *w, int ha
     const QmAhead next = qm_ahead(job, panel + 1);
     const int8_t *x = (const int8_t *)job->act + m * 2 * stride;
     const float *step = job->steps + m * runs, *sums_of_x = job->sums + m * groups;
+    const int32_t *starts = job->starts + 2 * m * runs;
     const float *scale = w->scale + half * QM_PANEL, *zero = w->zero + half * QM_PANEL;
     const float *minimum = w->minimum + half * QM_PANEL;
     __m512 totals[QM_FEW];
@@ -95,7 +102,7 @@ QM_INLINE void few(const QmJob *job, int64_t panel, const QmWorkspace *w, int ha
         int64_t unit = g * job->group_units, end = qm_least(unit + job->group_units, job->units);
         qm_fetch_ahead(&next, g);
         const __m512 by = _mm512_loadu_ps(scale + g * QM_PAIR);
-        if (job->sums_needed) {
+        if (job->zeros_needed) {
             const __m512 added = _mm512_mul_ps(by, _mm512_loadu_ps(zero + g * QM_PAIR));
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++)
@@ -105,6 +112,8 @@ QM_INLINE void few(const QmJob *job, int64_t panel, const QmWorkspace *w, int ha
         for (int64_t run = g * job->runs; unit < end; run++) {
             int64_t last = qm_least(unit + QM_SEGMENT, end);
             Sums sums[QM_FEW][4] = {0};
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) sums[r][0] = start_of(starts + 2 * (r * runs + run));
             const uint8_t *chunk = codes + (unit / 2) * 64 * bits;
             if (unit % 2) {
                 steps(chunk, x + unit * QM_UNIT, stride, 4, 8, bits, numbers, rows, chains, first,
@@ -147,10 +156,59 @@ QM_INLINE void few(const QmJob *job, int64_t panel, const QmWorkspace *w, int ha
         _mm512_storeu_ps(w->total + (m + r) * QM_PAIR + half * QM_PANEL, totals[r]);
 }
 
+/* One panel against one row where a group is a chunk (`each` is 1) or half of one (2): no group is
+ * long enough to divide its sums, and nothing has to be asked in it. */
+QM_INLINE void few_small(const QmJob *job, int64_t panel, const QmWorkspace *w, int half,
+                         int bits, int numbers, int each) {
+    const int two = numbers == QM_TWO_BYTES;
+    const __m512i first = _mm512_loadu_si512(job->bytes);
+    const __m512i second = _mm512_loadu_si512(job->bytes + 64);
+    const int64_t stride = job->stride, groups = job->groups;
+    const uint8_t *chunk = job->codes + panel * job->panel_bytes;
+    const QmAhead next = qm_ahead(job, panel + 1);
+    const int8_t *x = job->act;
+    const float *step = job->steps, *sums_of_x = job->sums;
+    const int32_t *starts = job->starts;
+    const float *scale = w->scale + half * QM_PANEL, *zero = w->zero + half * QM_PANEL;
+    const float *minimum = w->minimum + half * QM_PANEL;
+    __m512 total = _mm512_setzero_ps(), added = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g += each, chunk += 64 * bits, x += QM_CHUNK_COLUMNS) {
+        qm_prefetch(chunk, bits);
+        qm_fetch_ahead(&next, g);
+#pragma GCC unroll 2
+        for (int part = 0; part < each; part++) {
+            const int64_t at = g + part;
+            if (part && at == groups) break;
+            Sums sums[QM_FEW][4];
+            sums[0][0] = start_of(starts + 2 * at);
+            if (each == 1)
+                steps(chunk, x, stride, 0, 8, bits, numbers, 1, 1, first, second, sums);
+            else if (part == 0)
+                steps(chunk, x, stride, 0, 4, bits, numbers, 1, 1, first, second, sums);
+            else
+                steps(chunk, x + QM_UNIT, stride, 4, 8, bits, numbers, 1, 1, first, second, sums);
+            const __m512 by = _mm512_loadu_ps(scale + at * QM_PAIR);
+            __m512 value = _mm512_mul_ps(value_of(&sums[0][0], two), _mm512_set1_ps(step[at]));
+            const __m512 sum_of_x = _mm512_set1_ps(sums_of_x[at]);
+            if (job->zeros_needed)
+                value = _mm512_fmadd_ps(_mm512_loadu_ps(zero + at * QM_PAIR), sum_of_x, value);
+            total = _mm512_fmadd_ps(value, by, total);
+            if (job->offset_kind == QM_OFFSET_MINIMUM)
+                added = _mm512_fmadd_ps(_mm512_loadu_ps(minimum + at * QM_PAIR), sum_of_x, added);
+        }
+    }
+    _mm512_storeu_ps(w->total + half * QM_PANEL, _mm512_add_ps(total, added));
+}
+
 /* Compiled for each width and kind of numbers. */
 #define FEW(b, kind) \
     { \
         int64_t m = 0; \
+        if (job->batch == 1 && job->group_units <= 2) { \
+            if (job->group_units == 1) few_small(job, panel, w, half, b, kind, 2); \
+            else few_small(job, panel, w, half, b, kind, 1); \
+            break; \
+        } \
         if (m + 4 <= job->batch) few(job, panel, w, half, m, b, kind, 4), m += 4; \
         if (m + 2 <= job->batch) few(job, panel, w, half, m, b, kind, 2), m += 2; \
         if (m < job->batch) few(job, panel, w, half, m, b, kind, 1); \
@@ -211,7 +269,10 @@ QM_INLINE void product(const QmJob *job, const QmStep *step, int64_t m, int half
     const int8_t *x = (const int8_t *)job->act + m * 2 * stride + step->unit * QM_UNIT;
     const uint8_t *decoded = (const uint8_t *)w->decoded + half * 128;
     float *total = w->total + m * QM_PAIR + half * QM_PANEL;
-    Sums sums[MOST_ROWS] = {0};
+    Sums sums[MOST_ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+        sums[r] = start_of(job->starts + 2 * ((m + r) * runs + step->run));
     for (int64_t v = 0; v < step->count * 4; v++, decoded += STEP) {
         Weights weights = {_mm512_loadu_si512(decoded), _mm512_loadu_si512(decoded + 64)};
 #pragma GCC unroll 8
@@ -245,9 +306,10 @@ static void qm_block(const QmJob *job, const QmStep *step) {
 
 /* ---- Activations --------------------------------------------------------------------------------- */
 
-/* A run of a row as whole numbers, upper and lower bytes. Returns what one of them is worth and
- * adds what all of them are to `sum`. */
-static float load_run(const float *row, int64_t count, int8_t *upper, int8_t *lower, float *sum) {
+/* A run of a row as whole numbers, upper and lower bytes, and `zero` times the sums of both kinds.
+ * Returns what one number is worth and adds what all of them are to `sum`. */
+static float load_run(const float *row, int64_t count, int8_t *upper, int8_t *lower, int zero,
+                      int32_t *starts, float *sum) {
     __m512 most = _mm512_setzero_ps();
     for (int64_t k = 0; k < count; k += 16)
         most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(row + k)));
@@ -258,16 +320,20 @@ static float load_run(const float *row, int64_t count, int8_t *upper, int8_t *lo
     float largest = _mm512_reduce_max_ps(most), odd = _mm512_reduce_add_ps(all);
     float step = largest > 1e-30f ? largest / MOST : 0.0f;
     const __m512 by = _mm512_set1_ps(odd == 0.0f && step > 0.0f ? MOST / largest : 0.0f);
-    __m512i numbers = _mm512_setzero_si512();
+    __m512i numbers = _mm512_setzero_si512(), uppers = numbers;
     for (int64_t k = 0; k < count; k += 16) {
         __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(row + k), by));
         __m512i high = _mm512_srai_epi32(_mm512_add_epi32(number, _mm512_set1_epi32(128)), 8);
         numbers = _mm512_add_epi32(numbers, number);
+        uppers = _mm512_add_epi32(uppers, high);
         _mm_storeu_si128((__m128i_u *)(upper + k), _mm512_cvtepi32_epi8(high));
         _mm_storeu_si128((__m128i_u *)(lower + k), _mm512_cvtepi32_epi8(number));
     }
     if (odd != 0.0f) step = odd; /* NaN: zero times NaN or infinity */
-    *sum += step * (float)_mm512_reduce_add_epi32(numbers);
+    const int total = _mm512_reduce_add_epi32(numbers), above = _mm512_reduce_add_epi32(uppers);
+    starts[0] = zero * above;
+    starts[1] = zero * (total - 256 * above);
+    *sum += step * (float)total;
     return step;
 }
 
@@ -277,6 +343,7 @@ static void load_rows(const QmJob *job, int64_t first, int64_t last, char *works
     for (int64_t m = first; m < last; m++) {
         int8_t *upper = (int8_t *)job->act + m * 2 * job->stride, *lower = upper + job->stride;
         float *step = job->steps + m * job->groups * job->runs;
+        int32_t *starts = job->starts + 2 * m * job->groups * job->runs;
         qm_row(job, m, w.row);
         for (int64_t g = 0; g < job->groups; g++) {
             int64_t unit = g * job->group_units, end = qm_least(unit + job->group_units, job->units);
@@ -284,13 +351,22 @@ static void load_rows(const QmJob *job, int64_t first, int64_t last, char *works
             *sum = 0.0f;
             for (int64_t run = g * job->runs; unit < end; run++, unit += QM_SEGMENT) {
                 int64_t at = unit * QM_UNIT, count = qm_least(QM_SEGMENT, end - unit) * QM_UNIT;
-                step[run] = load_run(w.row + at, count, upper + at, lower + at, sum);
+                step[run] = load_run(w.row + at, count, upper + at, lower + at, job->zero_number,
+                                     starts + 2 * run, sum);
             }
         }
     }
 }
 
-static void settle(QmJob *job) { (void)job; }
+/* A zero point that is a small whole number, in units of the upper byte where there are two. */
+static void settle(QmJob *job) {
+    const float zero = job->shift / job->unit + job->base;
+    const float number = job->numbers == QM_TWO_BYTES ? zero / 256.0f : zero;
+    if (job->offset_kind == QM_OFFSET_ZERO || !(number >= -255.0f && number <= 255.0f)) return;
+    if (number != (float)(int)number) return;
+    job->zero_folded = 1;
+    job->zero_number = (int)number;
+}
 
 static int split(int dtype) {
     (void)dtype;

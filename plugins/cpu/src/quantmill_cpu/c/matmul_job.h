@@ -16,11 +16,16 @@
 #define QM_MANY_SMALL 8 /* the same where groups are small: scaling their sums takes long */
 
 typedef struct {
-    int kind, lanes, level;
+    int kind, lanes, bits, level, level_kind;
     int64_t size, stride;
-    const void *data;
-    const float *table, *second;
-    float plus;
+    int64_t panel_bytes; /* of 16 lanes */
+    const uint8_t *data, *second;
+    const float *table;
+    float step, low, plus;
+    /* Where the codes of groups 4 * j to 4 * j + 3 are in a chunk, in both planes. */
+    uint32_t mask, high_mask; /* 0: there is one plane */
+    uint16_t at[8], high_at[8];
+    uint8_t shift[8], high_shift[8], high_to;
 } QmValues;
 
 /* What a code is in arithmetic: value = scale * gain * unit * (number + zero), where `zero` is
@@ -54,7 +59,10 @@ typedef struct QmJob {
     int bits, offset_kind;
     int numbers, bf16_fits, bf16_twice; /* as in QmFacts */
     int scaled; /* weights are scaled before they are multiplied */
-    int sums_needed; /* something is multiplied by a group's sum of x */
+    int zeros_needed; /* zero points are multiplied by a group's sum of x, */
+    int sums_needed; /* or something else is */
+    int zero_folded; /* sums begin with `zero_number` times those of x: it is the same everywhere */
+    int zero_number;
     const uint8_t *codes;
     const float *lookup;
     const int32_t *order;
@@ -76,6 +84,7 @@ typedef struct QmJob {
     void *act;
     float *sums; /* [act_rows, groups] */
     float *steps; /* [act_rows, groups * runs]: what 1 is worth in whole activations */
+    int32_t *starts; /* [act_rows, groups * runs, 2]: what sums begin with, of upper and lower bytes */
 
     char *workspace; /* of worker 0; the others' follow */
     size_t workspace_bytes;

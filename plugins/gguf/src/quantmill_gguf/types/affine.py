@@ -53,6 +53,8 @@ class AffineType(BlockType):
     """Subtracted from every code."""
     groups: ClassVar[int] = 1
     """Groups of a block, each with a scale of its own."""
+    step_bits: ClassVar[int] = 6
+    """Of these scales."""
 
     @abstractmethod
     def take(self, blocks: Tensor) -> Parts:
@@ -83,11 +85,11 @@ class AffineType(BlockType):
         parts = self.take(self.blocks(raw))
         columns = raw.shape[1] // self.info.size * self.info.block
         codes = _codes(parts.codes.reshape(rows, columns), self.bits)
-        scale = _nested(parts.scale, parts.steps, rows)
+        scale = self._nested(parts.scale, parts.steps, rows)
         grouping = Group(self.info.block // self.groups)
         if parts.minimum is not None:
             low = parts.minimum if parts.minimum_steps is None else -parts.minimum
-            offset = _nested(low, parts.minimum_steps, rows)
+            offset = self._nested(low, parts.minimum_steps, rows)
             return Affine(codes, scale, grouping, offset, "minimum", dtype=dtype)
         if not self.zero:
             return Affine(codes, scale, grouping, dtype=dtype)
@@ -95,6 +97,15 @@ class AffineType(BlockType):
         shape = (rows, columns // grouping.size)
         zero = torch.full(shape, self.zero, dtype=torch.uint8, device=raw.device)
         return Affine(codes, scale, grouping, zero, "zero", dtype=dtype)
+
+    def _nested(self, scale: Tensor, steps: Tensor | None, rows: int) -> FormValue:
+        level = scale.reshape(rows, -1)
+        if steps is None:
+            return level.contiguous()
+        shape = (rows, steps.numel() // rows)
+        packing = "i8" if steps.dtype == torch.int8 else "u8"
+        codes = Codes(steps.reshape(shape), self.step_bits, shape, packing)
+        return Affine(codes, level.contiguous(), Group(steps.shape[1]))
 
     def raw(self, form: Form) -> Tensor:
         if not isinstance(form, Affine):
@@ -132,17 +143,6 @@ def dense(codes: Tensor, bits: int) -> Tensor:
             total |= runs[:, index] << (index * bits - byte * 8)
         out[:, byte] = total
     return out.reshape(-1)
-
-
-def _nested(scale: Tensor, steps: Tensor | None, rows: int) -> FormValue:
-    level = scale.reshape(rows, -1)
-    if steps is None:
-        return level.contiguous()
-    shape = (rows, steps.numel() // rows)
-    packing = "i8" if steps.dtype == torch.int8 else "u8"
-    return Affine(
-        Codes(steps.reshape(shape), 8, shape, packing), level.contiguous(), Group(steps.shape[1])
-    )
 
 
 def _flat(value: FormValue, groups: int) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ class Q2_K(AffineType):  # noqa: N801 ggml's name
 
     name = "Q2_K"
     makes = weighs = True
-    bits, groups = 2, 16
+    bits, groups, step_bits = 2, 16, 4
 
     def take(self, blocks: Tensor) -> Parts:
         pairs = blocks[:, :16]
@@ -165,7 +165,7 @@ class Q6_K(AffineType):  # noqa: N801
 
     name = "Q6_K"
     makes = weighs = True
-    bits, zero, groups = 6, 32, 16
+    bits, zero, groups, step_bits = 6, 32, 16, 8
 
     def take(self, blocks: Tensor) -> Parts:
         codes = planes(blocks[:, :128], 4, 64) | (planes(blocks[:, 128:192], 2, 32) << 4)

@@ -157,7 +157,7 @@ class IQ4_XS(_IQ4):  # noqa: N801
     def scale(self, blocks: Tensor, rows: int) -> FormValue:
         high, low = planes(blocks[:, 2:4], 2, 1), planes(blocks[:, 4:8], 4, 1)
         steps = ((low | (high << 4)).to(torch.int8) - 32).reshape(rows, -1)
-        codes = Codes(steps, 8, tuple(steps.shape), "i8")
+        codes = Codes(steps, 6, tuple(steps.shape), "i8")
         return Affine(codes, half(blocks, 0).reshape(rows, -1), Group(8))
 
     def put(self, codes: Tensor, scale: FormValue) -> Tensor:
@@ -170,7 +170,7 @@ class IQ4_XS(_IQ4):  # noqa: N801
         whole = divide(-farthest(scale.t()).unsqueeze(1), 32.0)
         steps = nearest(inverse_of(whole) * scale).clamp_(-32, 31)
         codes = self._coded(values, inverse_of((whole * steps).reshape(-1)))
-        signed = Codes(steps.to(torch.int8), 8, tuple(steps.shape), "i8")
+        signed = Codes(steps.to(torch.int8), 6, tuple(steps.shape), "i8")
         return self.put(codes, Affine(signed, whole.to(torch.float16), Group(8)))
 
 
