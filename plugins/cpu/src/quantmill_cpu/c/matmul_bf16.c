@@ -58,7 +58,7 @@ static void qm_block(const QmJob *job, const QmStep *step) {
 }
 
 #define ROWS(b, kind, n) \
-    case n: qm_few(job, panel, w, half, b, kind, n); break;
+    case n: qm_few(job, panel, w, b, kind, n); break;
 #define ALL_ROWS(b, kind) \
     switch (job->act_rows) { \
         ROWS(b, kind, 1) ROWS(b, kind, 2) ROWS(b, kind, 3) ROWS(b, kind, 4) \
@@ -73,9 +73,9 @@ static void qm_block(const QmJob *job, const QmStep *step) {
 static void few_pair(const QmJob *job, int64_t pair, const QmWorkspace *w) {
     for (int half = 0; half < 2 && pair * 2 + half < job->panels; half++) {
         int64_t panel = pair * 2 + half;
-        qm_panel_values(job, panel, w, half * QM_PANEL);
+        qm_panel_values(job, panel, w, 0);
         QM_EACH_WIDTH(CASE)
-        qm_store(job, panel * QM_PANEL, w->total + half * QM_PANEL);
+        qm_store(job, panel * QM_PANEL, w->total);
     }
 }
 

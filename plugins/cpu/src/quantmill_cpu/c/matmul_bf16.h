@@ -170,15 +170,14 @@ QM_INLINE __m512 qm_rows(__m512 first, __m512 second) {
 }
 
 /* One panel, all groups. */
-QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int half,
-                      int bits, int numbers, int rows) {
+QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int bits,
+                      int numbers, int rows) {
     const QmTable t = qm_table(job);
     const QmAhead next = qm_ahead(job, panel + 1);
     const uint8_t *codes = job->codes + panel * job->panel_bytes;
     const int chains = rows <= 2 ? 4 : 2;
     const uint16_t *x = job->act;
-    const float *scale = w->scale + half * QM_PANEL, *zero = w->zero + half * QM_PANEL;
-    const float *minimum = w->minimum + half * QM_PANEL;
+    const float *scale = w->scale, *zero = w->zero, *minimum = w->minimum;
     __m512 totals[QM_FEW];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) totals[r] = _mm512_setzero_ps();
@@ -228,7 +227,7 @@ QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-        _mm512_storeu_ps(w->total + r * QM_PAIR + half * QM_PANEL, totals[r]);
+        _mm512_storeu_ps(w->total + r * QM_PAIR, totals[r]);
 }
 
 /* ---- Many rows: decoded once for all -------------------------------------------------------------- */

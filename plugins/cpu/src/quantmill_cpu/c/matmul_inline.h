@@ -47,7 +47,7 @@ QM_INLINE int64_t qm_seconds(const QmJob *job, const QmValues *v, int64_t panel,
     if (v->level == QM_LEVEL_ROW) {
         const int64_t at = (panel * v->stride + group / v->size) * QM_PANEL;
         qm_load16(v->second + at * (v->level_kind == QM_FLOAT ? 4 : 2), v->level_kind - QM_FLOAT, out);
-        return (group / v->size + 1) * v->size;
+        return qm_least(job->groups, (group / v->size + 1) * v->size);
     }
     int64_t until = job->groups;
     for (int i = 0; i < QM_PANEL; i++) {
@@ -72,31 +72,28 @@ QM_INLINE QmFloats qm_load_floats(const float *from) {
     return lanes;
 }
 
+/* 16 bytes as whole numbers. */
+QM_INLINE QmInts qm_bytes(const uint8_t *from, int with_sign) {
+#ifdef __AVX512F__
+    const __m128i bytes = _mm_loadu_si128((const __m128i_u *)from);
+    return (QmInts)(with_sign ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#else
+    QmInts whole;
+    for (int i = 0; i < 16; i++) whole[i] = with_sign ? (int8_t)from[i] : from[i];
+    return whole;
+#endif
+}
+
 /* 16 values of a group, where each lane has its own. */
 QM_INLINE QmFloats qm_lanes(const uint8_t *from, int kind) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
-    typedef int8_t Bytes __attribute__((vector_size(16)));
-    typedef uint8_t Positive __attribute__((vector_size(16)));
-    QmFloats lanes;
-    QmInts whole;
-    Halves halves;
-    Bytes bytes;
-    Positive positive;
-    float out[16];
-    switch (kind) {
-    case QM_FLOAT: memcpy(&lanes, from, 64); return lanes;
-    case QM_BFLOAT:
-        memcpy(&halves, from, 32);
-        return (QmFloats)(__builtin_convertvector(halves, QmWords32) << 16);
-    case QM_HALF: qm_halves(from, out); return qm_load_floats(out);
-    case QM_INT8:
-        memcpy(&bytes, from, 16);
-        return __builtin_convertvector(__builtin_convertvector(bytes, QmInts), QmFloats);
-    case QM_UINT8:
-        memcpy(&positive, from, 16);
-        return __builtin_convertvector(__builtin_convertvector(positive, QmInts), QmFloats);
+    if (kind == QM_FLOAT || kind == QM_BFLOAT || kind == QM_HALF) {
+        float out[16];
+        qm_load16(from, kind - QM_FLOAT, out);
+        return qm_load_floats(out);
     }
-    memcpy(&whole, from, 64);
+    QmInts whole;
+    if (kind == QM_INT32) memcpy(&whole, from, sizeof whole);
+    else whole = qm_bytes(from, kind == QM_INT8);
     return __builtin_convertvector(whole, QmFloats);
 }
 
@@ -131,7 +128,39 @@ QM_INLINE QmWords32 qm_table_bytes(const uint8_t *table, __m512i codes) {
 }
 #endif
 
-/* The same of coded values; a table's entries have 16 bits of precision with AVX-512 VBMI. */
+/* Four groups' codes with what they are looked up in, and the entries of group `p`; those of a table
+ * have 16 bits of precision with AVX-512 VBMI. */
+typedef struct {
+    QmWords32 words, bytes[3];
+} QmFour;
+
+QM_INLINE QmFour qm_four_groups(const QmValues *v, const uint8_t *codes, int64_t first, int linear) {
+    QmFour four;
+    four.words = qm_code_words(v, codes + first / 32 * 64 * v->bits, (int)(first % 32) / 4);
+#ifdef __AVX512VBMI__
+    for (int k = 0; k < 3 && !linear; k++)
+        four.bytes[k] =
+            qm_table_bytes((const uint8_t *)(v->table + 256) + 256 * k, (__m512i)four.words);
+#else
+    (void)linear;
+#endif
+    return four;
+}
+
+QM_INLINE QmFloats qm_entries(const QmValues *v, const QmFour *four, int p, int linear) {
+    const QmWords32 codes = four->words >> 8 * p & 255;
+    if (linear) return __builtin_convertvector((QmInts)codes, QmFloats) * v->step + v->low;
+#ifdef __AVX512VBMI__
+    return (QmFloats)(four->bytes[0] >> 8 * p << 24 >> 16 | four->bytes[1] >> 8 * p << 24 >> 8 |
+                      four->bytes[2] >> 8 * p << 24);
+#else
+    QmFloats lanes;
+    for (int i = 0; i < 16; i++) lanes[i] = v->table[codes[i]];
+    return lanes;
+#endif
+}
+
+/* The same of coded values. */
 QM_INLINE void qm_coded(const QmJob *job, const QmValues *v, int64_t panel, int linear, float by,
                         float add, float *out) {
     const int64_t groups = job->groups;
@@ -140,34 +169,17 @@ QM_INLINE void qm_coded(const QmJob *job, const QmValues *v, int64_t panel, int 
     const float more = v->plus * by + add;
     int64_t until = v->level == QM_LEVEL_NONE ? groups : 0;
     for (int64_t first = 0; first < groups; first += 4) {
-        const QmWords32 words =
-            qm_code_words(v, codes + first / 32 * 64 * v->bits, (int)(first % 32) / 4);
-#ifdef __AVX512VBMI__
-        QmWords32 bytes[3];
-        for (int k = 0; k < 3 && !linear; k++)
-            bytes[k] = qm_table_bytes((const uint8_t *)(v->table + 256) + 256 * k, (__m512i)words);
-#endif
-        const int count = (int)qm_least(4, groups - first);
-        for (int p = 0; p < count; p++) {
+        const QmFour four = qm_four_groups(v, codes, first, linear);
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; p++) {
             const int64_t g = first + p;
             if (g >= until) {
                 float found[16];
+                if (g >= groups) return;
                 until = qm_seconds(job, v, panel, g, found);
                 second = qm_load_floats(found) * by;
             }
-            QmFloats lanes;
-            if (linear) {
-                const QmInts code = (QmInts)(words >> 8 * p & 255);
-                lanes = __builtin_convertvector(code, QmFloats) * v->step + v->low;
-            } else {
-#ifdef __AVX512VBMI__
-                lanes = (QmFloats)(bytes[0] >> 8 * p << 24 >> 16 | bytes[1] >> 8 * p << 24 >> 8 |
-                                   bytes[2] >> 8 * p << 24);
-#else
-                for (int i = 0; i < 16; i++) lanes[i] = v->table[words[i] >> 8 * p & 255];
-#endif
-            }
-            lanes = lanes * second + more;
+            const QmFloats lanes = qm_entries(v, &four, p, linear) * second + more;
             memcpy(out + g * QM_PAIR, &lanes, sizeof lanes);
         }
     }

@@ -82,8 +82,8 @@ QM_INLINE void steps(const uint8_t *chunk, const int8_t *x, int64_t stride, int 
 }
 
 /* One panel against rows m to m + rows - 1. */
-QM_INLINE void few(const QmJob *job, int64_t panel, const QmWorkspace *w, int half, int64_t m,
-                   int bits, int numbers, int rows) {
+QM_INLINE void few(const QmJob *job, int64_t panel, const QmWorkspace *w, int64_t m, int bits,
+                   int numbers, int rows) {
     const int two = numbers == QM_TWO_BYTES, chains = rows == 1 ? (two ? 2 : 4) : rows == 2 ? 2 : 1;
     const __m512i first = _mm512_loadu_si512(job->bytes);
     const __m512i second = _mm512_loadu_si512(job->bytes + 64);
@@ -93,8 +93,7 @@ QM_INLINE void few(const QmJob *job, int64_t panel, const QmWorkspace *w, int ha
     const int8_t *x = (const int8_t *)job->act + m * 2 * stride;
     const float *step = job->steps + m * runs, *sums_of_x = job->sums + m * groups;
     const int32_t *starts = job->starts + 2 * m * runs;
-    const float *scale = w->scale + half * QM_PANEL, *zero = w->zero + half * QM_PANEL;
-    const float *minimum = w->minimum + half * QM_PANEL;
+    const float *scale = w->scale, *zero = w->zero, *minimum = w->minimum;
     __m512 totals[QM_FEW];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) totals[r] = _mm512_setzero_ps();
@@ -153,13 +152,13 @@ QM_INLINE void few(const QmJob *job, int64_t panel, const QmWorkspace *w, int ha
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-        _mm512_storeu_ps(w->total + (m + r) * QM_PAIR + half * QM_PANEL, totals[r]);
+        _mm512_storeu_ps(w->total + (m + r) * QM_PAIR, totals[r]);
 }
 
 /* One panel against one row where a group is a chunk (`each` is 1) or half of one (2): no group is
  * long enough to divide its sums, and nothing has to be asked in it. */
-QM_INLINE void few_small(const QmJob *job, int64_t panel, const QmWorkspace *w, int half,
-                         int bits, int numbers, int each) {
+QM_INLINE void few_small(const QmJob *job, int64_t panel, const QmWorkspace *w, int bits,
+                         int numbers, int each) {
     const int two = numbers == QM_TWO_BYTES;
     const __m512i first = _mm512_loadu_si512(job->bytes);
     const __m512i second = _mm512_loadu_si512(job->bytes + 64);
@@ -169,8 +168,7 @@ QM_INLINE void few_small(const QmJob *job, int64_t panel, const QmWorkspace *w, 
     const int8_t *x = job->act;
     const float *step = job->steps, *sums_of_x = job->sums;
     const int32_t *starts = job->starts;
-    const float *scale = w->scale + half * QM_PANEL, *zero = w->zero + half * QM_PANEL;
-    const float *minimum = w->minimum + half * QM_PANEL;
+    const float *scale = w->scale, *zero = w->zero, *minimum = w->minimum;
     __m512 total = _mm512_setzero_ps(), added = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; g += each, chunk += 64 * bits, x += QM_CHUNK_COLUMNS) {
         qm_prefetch(chunk, bits);
@@ -197,7 +195,7 @@ QM_INLINE void few_small(const QmJob *job, int64_t panel, const QmWorkspace *w, 
                 added = _mm512_fmadd_ps(_mm512_loadu_ps(minimum + at * QM_PAIR), sum_of_x, added);
         }
     }
-    _mm512_storeu_ps(w->total + half * QM_PANEL, _mm512_add_ps(total, added));
+    _mm512_storeu_ps(w->total, _mm512_add_ps(total, added));
 }
 
 /* Compiled for each width and kind of numbers. */
@@ -205,13 +203,13 @@ QM_INLINE void few_small(const QmJob *job, int64_t panel, const QmWorkspace *w, 
     { \
         int64_t m = 0; \
         if (job->batch == 1 && job->group_units <= 2) { \
-            if (job->group_units == 1) few_small(job, panel, w, half, b, kind, 2); \
-            else few_small(job, panel, w, half, b, kind, 1); \
+            if (job->group_units == 1) few_small(job, panel, w, b, kind, 2); \
+            else few_small(job, panel, w, b, kind, 1); \
             break; \
         } \
-        if (m + 4 <= job->batch) few(job, panel, w, half, m, b, kind, 4), m += 4; \
-        if (m + 2 <= job->batch) few(job, panel, w, half, m, b, kind, 2), m += 2; \
-        if (m < job->batch) few(job, panel, w, half, m, b, kind, 1); \
+        if (m + 4 <= job->batch) few(job, panel, w, m, b, kind, 4), m += 4; \
+        if (m + 2 <= job->batch) few(job, panel, w, m, b, kind, 2), m += 2; \
+        if (m < job->batch) few(job, panel, w, m, b, kind, 1); \
         break; \
     }
 #define KINDS(b) \
@@ -219,7 +217,7 @@ QM_INLINE void few_small(const QmJob *job, int64_t panel, const QmWorkspace *w, 
     case b * 8 + QM_BYTE: FEW(b, QM_BYTE) \
     case b * 8 + QM_TWO_BYTES: FEW(b, QM_TWO_BYTES)
 
-static void few_panel(const QmJob *job, int64_t panel, const QmWorkspace *w, int half) {
+static void few_panel(const QmJob *job, int64_t panel, const QmWorkspace *w) {
     switch (job->bits * 8 + job->numbers) {
         KINDS(1) KINDS(2) KINDS(3) KINDS(4) KINDS(5) KINDS(6)
     case 8 * 8 + QM_CODE: FEW(8, QM_CODE)
@@ -382,9 +380,10 @@ static void run(const QmJob *job, int64_t pair, char *workspace) {
     }
     for (int half = 0; half < 2 && pair * 2 + half < job->panels; half++) {
         int64_t panel = pair * 2 + half;
-        qm_panel_values(job, panel, &w, half * QM_PANEL);
-        few_panel(job, panel, &w, half);
-        qm_store(job, panel * QM_PANEL, w.total + half * QM_PANEL);
+        /* Both panels in the same lanes: what was just read stays in the first cache. */
+        qm_panel_values(job, panel, &w, 0);
+        few_panel(job, panel, &w);
+        qm_store(job, panel * QM_PANEL, w.total);
     }
 }
 
