@@ -179,7 +179,9 @@ def various(make: Make) -> dict[str, Form]:
         "nested, signed": nested_signed((35, 512), make, 6),
         "nested, signed, ragged": nested_signed((17, 592), make, 3),
         "nested, blocks across rows": make.codebook((37, 64 * 43), 4, Flat(64), nested=True),
-        "one zero point": replace(make.affine((20, 96), 4, Group(32)), offset=torch.full((20, 3), 8)),
+        "one zero point": replace(
+            make.affine((20, 96), 4, Group(32)), offset=torch.full((20, 3), 8)
+        ),
         "one float zero point": replace(
             make.affine((20, 96), 4, Group(32)), offset=torch.full((20, 3), 7.3)
         ),

@@ -227,7 +227,7 @@ def _store_coded(value: Form, shape: tuple[int, ...], name: str) -> Stored | Non
     second = _second(scale, value.grouping, (codes.shape[0], codes.shape[1]))
     if second is None:
         return None
-    level, *place = second
+    level, how, size, stride = second
     parts = {name: panels_of_groups(codes), f"{name}_level": level}
     if inner.table is not None:
         parts[f"{name}_table"] = _with_planes(inner.table).to(level.device)
@@ -240,9 +240,18 @@ def _store_coded(value: Form, shape: tuple[int, ...], name: str) -> Stored | Non
         kept.pop(f"form.{name}.{known}", None)
     if isinstance(value, Affine | Codebook) and value.codes.packing not in ("u8", "i8"):
         kept[f"form.{name}.last_byte"] = value.codes.data.reshape(-1).view(torch.uint8)[-1:].clone()
-    how = (LEVEL_KINDS[scale.dtype], *place[1:])
-    constants = (inner.step, inner.low, plus)
-    return Stored(parts, kept, CODED, _PANEL, codes.bits, place[0], *how, constants)
+    return Stored(
+        parts,
+        kept,
+        CODED,
+        _PANEL,
+        codes.bits,
+        how,
+        LEVEL_KINDS[scale.dtype],
+        size,
+        stride,
+        (inner.step, inner.low, plus),
+    )
 
 
 def from_panels(
@@ -255,8 +264,8 @@ def from_panels(
     rows, panels = shape[0], tensors[name]
     if isinstance(skeleton, Tensor):
         if f"{name}_table" in tensors and panels.ndim == 1:
-            data = Codes(_as_bytes(skeleton), 8, tuple(skeleton.shape), "u8")
-            plain = panels_to_groups(panels, _matrix(data, shape))
+            bytewise = Codes(_as_bytes(skeleton), 8, tuple(skeleton.shape), "u8")
+            plain = panels_to_groups(panels, _matrix(bytewise, shape))
         else:
             plain = _rows(panels, rows) if panels.ndim == 3 else panels.clone()
         return {name: plain.view(skeleton.dtype).reshape(skeleton.shape)}

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from quantmill_cpu.native import library
 
-__all__ = ["CODED", "KINDS", "LEVEL_KINDS", "PARTS", "ROW", "Spec", "assemble", "finish", "parts_of"]
+__all__ = [
+    "CODED",
+    "KINDS",
+    "LEVEL_KINDS",
+    "PARTS",
+    "ROW",
+    "Spec",
+    "assemble",
+    "finish",
+    "parts_of",
+]
 
 PARTS: Final = (
     "facts",
