@@ -26,7 +26,7 @@ from quantmill.forms import Affine, Blocks, Channel, Codebook, Codes, Flat, Form
 from quantmill.kernels import Prepared
 from quantmill.registrations import Kernel
 from quantmill_cpu import native
-from quantmill_cpu.matmul import _library, bind
+from quantmill_cpu.matmul import bind, torch_library
 from quantmill_cpu.plugin import quantmill_kernels
 from quantmill_gguf.encode import encode
 from quantmill_gguf.types.raw import RawForm
@@ -122,7 +122,7 @@ def copies(live: Prepared, count: int) -> list[Prepared]:
 def measure(
     kernel: Kernel, form: Form, floats: list[Tensor], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    library, threads = _library(), torch.get_num_threads()
+    library, threads = torch_library(), torch.get_num_threads()
     first = Prepared.of(kernel, form)
     size, total = first.nbytes, options.megabytes << 20
     lives = [bind(live) for live in copies(first, max(2, -(-total // size)))]

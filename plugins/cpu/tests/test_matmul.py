@@ -294,12 +294,12 @@ def test_any_number_of_threads_gives_the_same() -> None:
 @pytest.fixture
 def own_threads() -> Iterator[None]:
     """The library's own threads in place of PyTorch's."""
-    from quantmill_cpu.matmul import _library
+    from quantmill_cpu.matmul import torch_library
 
-    _library().qm_borrow_threads(None)
+    torch_library().qm_borrow_threads(None)
     yield
-    _library.cache_clear()
-    _library()
+    torch_library.cache_clear()
+    torch_library()
 
 
 @pytest.mark.usefixtures("own_threads")
