@@ -1,11 +1,14 @@
-"""Loading GGUF files, beside transformers: wall time and peak memory above the imports.
+"""Loading GGUF files, beside transformers: wall time, peak memory above the imports, decoding.
 
     python benchmarks/gguf_load.py WORK_FOLDER [--types q4_k_m bf16] [--peer] [--experts]
-        [--json]
+        [--dtypes float32 bfloat16] [--llama BUILD/bin] [--json]
 
 Files of a model of 252 million weights are made first, each load runs in a process of its own. The
-bound that is printed is 1.2 times the file and 64 MiB. ``--experts`` loads a mixture of experts as
-well.
+bound that is printed is 1.2 times the file and 64 MiB; it holds for the load and, as a peak of its
+own, for a prompt of 32 tokens and 24 more that are decoded after it, one by one. Their rate is that
+of the lower quartile of their times. ``--dtypes`` are those that we compute in, float32 unless
+another one is asked for. ``--experts`` loads a mixture of experts as well, ``--llama`` decodes the
+same files with llama.cpp's benchmark program.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from fabricate import fabricate
 
 CHILD = r"""
 import json, os, sys, threading, time
-who, path = sys.argv[1:3]
+who, path, dtype = sys.argv[1:4]
 import torch, transformers
 from transformers import AutoModelForCausalLM
 import transformers.models.llama.modeling_llama, transformers.models.qwen3_moe.modeling_qwen3_moe
@@ -45,7 +48,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 start = time.perf_counter()
 if who == "quantmill":
-    model = quantmill.load(path)
+    model = quantmill.load(path, dtype=dtype)
 else:
     folder, name = os.path.split(path)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
@@ -55,19 +58,25 @@ peak[0] = max(peak[0], rss())
 loaded = peak[0] - base
 start = time.perf_counter()
 with torch.inference_mode():
-    model(input_ids=ids)
-first = time.perf_counter() - start
+    cache = transformers.DynamicCache(config=model.config)
+    found = model(input_ids=ids, past_key_values=cache).logits
+    first = time.perf_counter() - start
+    times = []
+    for _ in range(24):
+        token = found[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        found = model(input_ids=token, past_key_values=cache).logits
+        times.append(time.perf_counter() - start)
 stop.set()
 print(json.dumps({"seconds": seconds, "peak": loaded, "first_forward": first,
-                  "peak_forward": max(peak[0], rss()) - base}))
+                  "peak_forward": max(peak[0], rss()) - base, "rate": 1 / sorted(times)[6]}))
 """
 
 
-def measure(who: str, path: Path) -> dict[str, Any]:
+def measure(who: str, path: Path, dtype: str) -> dict[str, Any]:
     """One load in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, who, str(path)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", CHILD, who, str(path), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -85,7 +94,13 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="also run transformers")
     parser.add_argument("--experts", action="store_true", help="also a mixture of experts")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--dtypes", nargs="*", default=["float32"])
+    parser.add_argument("--llama", type=Path, help="folder of llama.cpp's binaries")
     options = parser.parse_args()
+
+    def say(words: str) -> None:
+        print(words, file=sys.stderr if options.json else sys.stdout, flush=True)
+
     rows: list[dict[str, Any]] = []
     files = []
     source = fabricate(options.work / "252m", "252m")
@@ -101,34 +116,56 @@ def main() -> None:
         files.append(path)
     for path in files:
         size = path.stat().st_size
-        medians = {}
-        for who in ["quantmill", "transformers"] if options.peer else ["quantmill"]:
-            runs = [measure(who, path) for _ in range(options.rounds)]
-            seconds = medians[who] = statistics.median(run["seconds"] for run in runs)
-            peak = max(run["peak"] for run in runs)
-            forward = max(run["peak_forward"] for run in runs)
-            first = statistics.median(run["first_forward"] for run in runs)
-            bound = 1.2 * size + (64 << 20)
-            spread = [function(run["seconds"] for run in runs) for function in (min, max)]
-            row = {"file": path.name, "who": who, "seconds": seconds, "spread": spread}
-            rows.append({**row, "peak": peak, "peak_forward": forward, "first_forward": first})
+        bound = 1.2 * size + (64 << 20)
+        contenders = [("quantmill", dtype) for dtype in options.dtypes]
+        contenders += [("transformers", "float32")] if options.peer else []
+        medians: dict[str, float] = {}
+        for who, dtype in contenders:
+            runs = [measure(who, path, dtype) for _ in range(options.rounds)]
+            seconds = statistics.median(run["seconds"] for run in runs)
+            medians.setdefault(who, seconds)
+            row = {
+                "file": path.name,
+                "who": who,
+                "dtype": dtype,
+                "seconds": seconds,
+                "spread": [function(run["seconds"] for run in runs) for function in (min, max)],
+                "peak": max(run["peak"] for run in runs),
+                "peak_forward": max(run["peak_forward"] for run in runs),
+                "first_forward": statistics.median(run["first_forward"] for run in runs),
+                "rate": max(run["rate"] for run in runs),
+            }
             if who == "quantmill":
-                rows[-1]["of_bound"] = peak / bound
-            print(
-                f"{path.name} {size / 2**20:.0f} MiB {who:12} {seconds:6.2f} s,"
-                f" peak {peak / 2**20:.0f} MiB ({peak / bound:.2f} of 1.2 x file + 64 MiB),"
-                f" first forward {first:.2f} s,"
-                f" peak then {forward / 2**20:.0f} MiB",
-                file=sys.stderr if options.json else sys.stdout,
-                flush=True,
+                row["of_bound"] = row["peak"] / bound
+                row["forward_of_bound"] = row["peak_forward"] / bound
+            rows.append(row)
+            say(
+                f"{path.name} {size / 2**20:.0f} MiB {who:12} {dtype:8} {seconds:6.2f} s,"
+                f" peak {row['peak'] / 2**20:.0f} MiB ({row['peak'] / bound:.2f} of 1.2 x file"
+                f" + 64 MiB), first forward {row['first_forward']:.2f} s, peak then"
+                f" {row['peak_forward'] / 2**20:.0f} MiB ({row['peak_forward'] / bound:.2f}),"
+                f" then {row['rate']:.1f} tokens/s",
             )
-        if len(medians) == 2:
+        if options.peer:
             ratio = medians["quantmill"] / medians["transformers"]
             rows[-2]["ratio"] = ratio
-            if not options.json:
-                print(f"{path.name}: quantmill / transformers = {ratio:.3f}")
+            say(f"{path.name}: quantmill / transformers = {ratio:.3f}")
+        if options.llama is not None:
+            rate = llama_rate(options.llama, path)
+            rows.append({"file": path.name, "who": "llama.cpp", "rate": rate})
+            say(f"{path.name}: llama.cpp decodes {rate:.1f} tokens/s")
     if options.json:
         print(json.dumps(rows, indent=2))
+
+
+def llama_rate(bins: Path, file: Path) -> float:
+    """Tokens a second of llama-bench with as many threads as PyTorch has."""
+    import torch
+
+    asked = [bins / "llama-bench", "-m", file, "-p", 0, "-n", 24, "-t", torch.get_num_threads()]
+    command = [*map(str, asked), "-r", "3", "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return 24e9 / min(json.loads(done.stdout)[0]["samples_ns"])
 
 
 def mixture(folder: Path) -> Path:
