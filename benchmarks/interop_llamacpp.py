@@ -33,8 +33,9 @@ from llamacpp import Ggml
 from torch import Tensor
 
 from quantmill_gguf.encode import MADE, encode
-from quantmill_gguf.mixes import MIXES, ModelFacts, choose, tensor_order
+from quantmill_gguf.mixes import MIXES, ModelFacts
 from quantmill_gguf.requantize import requantize
+from quantmill_gguf.tensor_types import choose, tensor_order
 from quantmill_gguf.types import TYPES
 from quantmill_gguf.types.sizes import BY_NAME, PLAIN
 from quantmill_gguf.writer import GgufWriter, TensorSpec

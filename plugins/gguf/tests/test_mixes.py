@@ -10,7 +10,8 @@ import pytest
 
 from quantmill.findings import QuantmillError
 from quantmill.targeting.types import ModuleInfo, ParameterInfo
-from quantmill_gguf.mixes import MIXES, MixOptions, ModelFacts, choose, fallback, mix_named
+from quantmill_gguf.mixes import MIXES, MixOptions, ModelFacts, mix_named
+from quantmill_gguf.tensor_types import choose, fallback
 
 STORED: Any = json.loads((Path(__file__).parent / "data" / "mixes.json").read_text())
 """What llama-quantize chose: see ``benchmarks/interop_llamacpp.py``."""

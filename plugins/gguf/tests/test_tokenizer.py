@@ -11,8 +11,9 @@ import pytest
 from quantmill.findings import QuantmillError
 from quantmill_gguf.container import GgufFile
 from quantmill_gguf.tokenizer import load_tokenizer
+from quantmill_gguf.vocab.model import Files, VocabularyError
 from quantmill_gguf.vocab.splits import PRE, name_of, steps_of
-from quantmill_gguf.vocab.write import Files, VocabularyError, vocabulary_of
+from quantmill_gguf.vocab.write import vocabulary_of
 from quantmill_gguf.writer import GgufWriter
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -10,7 +10,8 @@ from pydantic import Field, field_validator
 from quantmill.config import MethodConfig
 from quantmill.findings import QuantmillError
 from quantmill.targeting.types import Rule
-from quantmill_gguf.mixes import fallback, mix_named
+from quantmill_gguf.mixes import mix_named
+from quantmill_gguf.tensor_types import fallback
 
 __all__ = ["GgufConfig", "rules"]
 

@@ -15,7 +15,8 @@ from quantmill_gguf.imatrix import COUNTS
 from quantmill_gguf.importance import matrix_of
 from quantmill_gguf.mixes import MIXES, mix_named
 from quantmill_gguf.reader import GgufSource
-from quantmill_gguf.vocab.write import Files, Vocabulary, VocabularyError, vocabulary_of
+from quantmill_gguf.vocab.model import Files, Vocabulary, VocabularyError
+from quantmill_gguf.vocab.write import vocabulary_of
 
 if TYPE_CHECKING:
     from quantmill.job import Job

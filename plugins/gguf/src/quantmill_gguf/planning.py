@@ -10,7 +10,8 @@ from quantmill.targeting.patterns import parse
 from quantmill.targeting.types import ModuleInfo, Rule
 from quantmill_gguf.config import GgufConfig
 from quantmill_gguf.layout import FLOAT32, Layout, Planned, layout_of
-from quantmill_gguf.mixes import MixOptions, ModelFacts, choose, fallback, mix_named
+from quantmill_gguf.mixes import MixOptions, ModelFacts, mix_named
+from quantmill_gguf.tensor_types import choose, fallback
 from quantmill_gguf.types.sizes import BY_NAME
 
 if TYPE_CHECKING:

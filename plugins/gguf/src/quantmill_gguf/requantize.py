@@ -22,7 +22,8 @@ from quantmill_gguf.container import GgufFile, GgufTensor, open_split
 from quantmill_gguf.encode import MADE, decode, encode
 from quantmill_gguf.imatrix import COUNTS as IMATRIX_COUNTS
 from quantmill_gguf.imatrix import Imatrix
-from quantmill_gguf.mixes import Mix, MixOptions, ModelFacts, choose, mix_named
+from quantmill_gguf.mixes import Mix, MixOptions, ModelFacts, mix_named
+from quantmill_gguf.tensor_types import choose
 from quantmill_gguf.types.sizes import PLAIN
 from quantmill_gguf.writer import GgufWriter, TensorSpec
 

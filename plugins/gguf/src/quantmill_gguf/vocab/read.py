@@ -14,12 +14,11 @@ from typing import Any, Final
 from quantmill.findings import QuantmillError
 from quantmill_gguf import codes
 from quantmill_gguf.container import Array
+from quantmill_gguf.vocab.model import BYTE, CONTROL, SPACE, UNUSED, USER_DEFINED
 from quantmill_gguf.vocab.splits import Pre, pre_named
-from quantmill_gguf.vocab.write import BYTE, CONTROL, UNUSED, USER_DEFINED
 
 __all__ = ["merges_of", "tokenizer_of"]
 
-_SPACE: Final = "\u2581"
 _PIECE: Final = re.compile(r"[^$:][^:]*", re.DOTALL)
 _LONGEST: Final = 1024
 """Characters of a token that is taken apart at every place."""
@@ -171,9 +170,9 @@ def _spm(metadata: Mapping[str, Any], tokens: list[str], types: Sequence[int], f
         )
     )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    steps: list[Any] = [normalizers.Prepend(_SPACE)] if prefix else []
-    made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    undo: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [normalizers.Prepend(SPACE)] if prefix else []
+    made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         undo.append(decoders.Strip(" ", 1, 0))
     made.decoder = decoders.Sequence(undo)
@@ -205,7 +204,7 @@ def _unigram(
             raise _refuse(file, f"its table of characters can't be read: {error}") from error
     if metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
         steps.append(normalizers.Strip(left=False, right=True))
-        steps.append(normalizers.Replace(Regex(" {2,}"), _SPACE))
+        steps.append(normalizers.Replace(Regex(" {2,}"), SPACE))
     made.normalizer = normalizers.Sequence(steps)
     scheme = "always" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never"
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
@@ -221,7 +220,7 @@ def _word_piece(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     for index, text in enumerate(tokens):
         if text in special:
             vocabulary[text] = index
-        elif text.startswith(_SPACE):
+        elif text.startswith(SPACE):
             vocabulary[text[1:]] = index
         else:
             vocabulary["##" + text] = index
