@@ -203,3 +203,28 @@ def test_a_model_of_one_repeated_token_is_quantized_all_the_same(folder: Path) -
     """A Hessian of rank one: damping carries it."""
     model = quantmill.load(folder, METHODS[0], calibration=torch.zeros(4, 32, dtype=torch.int64))
     assert torch.isfinite(_logits(model, torch.zeros(8, 4, dtype=torch.int64))).all()
+
+
+@pytest.mark.parametrize("first", ["gptq-4:group_size=32", "awq-4:group_size=32"])
+def test_two_calibrated_methods_share_one_run(
+    first: str, folder: Path, tokens: Tensor, tmp_path: Path
+) -> None:
+    exact = _logits(quantmill.load(folder), tokens)
+    second = next(item for item in (METHODS[0], METHODS[2]) if item != first)
+    mixed = {"method": first, "assign": {"**.mlp.*": second, "layers:2": "bnb-nf4"}}
+    out = tmp_path / "out"
+    quantmill.quantize(folder, out, mixed, calibration=tokens)
+    labels = {item.method for item in quantmill.plan(out).modules if item.method}
+    assert len(labels) == 3
+    quantized = _logits(quantmill.load(out), tokens)
+    alone = _logits(quantmill.load(folder, first, calibration=tokens), tokens)
+    error, bound = ((item - exact).norm() / exact.norm() for item in (quantized, alone))
+    assert error < 2 * bound
+    live = _logits(quantmill.load(folder, mixed, calibration=tokens), tokens)
+    assert torch.equal(live, quantized)
+
+
+def test_a_module_is_no_source() -> None:
+    with pytest.raises(QuantmillError, match="quantize_model") as caught:
+        quantmill.load(nn.Linear(8, 8))  # type: ignore[arg-type]
+    assert caught.value.findings[0].code == "QM-CKPT-018"

@@ -10,7 +10,7 @@ get every form, so that each goes on as if it were alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ NOT_REACHED = declare(
     Severity.ERROR,
 )
 _PASSING = ("QM-CKPT", "QM-PROCESS")
-SEVERAL_CALIBRATED = declare("QM-CALIB-041", "Two calibrated methods in one model")
+_Calibrators = Sequence[tuple[BlockCalibrator[Any], set[str]]]
 
 
 def calibrate(
@@ -115,30 +115,27 @@ class Run:
             "torch": torch.__version__,
         }
 
-    def _calibrator(self) -> BlockCalibrator[Any]:
-        kinds = {pair[1].method.calibrator: pair[1] for pair in self.calibrated.values()}
-        if len(kinds) > 1:
-            raise QuantmillError(
-                SEVERAL_CALIBRATED(
-                    "method",
-                    f"{' and '.join(item.label for item in kinds.values())} both calibrate",
-                    "quantize with one of them, and assign methods without calibration beside it",
+    def _calibrators(self) -> list[tuple[BlockCalibrator[Any], set[str]]]:
+        """One per method that calibrates, with the names of its targets."""
+        found: dict[str, tuple[BlockCalibrator[Any], set[str]]] = {}
+        for name, (_, selection) in self.calibrated.items():
+            reference = selection.method.calibrator
+            assert reference is not None
+            if reference not in found:
+                made = resolve(reference)(
+                    selection.config,
+                    device=torch.device(self.job.device),
+                    kernels=self.job.kernels,
+                    seed=self.job.options.seed,
                 )
-            )
-        reference, selection = next(iter(kinds.items()))
-        assert reference is not None
-        made: BlockCalibrator[Any] = resolve(reference)(
-            selection.config,
-            device=torch.device(self.job.device),
-            kernels=self.job.kernels,
-            seed=self.job.options.seed,
-        )
-        return made
+                found[reference] = (made, set())
+            found[reference][1].add(name)
+        return list(found.values())
 
     def run(self) -> None:
         """All blocks, then what lies outside them, then everything to the sink."""
         job = self.job
-        calibrator = self._calibrator()
+        calibrators = self._calibrators()
         with job.stage("calibrate"):
             model = self.architecture.build()
             blocks, count = find_blocks(model, list(self.calibrated))
@@ -163,11 +160,11 @@ class Run:
                         replay.hidden = [kept[n].to(job.device) for n in replay.numbers]
                 else:
                     self._advance(index, total, name)
-                    forms = self._block(model, replay, calibrator, name, index, inside)
+                    forms = self._block(model, replay, calibrators, name, index, inside)
                 self._send(inside, forms)
                 give_back()
             self._advance(count, total, "outside the blocks")
-            self._send(outside, self._tail(replay, calibrator, inner))
+            self._send(outside, self._tail(replay, calibrators, inner))
             self._advance(total, total, "done")
         self.progress.remove()
 
@@ -228,7 +225,7 @@ class Run:
         self,
         model: nn.Module,
         replay: Replay,
-        calibrator: BlockCalibrator[Any],
+        calibrators: _Calibrators,
         name: str,
         index: int,
         inside: list[ModuleInfo],
@@ -241,7 +238,7 @@ class Run:
         block = Block(index, name, module, members, configs, replay, self.share)
         self._finite(block)
         if block.targets:
-            calibrator.calibrate(block)
+            _calibrate(block, replay, calibrators)
             self._complete(block)
         self._take_changes(block)
         if not block.finished:
@@ -337,7 +334,7 @@ class Run:
         return forms
 
     def _tail(
-        self, replay: Replay, calibrator: BlockCalibrator[Any], inner: str
+        self, replay: Replay, calibrators: _Calibrators, inner: str
     ) -> dict[str, Form | None]:
         """Targets outside the blocks, such as the output head."""
         outside = [pair for name, pair in self.calibrated.items() if not name.startswith(inner)]
@@ -347,9 +344,22 @@ class Run:
         members = [target for target, _ in outside]
         block = Tail(len(replay.blocks), "", replay.model, members, configs, replay, self.share)
         self._finite(block)
-        calibrator.calibrate(block)
+        _calibrate(block, replay, calibrators)
         self._complete(block)
         return block.forms
+
+
+def _calibrate(block: Block, replay: Replay, calibrators: _Calibrators) -> None:
+    """Each calibrator gives its own targets their forms, with the inputs that those before it
+    leave; what the block gives in the end are the next block's inputs."""
+    every, hidden = block.targets, replay.hidden
+    for calibrator, names in calibrators:
+        block.targets = [target for target in every if target.name in names]
+        if block.targets:
+            # One before it may have passed them on already.
+            replay.hidden, block.finished = hidden, False
+            calibrator.calibrate(block)
+    block.targets = every
 
 
 def _to(value: Any, device: str) -> Any:

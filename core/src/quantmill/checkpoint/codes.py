@@ -27,6 +27,7 @@ DUPLICATE_TENSOR = declare(
 )
 
 # The header of a safetensors file.
+NO_SOURCE = declare("QM-CKPT-018", "An object that is no source stands where one is expected")
 TRUNCATED = declare("QM-CKPT-020", "A safetensors file is shorter than its header says")
 HEADER_LENGTH = declare("QM-CKPT-021", "A safetensors header has an absurd length")
 HEADER_JSON = declare("QM-CKPT-022", "A safetensors header is not valid JSON")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantmill.checkpoint import codes
 from quantmill.checkpoint.source import open_source, read_headers
 from quantmill.checkpoint.weights import STEMS
+from quantmill.findings import QuantmillError
 from quantmill.registrations import resolve
 from quantmill.requirements import missing_requirements
 
@@ -62,4 +64,12 @@ def open_checkpoint(spec: str | Path | Any, host: Host) -> CheckpointHeaders:
     if inside is not None:
         found: CheckpointHeaders = resolve(inside[0].read)(inside[1])
         return found
-    return read_headers(open_source(spec) if isinstance(spec, str | Path) else spec)
+    if isinstance(spec, str | Path):
+        return read_headers(open_source(spec))
+    if not all(hasattr(spec, name) for name in ("names", "exists", "identity")):
+        fix = "give the path of a folder or file, or a Hub id"
+        if hasattr(spec, "named_modules"):
+            fix = "quantmill.quantize_model(model, method) quantizes a module that is in memory"
+        kind = type(spec).__name__
+        raise QuantmillError(codes.NO_SOURCE("source", f"it is a {kind}, not a path", fix))
+    return read_headers(spec)
