@@ -99,7 +99,7 @@ def compile_library(
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     flags = list(FLAGS)
     sources: list[tuple[str, str, list[str]]] = [  # object, file, its flags
-        (name, name, []) for name in ("quantize", "panels", "pool", "ggml")
+        (name, name, []) for name in ("quantize", "panels", "pool", "operator", "ggml")
     ]
     x86 = sysconfig.get_platform().endswith("x86_64")
     newer, macros = _newer(compiler) if x86 and only is None else ({}, [])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +22,8 @@ from quantmill.forms import Channel, Codebook, Codes, Flat, Form, Group, PerTens
 from quantmill_cpu import native
 from quantmill_cpu.codes import pack_codes, unpack_codes
 from quantmill_cpu.layout import misfit
-from quantmill_cpu.matmul import matmul
+from quantmill_cpu.matmul import _product, matmul
+from quantmill_cpu.operators import implement
 
 
 def _forms() -> Any:
@@ -349,6 +350,35 @@ def test_it_compiles_without_a_graph_break() -> None:
     for batch in (2, 5):
         x = draw(batch, 64, torch.float32)
         assert torch.equal(compiled(x), function(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operator_takes_any_strides_and_dimensions(bias: bool) -> None:
+    live = prepared(Make(1).affine((40, 64), 4, Group(32)))
+    weight, more = live.tensors["weight"], draw(1, 40, torch.bfloat16)[0] if bias else None
+    wide = draw(6, 256, torch.bfloat16).reshape(2, 3, 256)
+    name = "product_bias" if bias else "product"
+    operator = getattr(torch.ops.quantmill_cpu, name).default
+    for x in (
+        wide[..., :64],
+        wide[..., ::4],
+        wide[..., :64].transpose(0, 1),
+        wide[0, 0, 3:67],
+        wide[:0, :, :64],
+        wide[..., :64].expand(4, 2, 3, 64),
+    ):
+        expected = matmul(x.contiguous(), live, more)
+        found = operator(x, weight, 40, 64, *([more] if bias else []))
+        assert torch.equal(found, expected) and found.is_contiguous()
+        # What it is where PyTorch offers no C functions for operators.
+        assert torch.equal(_product(x, weight, 40, 64, more), expected)
+
+
+def test_an_operator_made_by_a_pytorch_without_its_functions_is_pythons() -> None:
+    class Without:
+        pass
+
+    assert not implement(native.library(), cast(Any, Without()))
 
 
 def test_the_layout_takes_hardly_more_than_the_form() -> None:

@@ -1,7 +1,7 @@
 """``y = x @ W.T + bias`` with W in the layout ``cpu-panels``, by the native library.
 
-A call takes some five microseconds beside the product itself. Compiled graphs contain the operator
-``quantmill_cpu::matmul``; eager calls go to the library without it.
+Calls, of compiled graphs too, go to the operators ``quantmill_cpu::product`` and ``product_bias``,
+which run without the interpreter (``c/operator.c``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from quantmill.kernels import Prepared
 from quantmill_cpu.layout import prepare, restore
 from quantmill_cpu.native import library
+from quantmill_cpu.operators import implement
 
 __all__ = [
     "bind",
@@ -43,17 +44,22 @@ def torch_library() -> ctypes.CDLL:
     and threads of our own would get half of the processors meanwhile."""
     found = library()
     with contextlib.suppress(OSError, AttributeError):
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        found.qm_borrow_threads(ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p))
+        found.qm_borrow_threads(ctypes.cast(_torch_cpu().GOMP_parallel, ctypes.c_void_p))
     return found
 
 
-def _call(x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+@cache
+def _torch_cpu() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+def _product(
+    x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | None = None
+) -> Tensor:
+    """The operators where they can't be native."""
     kind = _kind_of(x, columns)
     shape = x.shape
     x = x.contiguous()
-    if bias is not None:
-        bias = _checked_bias(bias, x, rows)
     y = x.new_empty((*shape[:-1], rows))
     failed = torch_library().qm_matmul(
         weight.data_ptr(),
@@ -115,8 +121,21 @@ def _call_grouped(
 
 # Not torch.library.custom_op: what that puts around a call takes longer than a small product.
 _OPERATORS: Final = torch.library.Library("quantmill_cpu", "DEF")
-_OPERATORS.define("matmul(Tensor x, Tensor weight, int rows, int columns, Tensor? bias) -> Tensor")
-_OPERATORS.impl("matmul", _call, "CPU")
+_OPERATORS.define("product(Tensor x, Tensor weight, int rows, int columns) -> Tensor")
+_OPERATORS.define(
+    "product_bias(Tensor x, Tensor weight, int rows, int columns, Tensor bias) -> Tensor"
+)
+
+
+def _implement() -> None:
+    with contextlib.suppress(OSError):
+        if implement(torch_library(), _torch_cpu()):
+            return
+    for name in ("product", "product_bias"):
+        _OPERATORS.impl(name, _product, "CPU")
+
+
+_implement()
 _OPERATORS.define(
     "grouped_matmul(Tensor x, Tensor weights, Tensor ends, int rows, int columns, Tensor? bias)"
     " -> Tensor"
@@ -124,8 +143,9 @@ _OPERATORS.define(
 _OPERATORS.impl("grouped_matmul", _call_grouped, "CPU")
 
 
-@torch.library.register_fake("quantmill_cpu::matmul", lib=_OPERATORS)
-def _fake(x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | None) -> Tensor:
+@torch.library.register_fake("quantmill_cpu::product", lib=_OPERATORS)
+@torch.library.register_fake("quantmill_cpu::product_bias", lib=_OPERATORS)
+def _fake(x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -134,6 +154,10 @@ def _fake_grouped(
     x: Tensor, weights: Tensor, ends: Tensor, rows: int, columns: int, bias: Tensor | None
 ) -> Tensor:
     return x.new_empty((x.shape[0], rows))
+
+
+_PRODUCT: Final = torch.ops.quantmill_cpu.product.default
+_PRODUCT_BIAS: Final = torch.ops.quantmill_cpu.product_bias.default
 
 
 class _Bound:
@@ -145,14 +169,19 @@ class _Bound:
         self._live = live
         self._rows, self._columns = live.skeleton.shape
         self._weight = live.tensors["weight"]
+        if not torch.compiler.is_compiling() and self._weight.data_ptr() % 64:
+            raise _FAILURES[-2]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling():
-            result: Tensor = torch.ops.quantmill_cpu.matmul(
-                x, self._weight, self._rows, self._columns, bias
-            )
-            return result
-        return _call(x, self._weight, self._rows, self._columns, bias)
+        rows, columns = self._rows, self._columns
+        _kind_of(x, columns)
+        result: Tensor
+        if bias is None:
+            result = _PRODUCT(x, self._weight, rows, columns)
+        else:
+            bias = _checked_bias(bias, x, rows)
+            result = _PRODUCT_BIAS(x, self._weight, rows, columns, bias)
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         return bind, (self._live,)
@@ -162,6 +191,9 @@ def bind(live: Prepared) -> Callable[[Tensor, Tensor | None], Tensor]:
     """The kernel for one weight: ``fn(x, bias)``, for any number of rows of ``x``.
 
     ``fn`` raises ValueError where ``x`` or ``bias`` don't fit the weight.
+
+    Raises:
+        ValueError: the weight doesn't lie at a multiple of 64 bytes.
     """
     if "weight" not in live.tensors:
         return live.restore().matmul

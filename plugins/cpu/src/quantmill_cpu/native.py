@@ -63,6 +63,7 @@ def library() -> ctypes.CDLL:
         "qm_weight_finish": (None, [pointer]),
         "qm_large_pages": (None, [pointer, size]),
         "qm_borrow_threads": (None, [pointer]),
+        "qm_operators": (small, [pointer]),
         "qm_ggml_encode": (
             small,
             [small, pointer, small, size, size, pointer, pointer, small],
