@@ -218,6 +218,14 @@ QUALITY = (
 )
 MEMORY = (
     Step(
+        "Estimates of plan and choose",
+        "What is said by what is then measured, for each method: weights, and the peaks of"
+        " loading, running and quantizing. 1 is exact.",
+        "needs.py",
+        ("{work}/needs", "--json"),
+        quick=("--methods", "bnb-nf4"),
+    ),
+    Step(
         "Loading, by the number of layers",
         "`beyond_model` is the peak less the loaded model: flat where memory doesn't grow with the"
         " checkpoint, and below zero where floats stay in the mapped file.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,19 @@ __all__ = [
     "NonFiniteWeight",
     "Quantizer",
     "WeightSource",
+    "block_bytes",
 ]
+
+_BLOCK_BYTES: Final = 4 << 20
+"""Of a row block; two are in memory. So small, it stays in a processor's cache."""
+_DEVICE_BLOCK_BYTES: Final = 32 << 20
+"""The same for a GPU, to which each block costs some launches and a copy."""
+
+
+def block_bytes(device: torch.device) -> int:
+    """Bytes of a row block for a device."""
+    return _DEVICE_BLOCK_BYTES if device.type == "cuda" else _BLOCK_BYTES
+
 
 ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
@@ -109,6 +121,11 @@ class Quantizer(ABC, Generic[ConfigT]):
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
         """Memory used while quantizing ``target``, beyond the form and the row buffers."""
         return 0
+
+    def block_weights(self, target: Target, dtype: torch.dtype) -> int:
+        """Weights of a row block of ``target``, stored in ``dtype``: what :meth:`working_bytes` of
+        a quantizer that goes by row blocks is a multiple of."""
+        return min(target.weights, block_bytes(self.device) // dtype.itemsize)
 
 
 class BlockCalibrator(ABC, Generic[ConfigT]):
@@ -301,3 +318,8 @@ class LinearFactory(ABC, Generic[ConfigT]):
         weight, unless what computes does without. ``form`` may be on the meta device."""
         rows, columns = form.shape[-2:]
         return int(rows * columns * dtype.itemsize)
+
+    def row_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        """Bytes that a forward pass needs for each row of its input, beside input and output:
+        rounded activations, sums in another dtype. ``form`` may be on the meta device."""
+        return 0

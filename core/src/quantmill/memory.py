@@ -134,6 +134,7 @@ def needs(
     itemsize = int(getattr(torch, plan.dtype).itemsize)
     forward = max((item.forward_bytes for item in plan.modules), default=0)
     block = context * (_HIDDEN_HELD * sizes.hidden + _INNER_HELD * sizes.inner) * itemsize
+    block += context * max((item.row_bytes for item in plan.modules), default=0)
     if not training:
         # Only the last token's logits are computed when a text is continued.
         working = block + forward + sizes.vocabulary * (itemsize + 4)

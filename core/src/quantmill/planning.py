@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from quantmill.findings import Findings
 from quantmill.targeting.types import Target
 
-__all__ = ["ModulePlan", "Plan"]
+__all__ = ["OVERHEAD_BYTES", "ModulePlan", "Plan"]
+
+OVERHEAD_BYTES: Final = 4 << 20
+"""What every estimate allows for what is not counted: modules, threads, small tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class ModulePlan:
     """While it is being made, beyond ``bytes_memory``."""
     forward_bytes: int = 0
     """While it computes, beyond ``bytes_memory``, its input and its output."""
+    row_bytes: int = 0
+    """While it computes, for each row of its input, beside that and its output."""
     target: Target | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,23 +62,27 @@ class Plan:
     """Label to the method's name and options in words."""
     modules: list[ModulePlan]
     findings: Findings = field(default_factory=Findings)
-    buffer_bytes: int = 32 << 20
-    """Read-ahead and staging buffers of the streaming loader."""
+    buffer_bytes: int = 0
+    """Buffers of the streaming loader."""
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums over the modules; ``bits_per_weight`` is over the quantized ones, on disk."""
+        """Sums over the modules; ``bits_per_weight`` is over the quantized ones, on disk.
+        ``peak_bytes`` is that of loading, with all weights in memory; ``quantizing_bytes`` that of
+        writing a checkpoint without calibration, which holds one module at a time."""
         quantized = [item for item in self.modules if item.action == "quantize"]
         weights = sum(item.parameters for item in quantized)
         memory = sum(item.bytes_memory for item in self.modules)
         working = max((item.working_bytes for item in self.modules), default=0)
+        held = max((item.working_bytes + item.bytes_after for item in self.modules), default=0)
         bits = 8 * sum(item.bytes_after for item in quantized) / weights if weights else 0.0
         return {
             "parameters": sum(item.parameters for item in self.modules),
             "bytes_before": sum(item.bytes_before for item in self.modules),
             "bytes_after": sum(item.bytes_after for item in self.modules),
             "bytes_memory": memory,
-            "peak_bytes": memory + working + self.buffer_bytes,
+            "peak_bytes": memory + working + self.buffer_bytes + OVERHEAD_BYTES,
+            "quantizing_bytes": held + self.buffer_bytes + OVERHEAD_BYTES,
             "bits_per_weight": bits,
             "quantized": len(quantized),
             "kept": sum(1 for item in self.modules if item.action == "keep"),

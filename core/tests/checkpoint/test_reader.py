@@ -18,6 +18,7 @@ from quantmill.checkpoint.dtypes import BITS, bytes_of, torch_dtype, torch_shape
 from quantmill.checkpoint.reader import TensorReader
 from quantmill.checkpoint.source import open_source, read_headers
 from quantmill.findings import QuantmillError
+from quantmill.testing.memory import resident
 
 Pack = Callable[..., bytes]
 DTYPES = [code for code in BITS if not code.startswith("F6")]
@@ -183,6 +184,28 @@ def test_writing_to_a_mapped_tensor_leaves_the_file_alone(
     reader.close()
     assert torch.equal(mapped, pair[1]["t1"] + 1)  # Valid although the reader is closed.
     assert pair[0].read_bytes() == before
+
+
+def test_pages_of_a_mapped_tensor_go_with_the_last_of_it(tmp_path: Path) -> None:
+    values = {name: torch.randn(1 << 20) for name in ("a", "b")}
+    save_file(values, tmp_path / "model.safetensors")
+    reader = reader_of(tmp_path)
+    kept = reader.mapped("b")
+    before = resident("RssFile")
+
+    def held() -> int:
+        return resident("RssFile") - before
+
+    one, other = reader.mapped("a"), reader.mapped("a")
+    one[5000] = 7.0
+    assert float(one.sum() + kept.sum()) and held() > 7 << 20
+    del one
+    # Written to, and in use: nothing of it may go.
+    assert float(other[5000]) == 7.0 and torch.equal(other[:5000], values["a"][:5000])
+    assert held() > 7 << 20
+    del other
+    assert held() < 6 << 20
+    assert torch.equal(reader.mapped("a"), values["a"]) and torch.equal(kept, values["b"])
 
 
 def test_a_closed_reader(pair: tuple[Path, dict[str, torch.Tensor]]) -> None:

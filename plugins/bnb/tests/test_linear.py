@@ -13,6 +13,9 @@ from bitsandbytes import functional
 from torch import Tensor, nn
 
 from quantmill.forms import Form
+from quantmill.testing.peak import PeakBytes
+from quantmill_bnb.linear import _state_of
+from quantmill_bnb.packing import pack, unpack
 
 PRESETS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -273,6 +276,22 @@ def test_a_weight_is_packed_where_the_library_can_and_unpacking_is_exact(bench: 
                 assert live.dtype == wanted["weight"].dtype
                 assert torch.equal(live.view(torch.uint8), wanted["weight"].view(torch.uint8))
                 assert_exact(module, wanted, "unpacked")
+
+
+def test_packing_by_slices_is_what_the_library_makes_in_little_memory(bench: Any) -> None:
+    for name in FOUR:
+        form = bench(**PRESETS[name]).form((1056, 512))
+        state = _state_of(form)
+        data = form.codes.data
+        wanted, theirs = functional._convert_weight_packed_for_cpu(data, copy.copy(state))
+        with PeakBytes() as peak:
+            packed, ours = pack(data, state)
+        assert torch.equal(packed, wanted) and torch.equal(ours.absmax, theirs.absmax)
+        known = {**vars(theirs), "original_storage_type": torch.uint8, "state2": None}
+        same = {key for key in known if isinstance(known[key], str | int | bool | torch.dtype)}
+        assert {key: vars(ours)[key] for key in same} == {key: known[key] for key in same}
+        assert torch.equal(unpack(packed, ours), data.reshape(-1))
+        assert peak.bytes < 3 << 20, "all of it at once takes five times as much"
 
 
 def test_a_replaced_weight_is_what_is_computed_and_saved(bench: Any) -> None:

@@ -11,6 +11,7 @@ import difflib
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
@@ -60,6 +61,9 @@ class TensorReader:
         self._threads = threads
         self._files: dict[str, int] = {}
         self._maps: dict[str, mmap.mmap] = {}
+        self._views: weakref.WeakValueDictionary[tuple[str, int, int], memoryview] = (
+            weakref.WeakValueDictionary()
+        )
         self._lock = threading.Lock()
         self._closed = False
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="quantmill-read")
@@ -187,10 +191,14 @@ class TensorReader:
                 self._maps[header.file] = file
         if header.stop > len(file):
             raise _short(header, f"it ends at byte {header.stop}, the file at {len(file)}")
-        flat = torch.frombuffer(
-            file, dtype=dtype, count=header.nbytes // dtype.itemsize, offset=header.start
-        )
-        return flat.reshape(shape)
+        with self._lock:
+            part = (header.file, header.start, header.stop)
+            view = self._views.get(part)
+            if view is None:
+                self._views[part] = view = memoryview(file)[header.start : header.stop]
+                # Tensors hold on to the view: when it goes, nothing can see its pages any more.
+                weakref.finalize(view, _leave, file, header.start, header.stop).atexit = False
+        return torch.frombuffer(view, dtype=dtype).reshape(shape)
 
     def _lend(self, count: int) -> tuple[Tensor, Tensor]:
         """Two buffers of at least ``count`` bytes, aligned for any dtype."""
@@ -248,6 +256,16 @@ class TensorReader:
             with self._lock:
                 if not self._closed:
                     self._pairs.append(pair)
+
+
+def _leave(file: mmap.mmap, start: int, stop: int) -> None:
+    """Let the system drop the whole pages of a part that was mapped and is not used any more."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    count = stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if count > 0:
+        file.madvise(mmap.MADV_DONTNEED, first, count)
 
 
 def _failed(where: str, error: Exception) -> QuantmillError:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from quantmill.backend import Codec, LinearFactory, NonFiniteWeight, Quantizer
+from quantmill.backend import Codec, LinearFactory, NonFiniteWeight, Quantizer, block_bytes
 from quantmill.checkpoint.headers import CheckpointHeaders, TensorHeader
 from quantmill.checkpoint.reader import TensorReader, torch_dtype
 from quantmill.findings import Findings, QuantmillError, Severity, declare
@@ -45,10 +45,6 @@ NOT_FINITE_KEPT = declare(
     fallback=True,
 )
 OVERFLOW = declare("QM-WEIGHT-003", "A value does not fit into the asked dtype")
-BLOCK_BYTES = 4 << 20
-"""Bytes of a row block; two are in memory. So small, it stays in a processor's cache."""
-DEVICE_BLOCK_BYTES = 32 << 20
-"""The same for a GPU, to which each block costs some launches and a copy."""
 
 
 class Sink(Protocol):
@@ -114,11 +110,6 @@ class StreamedWeight:
             yield start, block.to(self.dtype)
 
 
-def block_bytes(device: torch.device) -> int:
-    """Bytes of a row block for a device."""
-    return DEVICE_BLOCK_BYTES if device.type == "cuda" else BLOCK_BYTES
-
-
 def moved(
     blocks: Iterator[tuple[int, Tensor]], device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
@@ -138,7 +129,7 @@ def moved(
 def on_device(reader: TensorReader, name: str, device: torch.device) -> Tensor:
     """A whole stored tensor on a device; on its way it is never whole anywhere else."""
     header = reader.headers.tensors[name]
-    if device.type == "cpu" or header.nbytes <= BLOCK_BYTES or not header.shape:
+    if device.type == "cpu" or header.nbytes <= block_bytes(device) or not header.shape:
         return reader.tensor(name).to(device)
     out: Tensor | None = None
     rows = max(1, block_bytes(device) * header.shape[0] // header.nbytes)

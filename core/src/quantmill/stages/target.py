@@ -104,8 +104,19 @@ def make_plan(job: Job, decided: Mapping[str, Decision] | None = None) -> Plan:
             },
             modules=plans,
             findings=job.findings,
+            buffer_bytes=buffer_bytes(job),
         )
         return job.plan
+
+
+def buffer_bytes(job: Job) -> int:
+    """What the engine takes to read with: two row blocks, unless all of it is mapped."""
+    import torch
+
+    from quantmill.backend import block_bytes
+
+    device = torch.device(job.device)
+    return 0 if job.prequantized and device.type == "cpu" else 2 * block_bytes(device)
 
 
 def decisions_for(job: Job, modules: list[ModuleInfo]) -> list[Decision]:
@@ -150,13 +161,15 @@ def _configured(job: Job, decision: Decision) -> Decision:
 
 
 class _Measure(NamedTuple):
-    """Of a form: its words, and bytes on the disk, in memory, while made and while computing."""
+    """Of a form: its words, and bytes on the disk, in memory, while made, while computing, and
+    for each row of activations then."""
 
     form: str
     stored: int
     resident: int
     working: int
     forward: int
+    row: int
 
 
 class _Planner:
@@ -228,6 +241,7 @@ class _Planner:
                 bytes_memory=measure.resident + extra,
                 working_bytes=measure.working,
                 forward_bytes=measure.forward,
+                row_bytes=measure.row,
                 target=target,
             )
 
@@ -251,6 +265,7 @@ class _Planner:
                 factory.resident_bytes(form),
                 quantizer.working_bytes(target, dtype),
                 factory.forward_bytes(form, self.dtype),
+                factory.row_bytes(form, self.dtype),
             )
         return self._cache[key]
 
@@ -304,8 +319,9 @@ class _Planner:
         rest = sum(_bytes(p) for local, p in module.parameters.items() if local not in names)
         factory = factory_of(self.job, selection)
         resident, forward = factory.resident_bytes(form), factory.forward_bytes(form, self.dtype)
+        row = factory.row_bytes(form, self.dtype)
         if self.job.options.dequantize:
-            resident, forward = target.weights * self.dtype.itemsize, 0
+            resident, forward, row = target.weights * self.dtype.itemsize, 0, 0
         return ModulePlan(
             name=module.name,
             kind=target.kind,
@@ -320,6 +336,7 @@ class _Planner:
             bytes_after=stored + rest,
             bytes_memory=resident + rest,
             forward_bytes=forward,
+            row_bytes=row,
             target=target,
         )
 

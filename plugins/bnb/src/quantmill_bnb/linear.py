@@ -27,6 +27,7 @@ from quantmill.grouped import groups
 from quantmill.linear import FormLinear
 from quantmill.targeting.types import Target
 from quantmill_bnb.config import BnbConfig
+from quantmill_bnb.packing import PACK_ROWS, can_pack, pack, unpack
 
 __all__ = ["BnbLinearFactory", "QuantmillLinear4bit", "QuantmillLinear8bit"]
 
@@ -34,9 +35,6 @@ __all__ = ["BnbLinearFactory", "QuantmillLinear4bit", "QuantmillLinear8bit"]
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(
     lambda record: "inputs will be cast from" not in record.getMessage()
 )
-
-_PACK_ROWS = 32
-"""Rows that the library's CPU kernel takes at a time."""
 
 
 def _state_of(form: Codebook) -> QuantState:
@@ -180,7 +178,7 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
         self._ragged = columns % state.blocksize != 0
-        if rows % _PACK_ROWS or columns % 2:
+        if rows % PACK_ROWS or columns % 2:
             self.support_avx512bf16_for_cpu = False
         self._computing = False
 
@@ -196,6 +194,11 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
         """The weight as it is at the moment."""
         return self._parameters["weight"]
 
+    def _would_be_packed(self, x: Tensor) -> bool:
+        """Whether the library would pack the weight in its forward now."""
+        able = x.device.type == "cpu" and self.support_avx512bf16_for_cpu and can_pack()
+        return bool(able and not self.training and not x.requires_grad)
+
     def _is_packed(self) -> bool:
         return bool(getattr(self._live.quant_state, "packing_format_for_cpu", False))
 
@@ -205,14 +208,14 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
         if not self._is_packed():
             return _form_of(live.data, live.quant_state, self._nested_dtype)
         assert self._exact is not None
-        return _form_of(_unpack(live.data, live.quant_state), self._exact, self._nested_dtype)
+        return _form_of(unpack(live.data, live.quant_state), self._exact, self._nested_dtype)
 
     def unpack(self) -> None:
         """Undo the library's repacking, exactly."""
         if self._is_packed():
             assert self._exact is not None
             live = self._live
-            data = _unpack(live.data, live.quant_state)
+            data = unpack(live.data, live.quant_state)
             live.data = data.view(self.quant_storage).reshape(-1, 1)
             live.quant_state = self.quant_state = self._exact
             self._exact = None
@@ -231,6 +234,8 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
             # The library changes the state it packs in place: let it change a copy.
             exact = self._live.quant_state
             self._live.quant_state = copy.copy(exact)
+            if self._would_be_packed(x):
+                self._live.data, self._live.quant_state = pack(self._live.data, exact)
         self._computing = True
         try:
             with _bias_as(self, self.compute_dtype or x.dtype):
@@ -267,20 +272,6 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         _save(self, destination, prefix, keep_vars)
-
-
-def _unpack(packed: Tensor, state: QuantState) -> Tensor:
-    """The disk order of codes from the library's CPU order: uint8 ``[ceil(n / 2)]``.
-
-    Packed, each run of 32 bytes holds, for one pair of columns, the codes of 32 rows: 64 codes,
-    the first 32 in the low nibbles, the others in the high ones.
-    """
-    rows, columns = state.shape
-    runs = packed.reshape(-1, _PACK_ROWS)
-    codes = torch.cat([runs & 0x0F, runs >> 4], dim=1)
-    codes = codes.reshape(rows // _PACK_ROWS, columns // 2, _PACK_ROWS, 2).transpose(1, 2)
-    pairs = codes.reshape(-1, 2)
-    return (pairs[:, 0] << 4) | pairs[:, 1]
 
 
 class QuantmillLinear8bit(bnb.nn.Linear8bitLt):
@@ -367,3 +358,10 @@ class BnbLinearFactory(LinearFactory[BnbConfig]):
         if isinstance(module, QuantmillLinear4bit | QuantmillLinear8bit):
             return module.exact_form()
         return module.form if isinstance(module, FormLinear) else None
+
+    def row_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        """LLM.int8 rounds the input, and has sums in int32 and then three times in float32."""
+        if isinstance(form, Codebook):
+            return 0
+        rows, columns = form.shape
+        return 16 * rows + 3 * columns

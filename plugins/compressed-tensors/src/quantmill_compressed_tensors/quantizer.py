@@ -56,7 +56,10 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
             )
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
-        return 0
+        # Of a row block: float32 copies, for groups also codes, for FP4 both levels of scales.
+        args = self._args(target)
+        each = 4 if args.group_size is None else 7 if args.type == "int" else 12
+        return each * self.block_weights(target, dtype)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         form = self._empty(target, weight.dtype)

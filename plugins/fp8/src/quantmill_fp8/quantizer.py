@@ -36,8 +36,11 @@ class BlockQuantizer(Quantizer[Fp8Config]):
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
         # Tall blocks need more rows at once than the reader's buffer would have; in float32.
-        rows = (self.config.weight_block_size or (1, 1))[0]
-        return 4 * min(rows, target.out_features) * target.in_features
+        rows, columns = self.config.weight_block_size or (1, 1)
+        tall = 4 * min(rows, target.out_features) * target.in_features
+        # Then copies of a row block in float32, more of them where blocks lie within rows.
+        each = 8 if rows == 1 < columns else 2
+        return tall + each * self.block_weights(target, dtype)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         rows, columns = weight.shape
@@ -86,6 +89,10 @@ class RowQuantizer(Quantizer[FbgemmFp8Config]):
     def abstract(self, target: Target, dtype: torch.dtype) -> Form:
         shape = (target.out_features, target.in_features)
         return abstract_form(shape, Channel(0), torch.float32, dtype)
+
+    def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
+        # A row block in float32, and what becomes of it on the way to the values.
+        return 10 * self.block_weights(target, dtype)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         rows, columns = weight.shape

@@ -74,7 +74,8 @@ class HqqQuantizer(Quantizer[HqqConfig]):
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
         if self.config.axis == 1:
-            return 0
+            # Of a row block: it in float32, what the search tries, and the codes.
+            return 4 * self.block_weights(target, dtype)
         # The weight as it is stored and by strides, and its codes before they are packed.
         return target.weights * (2 * dtype.itemsize + 1)
 

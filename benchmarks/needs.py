@@ -1,0 +1,155 @@
+"""What `plan` and `choose` say a model needs, beside what it then takes.
+
+    python benchmarks/needs.py WORK [--methods bnb-nf4 hqq-4 ...] [--context 512] [--json]
+
+A process of its own for each method (all installed ones by default) quantizes a fabricated Llama
+into a folder, loads the float checkpoint with the method where it can, loads the folder, and runs
+`context` tokens and one more through the model. Each time the peak above the start is measured; the
+imports and a run of a tiny model came before.
+
+`weights` is what plan says the model holds by what the model holds; `loading`, `stored`, `running`
+and `quantizing` are the estimated peaks by the measured ones. Weights that are mapped from the
+file count as read, whichever of its pages the system has in memory. The allocator is told to give
+freed memory back at once (`MALLOC_MMAP_THRESHOLD_`): what it keeps for later use is no need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from quantmill.testing.fabricate import write_tiny_llama
+
+CHILD = r"""
+import gc, json, shutil, sys
+from pathlib import Path
+import torch, quantmill
+from quantmill.fitting import FLOAT
+from quantmill.testing.linears import held_bytes
+from quantmill.testing.memory import PeakMemory, read_weights
+work, method, context = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+torch.set_num_threads(2)
+name = None if method == FLOAT else method
+able = None if name is None else quantmill.default_host().methods[
+    quantmill.default_host().presets[name][0].name].capabilities
+suffix = ".gguf" if method.startswith("gguf") else ""
+found, totals = {}, {}
+
+def forward(model, count):
+    ids = torch.arange(count)[None] % 200
+    with torch.inference_mode():
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
+
+def tokens(vocabulary):
+    return torch.randint(0, vocabulary, (16, 128), generator=torch.Generator().manual_seed(0))
+
+def go(source, count, vocabulary):
+    out = work / f"made-{method}{suffix}"
+    gc.collect()
+    if name is not None:
+        data = {"calibration": tokens(vocabulary)} if able.calibrated else {}
+        with PeakMemory() as peak:
+            report = quantmill.quantize(source, out, name, **data)
+        found["quantizing"], totals["quantizing"] = peak.bytes, report.plan.totals
+        del report
+    ways = {"loading": (source, name)} if name is None or able.on_the_fly else {}
+    ways |= {"stored": (out, None)} if name is not None else {}
+    for key, (place, how) in ways.items():
+        gc.collect()
+        with PeakMemory() as peak:
+            model = quantmill.load(place, how)
+        if how is None and name is not None:
+            totals[key] = quantmill.plan(place).totals
+        found[key] = peak.bytes + read_weights(model)
+        found[f"{key} weights"] = held_bytes(model)
+        base = peak.start
+        with PeakMemory() as peak:
+            forward(model, count)
+        found[f"{key} running"] = peak.bytes + peak.start - base
+        del model
+    if out.is_dir():
+        shutil.rmtree(out)
+    else:
+        out.unlink(missing_ok=True)
+
+go(work / "tiny", 8, 256)
+go(work / "model", context, 4096)
+(item,) = quantmill.fits(work / "model", 1 << 50, methods=[method], context=context)
+print(json.dumps({"found": found, "totals": totals, "needs": item.needs and item.needs.to_dict()}))
+"""
+
+
+def fabricate(work: Path) -> None:
+    """Random Llamas: of 53 million weights, and a tiny one of the same kind."""
+    for name, sizes in {
+        "tiny": {"hidden": 256, "inner": 512, "layers": 1, "vocab": 256, "heads": 4},
+        "model": {"hidden": 1024, "inner": 2816, "layers": 4, "vocab": 4096, "heads": 16},
+    }.items():
+        if not (work / name / "config.json").exists():
+            write_tiny_llama(work / name, **sizes)
+
+
+def measure(work: Path, method: str, context: int) -> dict[str, Any]:
+    """A method's estimates by what was measured, and both in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(work), method, str(context)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)},
+    )
+    if done.returncode:
+        return {"method": method, "error": done.stderr.strip()[-1000:]}
+    given = json.loads(done.stdout.splitlines()[-1])
+    found, totals, needs = given["found"], given["totals"], given["needs"]
+    said: dict[str, int] = {}
+    for key in ("loading", "stored"):
+        if key in found:
+            own = totals.get(
+                key, {"peak_bytes": needs["loading"], "bytes_memory": needs["weights"]}
+            )
+            said[key] = own["peak_bytes"]
+            said[f"{key} weights"] = own["bytes_memory"]
+            said[f"{key} running"] = needs["running"] - needs["weights"] + own["bytes_memory"]
+    if "quantizing" in totals:
+        said["quantizing"] = totals["quantizing"]["quantizing_bytes"]
+    return {
+        "method": method,
+        **{key: value / found[key] for key, value in said.items()},
+        "bytes": {key: [value, found[key]] for key, value in said.items()},
+        "needs": needs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--methods", nargs="*", default=[])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    from quantmill.host import default_host
+
+    work = options.work.absolute()
+    fabricate(work)
+    rows = []
+    for method in options.methods or ["float", *default_host().presets]:
+        row = measure(work, method, options.context)
+        rows.append(row)
+        if not options.json:
+            print(f"{method:20}", row.get("error", ""), end="")
+            for key, (said, found) in row.get("bytes", {}).items():
+                print(f"  {key} {said >> 20}/{found >> 20} {said / found:.2f}", end="")
+            print(flush=True)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What plan and choose say a model needs, held against what a process then takes.
+
+Weights within 2 %, peaks within 10 %: of loading the float model with the method, of loading its
+checkpoint, of running, of quantizing. ``benchmarks/needs.py`` says how it is measured. A method of
+every backend is measured where ``QUANTMILL_ALL_BACKENDS`` is set (some three minutes), else a few.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+for _package in ("bnb", "compressed_tensors", "gguf", "transformers"):
+    pytest.importorskip(f"quantmill_{_package}")
+pytestmark = pytest.mark.slow
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "needs.py"
+FEW = ("bnb-nf4", "ct-int4")
+OTHERS = (
+    *("float", "bnb-int8", "gptq-4", "awq-4", "fp8-block", "fp8-row", "gguf-q4_0", "gguf-q4_k_m"),
+    *("hqq-4", "quanto-int4", "torchao-int8wo", "torchao-int4wo", "ct-nvfp4"),
+)
+METHODS = FEW + (OTHERS if os.environ.get("QUANTMILL_ALL_BACKENDS") else ())
+SMALL = 20 << 20
+"""Quantizing takes so little that percents of it say nothing: an estimate may be so far off."""
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_needs", BENCHMARK)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def work(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("needs")
+    benchmark.fabricate(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_estimates_are_what_is_measured(benchmark: ModuleType, work: Path, method: str) -> None:
+    row = benchmark.measure(work, method, context=512)
+    assert "error" not in row, row["error"]
+    for what, (said, found) in row["bytes"].items():
+        if what.endswith("weights"):
+            assert said == pytest.approx(found, rel=0.02), what
+        elif what == "quantizing":
+            assert said == pytest.approx(found, rel=0.1, abs=SMALL), what
+        else:
+            assert said == pytest.approx(found, rel=0.1), what
+    assert len(row["bytes"]) >= 3
