@@ -7,10 +7,11 @@ into a folder, loads the float checkpoint with the method where it can, loads th
 `context` tokens and one more through the model. Each time the peak above the start is measured; the
 imports and a run of a tiny model came before.
 
-`weights` is what plan says the model holds by what the model holds; `loading`, `stored`, `running`
-and `quantizing` are the estimated peaks by the measured ones. Weights that are mapped from the
-file count as read, whichever of its pages the system has in memory. The allocator is told to give
-freed memory back at once (`MALLOC_MMAP_THRESHOLD_`): what it keeps for later use is no need.
+`weights` is what plan says the model holds by what it holds; `loading`, `stored`, `running` and
+`quantizing` (not of calibrated methods: plan makes no estimate) are the estimated peaks by the
+measured ones. Weights that are mapped from the file count as read, whichever of its pages the
+system has in memory. The allocator is told to give freed memory back at once
+(`MALLOC_MMAP_THRESHOLD_`): what it keeps for later use is no need.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def go(source, count, vocabulary):
         data = {"calibration": tokens(vocabulary)} if able.calibrated else {}
         with PeakMemory() as peak:
             report = quantmill.quantize(source, out, name, **data)
-        found["quantizing"], totals["quantizing"] = peak.bytes, report.plan.totals
+        if not able.calibrated:
+            found["quantizing"], totals["quantizing"] = peak.bytes, report.plan.totals
         del report
     ways = {"loading": (source, name)} if name is None or able.on_the_fly else {}
     ways |= {"stored": (out, None)} if name is not None else {}
@@ -111,12 +113,12 @@ def measure(work: Path, method: str, context: int) -> dict[str, Any]:
     said: dict[str, int] = {}
     for key in ("loading", "stored"):
         if key in found:
-            own = totals.get(
-                key, {"peak_bytes": needs["loading"], "bytes_memory": needs["weights"]}
-            )
-            said[key] = own["peak_bytes"]
-            said[f"{key} weights"] = own["bytes_memory"]
-            said[f"{key} running"] = needs["running"] - needs["weights"] + own["bytes_memory"]
+            own = totals.get(key)
+            peak, weights = needs["loading"], needs["weights"]
+            if own is not None:
+                peak, weights = own["peak_bytes"], own["bytes_memory"]
+            said[key], said[f"{key} weights"] = peak, weights
+            said[f"{key} running"] = needs["running"] - needs["weights"] + weights
     if "quantizing" in totals:
         said["quantizing"] = totals["quantizing"]["quantizing_bytes"]
     return {
