@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import quantmill
 from quantmill.api import make_job, prepare
 from quantmill.cli import main
 from quantmill.findings import QuantmillError
-from quantmill.host import default_host
+from quantmill.hookspecs import hookimpl
+from quantmill.host import Host, default_host
 from quantmill.judging import Judge
 from quantmill.memory import Sizes, cache_bytes
 from quantmill.testing import write_tiny_llama
@@ -78,6 +81,35 @@ def test_what_can_not_run_here_has_its_finding(
     (item,) = json.loads(out)["candidates"]
     assert exit_code == 1 and not item["fits"] and item["finding"]["code"] == code
     assert item["finding"]["fix"]
+
+
+def test_plugins_and_methods_that_can_not_be_used_say_why() -> None:
+    method = default_host().methods["hqq"]
+    frozen = replace(
+        method,
+        name="frozen",
+        aliases=(),
+        quant_methods=("frozen",),
+        capabilities=replace(method.capabilities, trainable=False),
+        presets=tuple(replace(item, name=f"frozen-{item.name}") for item in method.presets),
+    )
+    plugin = types.ModuleType("frozen_plugin")
+    vars(plugin).update(QUANTMILL_API=1, quantmill_methods=hookimpl(lambda: [frozen]))
+    host = Host()
+    assert str(host.add(plugin, "frozen").status) == "ok"
+    old = types.ModuleType("old_plugin")
+    vars(old).update(QUANTMILL_API=99)
+    host.add(old, "from-tomorrow")
+    found = quantmill.choose(NOVELLA, 1 << 34, use="train", host=host)
+    rows = {item.candidate.name: item.candidate for item in found.candidates}
+    refused = rows["frozen-hqq-4"].finding
+    assert refused is not None and refused.code == "QM-CHOOSE-011" and "trainable" in refused.fix
+    assert rows["hqq-4"].fits and rows["frozen-hqq-4"].needs is not None
+    unusable = rows["(from-tomorrow)"].finding
+    assert unusable is not None and unusable.code == "QM-CHOOSE-012"
+    assert "wrong API version" in unusable.cause and "99" in unusable.cause
+    infer = quantmill.choose(NOVELLA, 1 << 34, methods=["frozen-hqq-4"], host=host)
+    assert infer.best is not None and infer.best.candidate.name == "frozen-hqq-4"
 
 
 def test_training_counts_adapters_and_optimizer() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from quantmill.kernels import KernelRegistry, Prepared
 from quantmill.registrations import Capabilities
 from quantmill.testing.base import Conformance, make_target, normal, off, same
 
-__all__ = ["LinearPromises", "held_bytes"]
+__all__ = ["LinearPromises", "held_bytes", "held_tensors"]
 
 # What modules share or what describes them: not the weight they hold.
 _SHARED = (
@@ -34,7 +35,17 @@ _SHARED = (
 
 def held_bytes(module: nn.Module) -> int:
     """Bytes of all memory that is reachable from a module, wherever it keeps it."""
-    storages: dict[int, int] = {}
+    return sum(
+        storage.nbytes()
+        for storage in {
+            storage.data_ptr(): storage
+            for storage in (item.untyped_storage() for item in held_tensors(module))
+        }.values()
+    )
+
+
+def held_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that is reachable from a module, wherever it keeps it."""
     seen: set[int] = set()
     todo: list[Any] = [module]
     while todo:
@@ -43,8 +54,7 @@ def held_bytes(module: nn.Module) -> int:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor) and not item.is_meta:
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            yield item
         if isinstance(item, dict):
             todo.extend(item.values())
         elif isinstance(item, list | tuple | set):
@@ -53,7 +63,6 @@ def held_bytes(module: nn.Module) -> int:
             todo.extend(getattr(item, field.name) for field in dataclasses.fields(item))
         if hasattr(item, "__dict__"):
             todo.extend(vars(item).values())
-    return sum(storages.values())
 
 
 class LinearPromises(Conformance):

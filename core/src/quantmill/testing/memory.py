@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
 
 __all__ = ["PeakMemory", "read_weights", "resident"]
 
@@ -60,9 +60,10 @@ def read_weights(model: nn.Module) -> int:
 
     Weights that stay as they lie on the disk are mapped, and take memory as they are read.
     """
+    from quantmill.testing.linears import held_tensors
+
     before = resident()
-    for value in (*model.parameters(), *model.buffers()):
+    for value in list(held_tensors(model)):
         if value.device.type == "cpu" and value.is_contiguous() and value.numel():
-            flat = value.detach().reshape(-1)
-            flat[:: max(1, _PAGE // value.element_size())].count_nonzero()
+            value.detach().reshape(-1).view(torch.uint8)[::_PAGE].count_nonzero()
     return resident() - before
