@@ -13,12 +13,22 @@ from html import escape
 __all__ = ["bars", "heatmap", "histogram", "lines", "ramp"]
 
 _LINE = 14
+_CELL_WORDS = 52.0
+"""Width of a cell that has room for its number."""
 
 
 def ramp(share: float) -> str:
     """A colour for 0 (good) to 1 (bad): of the page's sequence of steps."""
-    step = min(8, max(0, round(share * 8)))
-    return f"var(--ramp-{step})"
+    return f"var(--ramp-{_step(share)})"
+
+
+def on(share: float) -> str:
+    """The class of words upon such a colour: low, middle or high ones."""
+    return ("on-low", "on-middle", "on-high")[min(2, _step(share) * 3 // 8)]
+
+
+def _step(share: float) -> int:
+    return min(8, max(0, round(share * 8)))
 
 
 def _svg(width: float, height: float, body: Sequence[str], label: str) -> str:
@@ -70,6 +80,11 @@ def heatmap(
                 f' height="{tall - 2:g}" rx="2" fill="{ramp(share)}">'
                 f"<title>{escape(f'{row}, layer {column}: {words(number)}')}</title></rect>"
             )
+            if wide >= _CELL_WORDS:
+                middle = left + (j + 0.5) * wide
+                body.append(
+                    _text(middle, y + tall / 2 + 4, words(number), anchor="middle", cls=on(share))
+                )
     bottom = 22 + len(rows) * tall + 12
     for step in range(9):
         body.append(

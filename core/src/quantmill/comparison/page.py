@@ -15,14 +15,14 @@ __all__ = ["page"]
 _STYLE = """
 :root { color-scheme: light dark;
   --paper: #fbfaf7; --ink: #1d1c1a; --soft: #6b6860; --rule: #e3dfd6; --card: #ffffff;
-  --first: #1d1c1a; --second: #3b7ea1;
+  --first: #1d1c1a; --second: #3b7ea1; --low: #1d1c1a; --middle: #1d1c1a; --high: #ffffff;
   --ramp-0: #e8f1f5; --ramp-1: #c7dfe9; --ramp-2: #9cc6d8; --ramp-3: #6aa7c2; --ramp-4: #e9d8a6;
   --ramp-5: #ecb665; --ramp-6: #e08a3c; --ramp-7: #c8551f; --ramp-8: #8f2d12;
   --series-0: #3b7ea1; --series-1: #d07c26; --series-2: #5b8c3e; --series-3: #9a4f96;
   --series-4: #b23a48; --series-5: #6c757d; --series-6: #2a9d8f; --series-7: #8a6d3b; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #171614; --ink: #eceae4; --soft: #a09c92; --rule: #35332e; --card: #201f1c;
-  --first: #eceae4; --second: #5aa9d0;
+  --first: #eceae4; --second: #5aa9d0; --low: #eceae4; --middle: #171614; --high: #171614;
   --ramp-0: #22313a; --ramp-1: #2b4a5a; --ramp-2: #35657c; --ramp-3: #4287a5; --ramp-4: #8f8560;
   --ramp-5: #b98f4a; --ramp-6: #d07f38; --ramp-7: #dc6a35; --ramp-8: #f08a6a;
   --series-0: #5aa9d0; --series-1: #e0974a; --series-2: #86b868; --series-3: #c58ac1;
@@ -31,7 +31,8 @@ _STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 ui-sans-serif, system-ui, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1000px; margin: 0 auto; padding: 36px 24px 80px; }
-h1 { font-size: 25px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -0.01em; }
+h1 { font-size: 25px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -0.01em;
+  overflow-wrap: anywhere; }
 h2 { font-size: 17px; margin: 44px 0 4px; }
 p { margin: 4px 0 14px; max-width: 74ch; } .soft, figcaption { color: var(--soft); }
 code { font: 13px ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
@@ -42,7 +43,10 @@ code { font: 13px ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywh
 .card b { display: block; font-size: 23px; line-height: 1.2; letter-spacing: -0.02em; }
 .card span { color: var(--soft); font-size: 13px; }
 figure { margin: 14px 0; overflow-x: auto; } .grid3 { display: flex; flex-wrap: wrap; gap: 14px; }
-svg { max-width: none; display: block; } svg text { fill: var(--ink); font-size: 11.5px; }
+figure > svg { max-width: 100%; min-width: min(640px, 160vw); height: auto; }
+svg { display: block; } svg .on-low { fill: var(--low); } svg .on-middle { fill: var(--middle); }
+svg .on-high { fill: var(--high); } figcaption { overflow-wrap: anywhere; }
+svg text { fill: var(--ink); font-size: 11.5px; }
 svg .tick { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); }
 svg .line { fill: none; stroke-width: 1.8; } svg .first { fill: none; stroke: var(--first);
