@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import quantmill
+from quantmill.checkpoint import containers
 from quantmill.cli import main
 from quantmill.findings import QuantmillError
 from quantmill.testing import write_tiny_llama
@@ -96,10 +97,20 @@ def test_nothing_is_left_beside_the_output(report: Any) -> None:
     assert [item.name for item in folder.parent.iterdir()] == [folder.name]
 
 
-def test_different_methods_make_a_table(tiny: Path, tokens: Path, tmp_path: Path) -> None:
+def test_different_methods_make_a_table(
+    tiny: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, real = [], containers.open_checkpoint
+
+    def counted(source: Any, host: Any) -> Any:
+        read.append(source)
+        return real(source, host)
+
+    monkeypatch.setattr(containers, "open_checkpoint", counted)
     made = quantmill.quantize_to_budget(
         tiny, tmp_path / "out", 6.5, ["bnb-nf4", "hqq-8"], calibration=tokens, measure=0, **SEARCH
     )
+    assert read.count(tiny) == 1, "a Hub's headers cost requests"
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "quantmill" and len(made.counts) == 2
     assert made.correlation is None and made.measured == []

@@ -222,7 +222,7 @@ def load(
 
 
 def quantize(
-    source: str | Path,
+    source: str | Path | Any,
     output: str | Path,
     method: Any,
     *,

@@ -133,7 +133,7 @@ def fits(
         loss = max(0.0, 16.0 - preset.bits)
         try:
             job = make_job(
-                first.headers.source, name, device=device, dtype=dtype, host=host, planning=True
+                first.headers, name, device=device, dtype=dtype, host=host, planning=True
             )
         except QuantmillError as error:
             found.append(_refused(name, method, loss, error.findings[0]))

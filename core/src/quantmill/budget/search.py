@@ -166,8 +166,7 @@ class BudgetSearch:
             FindingsError: what stands in the way of any of them, or of the output.
         """
         self.host, self.progress = host or default_host(), progress
-        self.source, self.output, self.calibration = source, output, calibration
-        self.options = options
+        self.output, self.calibration, self.options = output, calibration, options
         self.work = output.absolute().parent / f".{output.name}.quantmill-budget"
         self.seconds: dict[str, float] = {}
         self.found: Sensitivity | None = None
@@ -176,6 +175,8 @@ class BudgetSearch:
             self.suffix = ""
         else:
             self.suffix = output.suffix
+        # Read once: a Hub is asked over the network.
+        self.headers = make_job(source, host=self.host, planning=True).headers
         self.methods = self._agreed(list(dict.fromkeys(methods)))
         self.jobs = [self._job(label) for label in self.methods]
         plans = {}
@@ -190,7 +191,7 @@ class BudgetSearch:
 
     def _job(self, label: str) -> Job:
         options = {**self.options, "calibration": self.calibration, "output": str(self.output)}
-        return make_job(self.source, label, host=self.host, **options)
+        return make_job(self.headers, label, host=self.host, **options)
 
     def _agreed(self, methods: list[str]) -> list[str]:
         """Methods of one plugin with the options that one checkpoint has for all its modules."""
@@ -212,7 +213,7 @@ class BudgetSearch:
     def __enter__(self) -> Self:
         """The folder for what is made on the way; what an interrupted search left is used again."""
         about = {
-            "source": self.jobs[0].headers.source.identity(),
+            "source": self.headers.source.identity(),
             "methods": self.methods,
             "calibration": self.data.digest,
             "options": {name: str(value) for name, value in sorted(self.options.items())},
@@ -241,7 +242,7 @@ class BudgetSearch:
             folder = self._made(number)
             if not folder.exists():
                 quantize(
-                    self.source,
+                    self.headers,
                     folder,
                     label,
                     calibration=self.calibration,
@@ -261,7 +262,7 @@ class BudgetSearch:
         device = self.options.get("device", "cpu")
         # Gradients of likelihoods are small numbers: float32 where that costs no speed.
         job = make_job(
-            self.source,
+            self.headers,
             self.methods[0],
             device=device,
             dtype="float32" if device == "cpu" else None,
@@ -359,7 +360,7 @@ class BudgetSearch:
         )
         start = perf_counter()
         report.written = quantize(
-            self.source,
+            self.headers,
             output,
             report.method,
             calibration=self.calibration,
