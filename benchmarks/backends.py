@@ -197,7 +197,7 @@ LOADS: dict[str, str] = {
 """METHOD to transformers' config, the library's name, or nothing: neither quantizes so here."""
 
 CHILD = r"""
-import json, os, sys, threading, time
+import json, sys, time
 folder, method, peer = sys.argv[1:4]
 import torch, transformers, quantmill, quantmill.api
 import quantmill.checkpoint.reader, quantmill.stages.quantize, quantmill.stages.replace
@@ -216,35 +216,27 @@ else:
     found = default_host().methods[parse_method(method, default_host()).method]
     for name in (found.config, found.codec, found.quantizer, found.linear):
         resolve(name)
+from quantmill.testing.memory import PeakMemory
 torch.set_num_threads(2)
 
-def rss():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-base, peak, stop = rss(), [0], threading.Event()
-def watch():
-    while not stop.wait(0.002):
-        peak[0] = max(peak[0], rss())
-threading.Thread(target=watch, daemon=True).start()
-start = time.perf_counter()
-if not peer:
-    model = quantmill.load(folder, method)
-elif peer == "hqq":
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    AutoHQQHFModel.quantize_model(
-        model, quant_config=BaseQuantizeConfig(nbits=4, group_size=64, axis=1),
-        compute_dtype=torch.bfloat16, device="cpu")
-else:
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=eval(peer), device_map="cpu")
-seconds = time.perf_counter() - start
-stop.set()
+with PeakMemory() as memory:
+    start = time.perf_counter()
+    if not peer:
+        model = quantmill.load(folder, method)
+    elif peer == "hqq":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        AutoHQQHFModel.quantize_model(
+            model, quant_config=BaseQuantizeConfig(nbits=4, group_size=64, axis=1),
+            compute_dtype=torch.bfloat16, device="cpu")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, quantization_config=eval(peer), device_map="cpu")
+    seconds = time.perf_counter() - start
 size = 0
 if not peer:
     plan = model.quantmill_job.plan
     size = plan.totals["bytes_memory"]
-print(json.dumps({"seconds": seconds, "peak": max(peak[0], rss()) - base, "model": size}))
+print(json.dumps({"seconds": seconds, "peak": memory.bytes, "model": size}))
 """
 
 

@@ -24,9 +24,10 @@ from typing import Any
 from fabricate import fabricate
 
 CHILD = r"""
-import json, os, sys, threading, time
+import json, os, sys, time
 who, path, dtype = sys.argv[1:4]
 import torch, transformers
+from quantmill.testing.memory import PeakMemory
 from transformers import AutoModelForCausalLM
 import transformers.models.llama.modeling_llama, transformers.models.qwen3_moe.modeling_qwen3_moe
 if who == "quantmill":
@@ -37,39 +38,30 @@ if who == "quantmill":
 else:
     import gguf, transformers.modeling_gguf_pytorch_utils
 
-def rss():
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-base, peak, stop = rss(), [0], threading.Event()
-def watch():
-    while not stop.wait(0.002):
-        peak[0] = max(peak[0], rss())
-threading.Thread(target=watch, daemon=True).start()
-start = time.perf_counter()
-if who == "quantmill":
-    model = quantmill.load(path, dtype=dtype)
-else:
-    folder, name = os.path.split(path)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
-seconds = time.perf_counter() - start
+with PeakMemory() as memory:
+    start = time.perf_counter()
+    if who == "quantmill":
+        model = quantmill.load(path, dtype=dtype)
+    else:
+        folder, name = os.path.split(path)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
+    seconds = time.perf_counter() - start
 ids = torch.arange(3, 35).view(1, -1)
-peak[0] = max(peak[0], rss())
-loaded = peak[0] - base
-start = time.perf_counter()
-with torch.inference_mode():
-    cache = transformers.DynamicCache(config=model.config)
-    found = model(input_ids=ids, past_key_values=cache).logits
-    first = time.perf_counter() - start
-    times = []
-    for _ in range(24):
-        token = found[:, -1:].argmax(-1)
-        start = time.perf_counter()
-        found = model(input_ids=token, past_key_values=cache).logits
-        times.append(time.perf_counter() - start)
-stop.set()
-print(json.dumps({"seconds": seconds, "peak": loaded, "first_forward": first,
-                  "peak_forward": max(peak[0], rss()) - base, "rate": 1 / sorted(times)[6]}))
+with PeakMemory() as running:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        cache = transformers.DynamicCache(config=model.config)
+        found = model(input_ids=ids, past_key_values=cache).logits
+        first = time.perf_counter() - start
+        times = []
+        for _ in range(24):
+            token = found[:, -1:].argmax(-1)
+            start = time.perf_counter()
+            found = model(input_ids=token, past_key_values=cache).logits
+            times.append(time.perf_counter() - start)
+print(json.dumps({"seconds": seconds, "peak": memory.bytes, "first_forward": first,
+                  "peak_forward": max(memory.bytes, running.bytes + memory.left),
+                  "rate": 1 / sorted(times)[6]}))
 """
 
 

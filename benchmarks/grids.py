@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BYTES = ("peak", "model", "beyond_model", "peak_anonymous", "peak_forward", "weights", "above")
+BYTES = ("peak", "model", "beyond_model", "anonymous", "peak_forward", "weights", "above")
 """Columns of bytes, shown in MiB."""
 SPREAD = {"median", "least", "most"}
 

@@ -19,8 +19,7 @@ from typing import Any
 from fabricate import fabricate
 
 CHILD = r"""
-import json, sys, time, threading, os
-from typing import Any
+import json, sys, time
 kind, folder, method, device = sys.argv[1:5]
 import torch, transformers
 import bitsandbytes
@@ -29,47 +28,32 @@ import quantmill, quantmill.api
 import quantmill.checkpoint.reader, quantmill.stages.quantize, quantmill.stages.replace
 import quantmill_bnb.linear, quantmill_bnb.quantizer, quantmill_transformers.architecture
 import transformers.models.llama.modeling_llama
+from quantmill.testing.memory import PeakMemory
 torch.set_num_threads(2)
 if device == "cuda":
     torch.zeros(1, device="cuda")
 
-def rss() -> int:
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-def anonymous() -> int:
-    with open("/proc/self/status") as f:
-        return next(int(l.split()[1]) * 1024 for l in f if l.startswith("RssAnon"))
-
-base, base_anon = rss(), anonymous()
-peak = [0, 0]
-stop = threading.Event()
-def watch():
-    while not stop.wait(0.002):
-        peak[0] = max(peak[0], rss()); peak[1] = max(peak[1], anonymous())
-threading.Thread(target=watch, daemon=True).start()
-start = time.perf_counter()
-if kind == "quantmill":
-    model = quantmill.load(folder, None if method == "stored" else method, device=device)
-else:
-    options = {}
-    if method == "bnb-nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    elif method == "bnb-int8":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+with PeakMemory() as memory:
+    start = time.perf_counter()
+    if kind == "quantmill":
+        model = quantmill.load(folder, None if method == "stored" else method, device=device)
+    else:
+        options = {}
+        if method == "bnb-nf4":
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        elif method == "bnb-int8":
+            options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        if device == "cuda":
+            options["device_map"] = {"": 0}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
     if device == "cuda":
-        options["device_map"] = {"": 0}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
-if device == "cuda":
-    torch.cuda.synchronize()
-seconds = time.perf_counter() - start
-stop.set()
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
 tensors = {t.data_ptr(): t for t in model.state_dict().values()}
 size = sum(t.numel() * t.element_size() for t in tensors.values())
-top = torch.cuda.max_memory_allocated() if device == "cuda" else max(peak[0], rss()) - base
-print(json.dumps({"seconds": seconds, "peak": top,
-                  "peak_anonymous": max(peak[1], anonymous()) - base_anon, "model": size}))
+top = torch.cuda.max_memory_allocated() if device == "cuda" else memory.bytes
+print(json.dumps({"seconds": seconds, "peak": top, "anonymous": memory.anonymous, "model": size}))
 """
 
 
@@ -128,9 +112,7 @@ def main() -> None:
                     "spread": [min(seconds), max(seconds)],
                     "model": runs[kind][0]["model"],
                     "peak": statistics.median(run["peak"] for run in runs[kind]),
-                    "peak_anonymous": statistics.median(
-                        run["peak_anonymous"] for run in runs[kind]
-                    ),
+                    "anonymous": statistics.median(run["anonymous"] for run in runs[kind]),
                 }
             )
         if options.peer:

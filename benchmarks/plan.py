@@ -42,25 +42,16 @@ if here("bitsandbytes"):
 if here("quantmill_bnb"):
     import quantmill_bnb.linear, quantmill_bnb.quantizer, quantmill_bnb.validate
 import quantmill
+from quantmill.testing.memory import PeakMemory
 quantmill.default_host()
 
-def status(field):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-try:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark starts again from here
-except OSError:
-    pass  # then it includes the imports' own peak: an upper bound
-base = status("VmRSS")
 profile = cProfile.Profile() if profiled else None
-start = time.perf_counter()
-if profile is not None:
-    profile.enable()
-plan = quantmill.plan(folder, method)
-seconds = time.perf_counter() - start
-peak = status("VmHWM") - base
+with PeakMemory() as memory:
+    start = time.perf_counter()
+    if profile is not None:
+        profile.enable()
+    plan = quantmill.plan(folder, method)
+    seconds = time.perf_counter() - start
 text = ""
 if profile is not None:
     profile.disable()
@@ -69,7 +60,8 @@ if profile is not None:
     text = stream.getvalue()
 start = time.perf_counter()
 totals = plan.totals
-print(json.dumps({"seconds": seconds, "peak": peak, "totals_seconds": time.perf_counter() - start,
+print(json.dumps({"seconds": seconds, "peak": memory.bytes,
+                  "totals_seconds": time.perf_counter() - start,
                   "totals": totals, "modules": len(plan.modules), "profile": text,
                   "errors": [str(item) for item in plan.findings.errors]}))
 """

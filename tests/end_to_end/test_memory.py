@@ -30,38 +30,31 @@ import quantmill, quantmill.api, quantmill.stages.replace, quantmill.stages.writ
 import quantmill.stages.finalize, quantmill_bnb.quantizer, quantmill_bnb.linear
 import accelerate.hooks, quantmill_transformers.pretrained
 from quantmill.host import default_host
+from quantmill.testing.memory import PeakMemory
 
 default_host()
 source, method, output, folder = (None if item == "-" else item for item in sys.argv[1:])
-
-
-def memory(key):
-    # Not ru_maxrss: a child inherits its parent's.
-    with open("/proc/self/status") as status:
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(key))
-
-
 quantmill_transformers.activate("*")
-before = memory("VmRSS")
-if folder is not None:
-    split = {"": "cpu", **{f"model.layers.{index}": "disk" for index in range(1, 16)}}
-    options = {} if folder == "whole" else {"device_map": split, "offload_folder": folder}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=method, **options
-    )
-    if options:
-        with torch.inference_mode():
-            model(input_ids=torch.tensor([[5, 6, 7]]))
-    plan = model.quantmill_job.plan
-elif output is not None and method.startswith("convert:"):
-    plan = quantmill.plan(source)
-    quantmill.convert(source, output, method.removeprefix("convert:"), allow_requantize=True)
-elif output is None:
-    model = quantmill.load(source, method)
-    plan = model.quantmill_job.plan
-else:
-    plan = quantmill.quantize(source, output, method).plan
-print(json.dumps({"above": memory("VmHWM") - before, **plan.totals}))
+with PeakMemory() as memory:
+    if folder is not None:
+        split = {"": "cpu", **{f"model.layers.{index}": "disk" for index in range(1, 16)}}
+        options = {} if folder == "whole" else {"device_map": split, "offload_folder": folder}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, quantization_config=method, **options
+        )
+        if options:
+            with torch.inference_mode():
+                model(input_ids=torch.tensor([[5, 6, 7]]))
+        plan = model.quantmill_job.plan
+    elif output is not None and method.startswith("convert:"):
+        plan = quantmill.plan(source)
+        quantmill.convert(source, output, method.removeprefix("convert:"), allow_requantize=True)
+    elif output is None:
+        model = quantmill.load(source, method)
+        plan = model.quantmill_job.plan
+    else:
+        plan = quantmill.quantize(source, output, method).plan
+print(json.dumps({"above": memory.bytes, **plan.totals}))
 """
 
 
