@@ -4,13 +4,15 @@
     python benchmarks/interop_llamacpp.py files BUILD/bin MODEL-F16.gguf [--imatrix FILE]
     python benchmarks/interop_llamacpp.py types BUILD/bin
     python benchmarks/interop_llamacpp.py models BUILD/bin [--only NAME...] [--mixes MIX...]
+    python benchmarks/interop_llamacpp.py tokens BUILD/bin
 
 ``mixes`` compares the type of every tensor over models of several shapes with what
 ``llama-quantize`` chooses, and can write its choices as data for the tests. ``files`` writes a
 model's file in every mix with both and compares the bytes. ``types`` compares encoders and decoders
 with the functions of ``libggml-base`` on random values and on random bytes. ``models`` computes
-tiny models of every architecture, in files of every mix that either program writes, with both; it
-needs the bindings of llama-cpp-python (see ``llamacpp.py``).
+tiny models of every architecture, in files of every mix that either program writes, with both;
+``tokens`` cuts texts by tokenizers of every kind. These two need the bindings of llama-cpp-python
+(see ``llamacpp.py``).
 """
 
 from __future__ import annotations
@@ -278,7 +280,7 @@ def types(bins: Path) -> bool:
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("what", choices=("mixes", "files", "types", "models"))
+    parser.add_argument("what", choices=("mixes", "files", "types", "models", "tokens"))
     parser.add_argument("bins", type=Path, help="folder of llama.cpp's binaries and libraries")
     parser.add_argument("model", type=Path, nargs="?", help="a float GGUF file, for files")
     parser.add_argument("--imatrix", type=Path, help="an importance matrix of the model, for files")
@@ -296,6 +298,10 @@ def main() -> None:
         from llamacpp_models import models
 
         good = models(arguments.bins, arguments.only, arguments.mixes)
+    elif arguments.what == "tokens":
+        from llamacpp_tokens import tokens
+
+        good = tokens(arguments.bins)
     else:
         good = types(arguments.bins)
     sys.exit(0 if good else 1)

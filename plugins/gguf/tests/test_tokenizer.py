@@ -12,7 +12,7 @@ from quantmill.findings import QuantmillError
 from quantmill_gguf.container import GgufFile
 from quantmill_gguf.tokenizer import load_tokenizer
 from quantmill_gguf.vocab.model import Files, VocabularyError
-from quantmill_gguf.vocab.splits import PRE, name_of, steps_of
+from quantmill_gguf.vocab.splits import name_of, steps_of
 from quantmill_gguf.vocab.write import vocabulary_of
 from quantmill_gguf.writer import GgufWriter
 
@@ -23,120 +23,11 @@ from tokenizers import (  # noqa: E402
     AddedToken,
     Regex,
     Tokenizer,
-    decoders,
     models,
-    normalizers,
     pre_tokenizers,
-    processors,
-    trainers,
 )
 
-TEXTS = [
-    "Hello world! It's 2024, isn't it? I'VE seen 1234567 of them.",
-    "  two spaces,   three, and a tab\there\n\n new lines \r\n end  ",
-    "Größe, naïve café, Ελληνικά, русский, 中文字符, 日本語, 한국어, ไทย",
-    "emoji 🚀🦙 and \u200d joiners, combining e\u0301, 3 33 333 3333",
-    "def f(x):\n    return x**2 + 1  # comment <|user|> <think> end",
-    "",
-    " ",
-    "a",
-]
-CORPUS = [*TEXTS, *(f"the {word} of number {n}" for n in range(50) for word in ("cat", "house"))]
-SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
-
-
-def byte_level(name: str) -> Any:
-    """A byte-level BPE that cuts as llama.cpp's ``name`` does."""
-    pre = PRE[name]
-    made = Tokenizer(models.BPE(ignore_merges=pre.whole))
-    parts: list[Any] = []
-    for step in pre.steps:
-        if step[0] == "split":
-            parts.append(pre_tokenizers.Split(Regex(step[1]), behavior="isolated"))
-        elif step[0] == "digits":
-            parts.append(pre_tokenizers.Digits(individual_digits=step[1] == "each"))
-        elif step[0] == "punctuation":
-            parts.append(pre_tokenizers.Punctuation(behavior="contiguous"))
-        else:
-            parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    if name == "gpt-2":
-        parts = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    made.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(CORPUS, trainer)
-    made.add_tokens([AddedToken("<think>", normalized=False)])
-    return made
-
-
-def spm(prefix: bool) -> Any:
-    """A SentencePiece-like BPE, of tokenizer.json alone."""
-    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    first = [normalizers.Prepend("\u2581")] if prefix else []
-    made.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "\u2581")])
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<|user|>"],
-        limit_alphabet=60,
-        show_progress=False,
-    )
-    made.train_from_iterator(CORPUS, trainer)
-    # The trainer takes bytes for special tokens; they are plain pieces.
-    data = json.loads(made.to_str())
-    data["added_tokens"] = [t for t in data["added_tokens"] if not t["content"].startswith("<0x")]
-    made = Tokenizer.from_str(json.dumps(data))
-    undo = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence([*undo, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    return made
-
-
-def unigram() -> Any:
-    made = Tokenizer(models.Unigram())
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "\u2581")]
-    )
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    made.decoder = decoders.Metaspace(prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
-    made.train_from_iterator(CORPUS, trainer)
-    made.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
-    )
-    return made
-
-
-def word_piece() -> Any:
-    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=300,
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
-        show_progress=False,
-    )
-    made.train_from_iterator(CORPUS, trainer)
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return made
-
-
-MADE: dict[str, Any] = {
-    **{f"bytes-{name}": (lambda name=name: byte_level(name)) for name in PRE},
-    "spm": lambda: spm(True),
-    "spm-without-prefix": lambda: spm(False),
-    "unigram": unigram,
-    "word-piece": word_piece,
-}
+from quantmill_gguf.tiny_vocab import TEXTS, TOKENIZERS, byte_level, word_piece  # noqa: E402
 
 
 def files_of(folder: Path) -> Files:
@@ -157,9 +48,9 @@ def written(folder: Path, config: dict[str, Any], **options: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_tokenizer_comes_back_with_the_same_ids(kind: str, tmp_path: Path) -> None:
-    made = MADE[kind]()
+    made = TOKENIZERS[kind]()
     made.save(str(tmp_path / "tokenizer.json"))
     path = written(tmp_path, {"vocab_size": made.get_vocab_size() + 7})
     back = load_tokenizer(path)
@@ -224,6 +115,7 @@ def test_a_cut_that_llama_cpp_does_not_know_is_refused(tmp_path: Path) -> None:
         (lambda d: d["model"].update(merges=["a"]), "no pair"),
         (lambda d: d.update(normalizer={"type": "Lowercase"}), "changed"),
         (lambda d: d["added_tokens"].append({"id": 1 << 30, "content": "x"}), "id"),
+        (lambda d: d["added_tokens"].append({"id": 1, "content": "a"}), "are both 'a'"),
     ],
 )
 def test_a_damaged_tokenizer_is_named(change: Any, cause: str, tmp_path: Path) -> None:
@@ -232,6 +124,25 @@ def test_a_damaged_tokenizer_is_named(change: Any, cause: str, tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(VocabularyError, match=cause):
         vocabulary_of(files_of(tmp_path), {})
+
+
+def test_what_llama_cpp_cuts_otherwise_is_told(tmp_path: Path) -> None:
+    def notes(made: Any) -> str:
+        made.save(str(tmp_path / "tokenizer.json"))
+        found = vocabulary_of(files_of(tmp_path), {})
+        assert found is not None
+        return "; ".join(found.notes)
+
+    made = byte_level("gpt-2")
+    assert notes(made) == ""
+    assert "combining marks" in notes(byte_level("tekken"))
+    made.add_tokens([AddedToken("<mask>", lstrip=True)])
+    assert "'<mask>' takes spaces" in notes(made)
+    assert "Korean" in notes(word_piece()) and notes(word_piece(lower=False)) == ""
+    made = word_piece()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(VocabularyError, match="changes text by"):
+        notes(made)
 
 
 def test_more_tokens_than_rows_are_refused(tmp_path: Path) -> None:

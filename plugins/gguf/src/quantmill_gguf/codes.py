@@ -14,6 +14,7 @@ __all__ = [
     "DIMENSIONS",
     "DUPLICATE",
     "IMPORTANCE",
+    "INEXACT_TOKENIZER",
     "METADATA",
     "MISSING_KEY",
     "NOT_FINITE",
@@ -76,4 +77,9 @@ NOT_MEASURED = declare(
 )
 NO_IMPORTANCE = declare(
     "QM-GGUF-036", "A mix is made without the importance matrix that it needs", Severity.WARNING
+)
+INEXACT_TOKENIZER = declare(
+    "QM-GGUF-045",
+    "llama.cpp cuts some texts in another way than the tokenizer",
+    Severity.WARNING,
 )

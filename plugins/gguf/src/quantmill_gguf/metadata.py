@@ -74,6 +74,10 @@ def metadata_problems(job: Job, layout: Layout) -> Iterable[Finding]:
         )
     elif isinstance(found, VocabularyError):
         yield codes.BAD_TOKENIZER(where, found.cause, found.fix)
+    else:
+        for note in found.notes:
+            fix = "nothing to do, unless such texts matter: then give llama.cpp token ids"
+            yield codes.INEXACT_TOKENIZER(where, note, fix)
 
 
 def _vocabulary(job: Job, layout: Layout) -> Vocabulary | VocabularyError | None:

@@ -23,7 +23,7 @@ from quantmill_gguf.vocab.model import (
     Vocabulary,
     VocabularyError,
 )
-from quantmill_gguf.vocab.splits import name_of, shown, steps_of
+from quantmill_gguf.vocab.splits import NEAR, name_of, shown, steps_of
 
 __all__ = ["from_json", "from_pieces"]
 
@@ -133,6 +133,7 @@ def _byte_level(data: Mapping[str, Any], pre: str | None) -> Vocabulary:
         _types(tokens, model["vocab"]),
         merges=merges,
         more={"tokenizer.ggml.pre": name},
+        notes=[f"llama.cpp's {name} cuts {NEAR[name]} otherwise"] if name in NEAR else [],
     )
 
 
@@ -270,6 +271,10 @@ def _unigram(data: Mapping[str, Any]) -> Vocabulary:
             raise VocabularyError(cause, "llama.cpp knows T5's way of it only")
     found.more["tokenizer.ggml.add_space_prefix"] = prefix
     found.more["tokenizer.ggml.remove_extra_whitespaces"] = squeeze
+    if squeeze and "tokenizer.ggml.precompiled_charsmap" not in found.more:
+        found.notes.append(
+            "llama.cpp takes spaces alone away, not line breaks at the end of a text"
+        )
     return found
 
 
@@ -291,4 +296,32 @@ def _word_piece(data: Mapping[str, Any]) -> Vocabulary:
     unknown = model.get("unk_token")
     if isinstance(unknown, str) and unknown in vocabulary:
         types[vocabulary[unknown]] = UNKNOWN
-    return Vocabulary("bert", tokens, types, more={"tokenizer.ggml.token_type_count": 2})
+    case = _bert_case(data)
+    note = "llama.cpp loses parts of Korean syllables, as it takes accents away"
+    return Vocabulary(
+        "bert",
+        tokens,
+        types,
+        more={"tokenizer.ggml.token_type_count": 2, **case},
+        notes=[note] if case["tokenizer.ggml.normalizer.strip_accents"] else [],
+    )
+
+
+def _bert_case(data: Mapping[str, Any]) -> dict[str, bool]:
+    """What BERT's normalizer does to letters: all of its ways that llama.cpp leaves open.
+
+    Raises:
+        VocabularyError: text is changed or cut in some other way.
+    """
+    normalizer, cut = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
+    usual = normalizer.get("type") == "BertNormalizer" and cut.get("type") == "BertPreTokenizer"
+    whole = all(normalizer.get(key, True) for key in ("clean_text", "handle_chinese_chars"))
+    if not (usual and whole):
+        cause = f"its WordPiece changes text by {shown(normalizer)} and cuts it by {shown(cut)}"
+        raise VocabularyError(cause, "llama.cpp knows BERT's way of it only")
+    lower = bool(normalizer.get("lowercase", True))
+    strip = normalizer.get("strip_accents")
+    return {
+        "tokenizer.ggml.normalizer.lowercase": lower,
+        "tokenizer.ggml.normalizer.strip_accents": lower if strip is None else bool(strip),
+    }

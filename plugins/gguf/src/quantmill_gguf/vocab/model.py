@@ -62,6 +62,8 @@ class Vocabulary:
     merges: list[str] | None = None
     more: dict[str, Any] = field(default_factory=dict)
     """Other keys, in full."""
+    notes: list[str] = field(default_factory=list)
+    """Where llama.cpp cuts some texts in another way all the same."""
 
     def metadata(self) -> dict[str, Any]:
         """Keys and values."""

@@ -227,7 +227,11 @@ def _word_piece(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 100)
     good = isinstance(unknown, int) and 0 <= unknown < len(tokens)
     made = Tokenizer(models.WordPiece(vocabulary, unk_token=tokens[unknown] if good else "[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    lower = bool(metadata.get("tokenizer.ggml.normalizer.lowercase", True))
+    made.normalizer = normalizers.BertNormalizer(
+        lowercase=lower,
+        strip_accents=bool(metadata.get("tokenizer.ggml.normalizer.strip_accents", lower)),
+    )
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
     return made

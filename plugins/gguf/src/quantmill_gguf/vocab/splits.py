@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["GPT2", "PRE", "Pre", "Step", "name_of", "pre_named", "shown", "steps_of"]
+__all__ = ["GPT2", "NEAR", "PRE", "Pre", "Step", "name_of", "pre_named", "shown", "steps_of"]
 
 _CONTRACTED: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST: Final = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -96,6 +96,13 @@ PRE: Final[Mapping[str, Pre]] = {
     "seed-coder": _cut(_SEED),
 }
 """By the name that is written."""
+_CASED: Final = "combining marks, and capitals beyond ASCII inside of words,"
+NEAR: Final[Mapping[str, str]] = {
+    "tekken": _CASED,
+    "gpt-4o": _CASED,
+    "falcon": "numbers like \u00bd and \u00b2",
+}
+"""Names whose regex llama.cpp has only nearly, and what it cuts otherwise."""
 _SAME: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         (

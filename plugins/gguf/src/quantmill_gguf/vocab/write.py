@@ -25,6 +25,8 @@ from quantmill_gguf.vocab.model import (
 __all__ = ["vocabulary_of"]
 
 _ADDED_SCORE: Final = -1000.0
+_GREEDY: Final = ("lstrip", "rstrip", "single_word")
+"""Settings of added tokens that files have no place for."""
 _SPECIAL: Final = {
     "bos": "bos",
     "eos": "eos",
@@ -62,6 +64,7 @@ def vocabulary_of(
         found = from_json(data, files, pre)
         _add(found, data.get("added_tokens") or [])
     _pad(found, int(config.get("vocab_size") or 0))
+    _once(found)
     _specials(found, files, data or {}, config)
     _template(found, files)
     return found
@@ -69,6 +72,10 @@ def vocabulary_of(
 
 def _add(found: Vocabulary, added: Sequence[Mapping[str, Any]]) -> None:
     """Tokens that are found in a text before it is cut."""
+    greedy = [str(item["content"]) for item in added if any(item.get(key) for key in _GREEDY)]
+    if greedy:
+        cause = f"{greedy[0]!r:.60} takes spaces beside it with it, or stands for whole words only"
+        found.notes.append(f"{cause}, as {len(greedy) - 1} more do" if greedy[1:] else cause)
     for item in added:
         index, text = int(item["id"]), str(item["content"])
         if not 0 <= index < 1 << 24:
@@ -100,6 +107,15 @@ def _pad(found: Vocabulary, size: int) -> None:
             found.scores.append(NO_SCORE)
 
 
+def _once(found: Vocabulary) -> None:
+    """llama.cpp ends the program over a text that two tokens have."""
+    first: dict[str, int] = {}
+    for index, text in enumerate(found.tokens):
+        if first.setdefault(text, index) != index:
+            cause = f"its tokens {first[text]} and {index} are both {text!r:.60}"
+            raise VocabularyError(cause, "correct the tokenizer: llama.cpp takes a token once")
+
+
 def _text_of(value: Any) -> str | None:
     text = value.get("content") if isinstance(value, Mapping) else value
     return text if isinstance(text, str) else None
@@ -124,6 +140,8 @@ def _specials(
                 number = value
         if number is not None:
             ids[name] = found.more[f"tokenizer.ggml.{key}_token_id"] = number
+    if "unk" not in ids and UNKNOWN in found.types:
+        found.more["tokenizer.ggml.unknown_token_id"] = found.types.index(UNKNOWN)
     ends = [index[text] for text in _ENDS_OF_TURN if text in index]
     if ends and ends[0] != ids.get("eos"):
         found.more["tokenizer.ggml.eot_token_id"] = ends[0]
