@@ -2,12 +2,18 @@
 
     python benchmarks/cpu_matmul.py                      all formats, 4096x4096 and 4096x11008
     python benchmarks/cpu_matmul.py nf4 int4-g128 --batch 1 32 --rounds 60 --json out.json
+    python benchmarks/cpu_matmul.py q4_0 q8_0 q4_k q6_k --llama BUILD/bin     beside llama.cpp's own
 
 Cold: each call takes another copy of the weight, over at least 256 MB (``--megabytes``). In each
-round the kernel, a plain read of as many bytes from memory as cold, and F.linear with a bf16 weight
-of the same shape, as cold too, take turns; so whatever else the machine does meets all three. Shown
-are the lower quartiles over the rounds, and ratios of these: ``share`` is the read's time by the
-kernel's.
+round take turns: a call as a linear makes it, the kernel alone (the C function, its result's memory
+given), a plain read of another copy of the weight, and F.linear with a bf16 weight of the same
+shape, as cold too; so whatever else the machine does meets them all. Shown are the lower quartiles
+over the rounds, and ratios of these: ``share`` is the read's time by the call's, or by the
+kernel's. The call has to fetch PyTorch's own code from memory, too, after so much else was read.
+
+With ``--llama``, the folder of llama.cpp's libraries, the kernel is also compared with its product
+of the same blocks with float32 activations, which it rounds to 8 bits: a graph of one product for
+each copy, in the same turns.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ggml_matmul import GgmlMatmul
 from torch import Tensor
 
 from quantmill.forms import Affine, Blocks, Channel, Codebook, Codes, Flat, Form, Group, ScaledFloat
@@ -28,9 +35,12 @@ from quantmill.registrations import Kernel
 from quantmill_cpu import native
 from quantmill_cpu.matmul import bind, torch_library
 from quantmill_cpu.plugin import quantmill_kernels
+from quantmill_cpu.weight import large_pages
 from quantmill_gguf.encode import encode
 from quantmill_gguf.types.raw import RawForm
+from quantmill_gguf.types.sizes import BY_NAME
 
+BFLOAT16 = 1  # among the dtypes of the C function
 SHAPES = ("4096x4096", "11008x4096")
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
 NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
@@ -74,12 +84,12 @@ def float8(shape: tuple[int, int]) -> Form:
     return ScaledFloat(weight, torch.rand(blocks.scale_shape(shape)), blocks)
 
 
-def ggml(type_name: str) -> Callable[[tuple[int, int]], Form]:
-    def make(shape: tuple[int, int]) -> Form:
-        rows = encode(type_name, torch.randn(64, shape[1]))
-        return RawForm(rows.repeat(shape[0] // 64, 1), type_name).regular()
+def blocks_of(type_name: str, shape: tuple[int, int]) -> Tensor:
+    return encode(type_name, torch.randn(64, shape[1])).repeat(shape[0] // 64, 1)
 
-    return make
+
+def ggml(type_name: str) -> Callable[[tuple[int, int]], Form]:
+    return lambda shape: RawForm(blocks_of(type_name, shape), type_name).regular()
 
 
 FORMATS: dict[str, Callable[[tuple[int, int]], Form]] = {
@@ -95,10 +105,8 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Form]] = {
     "int1-g128": affine(1, 128),
     "int5-g128": affine(5, 128),
     "int6-g128": affine(6, 128),
-    "q4_0": ggml("Q4_0"),
-    "q8_0": ggml("Q8_0"),
-    "q4_k": ggml("Q4_K"),
-    "q6_k": ggml("Q6_K"),
+    **{name.lower(): ggml(name) for name in ("Q4_0", "Q8_0", "Q4_K", "Q6_K")},
+    **{name.lower(): ggml(name) for name in ("Q2_K", "Q3_K", "Q5_K", "IQ4_XS", "MXFP4")},
 }
 
 
@@ -106,57 +114,70 @@ def quartile(times: list[float]) -> float:
     return sorted(times)[len(times) // 4]
 
 
-def timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[..., Any], *arguments: Any) -> float:
     start = time.perf_counter()
-    function()
+    function(*arguments)
     return time.perf_counter() - start
 
 
 def copies(live: Prepared, count: int) -> list[Prepared]:
     def copy() -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in live.tensors.items()}
+        return {
+            name: large_pages(tensor.numel()).copy_(tensor) if name == "weight" else tensor
+            for name, tensor in live.tensors.items()
+        }
 
     return [live, *(Prepared(live.kernel, live.skeleton, copy()) for _ in range(count - 1))]
 
 
 def measure(
-    kernel: Kernel, form: Form, floats: list[Tensor], options: argparse.Namespace
+    kernel: Kernel,
+    form: Form,
+    floats: list[Tensor],
+    peer: GgmlMatmul | None,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     library, threads = torch_library(), torch.get_num_threads()
     first = Prepared.of(kernel, form)
     size, total = first.nbytes, options.megabytes << 20
-    lives = [bind(live) for live in copies(first, max(2, -(-total // size)))]
-    memory = [torch.ones(size, dtype=torch.uint8) for _ in lives]
+    # Three of them are read in a turn, none of them a second time before all others.
+    lives = copies(first, max(6, -(-total // size)))
+    third = len(lives) // 3
+    bound = [bind(live) for live in lives]
+    addresses = [live.tensors["weight"].data_ptr() for live in lives]
     found = []
     for batch in options.batch:
         x = torch.randn(batch, form.shape[1], dtype=torch.bfloat16)
-        own: list[float] = []
-        read: list[float] = []
-        linear: list[float] = []
+        y = torch.empty(batch, form.shape[0], dtype=torch.bfloat16)
+        ends = x.data_ptr(), None, y.data_ptr(), BFLOAT16, batch, threads
+        times: dict[str, list[float]] = {name: [] for name in ("call", "kernel", "read", "linear")}
+        theirs: list[float] = []
         for turn in range(options.rounds):
-            live, plain = lives[turn % len(lives)], memory[turn % len(lives)]
+            call = bound[turn % len(lives)]
+            one, two = (addresses[(turn + k * third) % len(lives)] for k in (1, 2))
             weight = floats[turn % len(floats)]
-            own.append(timed(lambda live=live, x=x: live(x, None)))  # type: ignore[misc]
-            read.append(
-                timed(lambda plain=plain: library.qm_read(plain.data_ptr(), size, threads))  # type: ignore[misc]
-            )
+            times["call"].append(timed(call, x, None))
+            times["kernel"].append(timed(library.qm_matmul, one, *ends))
+            times["read"].append(timed(library.qm_read, two, size, threads))
             if turn % 3 == 0:
-                linear.append(
-                    timed(lambda weight=weight, x=x: torch.nn.functional.linear(x, weight))  # type: ignore[misc]
-                )
-        best = quartile(own)
-        found.append(
-            {
-                "batch": batch,
-                "bytes": size,
-                "milliseconds": best * 1e3,
-                "gigabytes_per_second": size / best / 1e9,
-                "read_gigabytes_per_second": size / quartile(read) / 1e9,
-                "share_of_read": quartile(read) / best,
-                "linear_bf16_milliseconds": quartile(linear) * 1e3,
-                "of_linear_bf16": best / quartile(linear),
-            }
-        )
+                times["linear"].append(timed(torch.nn.functional.linear, x, weight))
+            if peer is not None and turn % 10 == 0:
+                theirs.append(peer.seconds(batch, threads))
+        best = {name: quartile(seconds) for name, seconds in times.items()}
+        row = {
+            "batch": batch,
+            "bytes": size,
+            "milliseconds": best["call"] * 1e3,
+            "kernel_milliseconds": best["kernel"] * 1e3,
+            "read_gigabytes_per_second": size / best["read"] / 1e9,
+            "share_of_read": best["read"] / best["call"],
+            "kernel_share_of_read": best["read"] / best["kernel"],
+            "linear_bf16_milliseconds": best["linear"] * 1e3,
+            "of_linear_bf16": best["call"] / best["linear"],
+        }
+        if theirs:
+            row["of_llamacpp"] = best["kernel"] / quartile(theirs)
+        found.append(row)
     return found
 
 
@@ -168,6 +189,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=256, help="of weights, at least")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--llama", type=Path, help="folder of llama.cpp's libraries")
     parser.add_argument("--level", default="", help="instruction set (default: the best)")
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     options = parser.parse_args()
@@ -186,14 +208,20 @@ def main() -> None:
         floats = [torch.full((out, width), 0.5, dtype=torch.bfloat16) for _ in range(count)]
         for name in options.formats or FORMATS:
             form = FORMATS[name]((out, width))
-            for row in measure(kernels[form.kind], form, floats, options):
+            peer = None
+            if options.llama and name.upper() in BY_NAME:
+                blocks = blocks_of(name.upper(), (out, width))
+                count = max(2, -(-(options.megabytes << 20) // blocks.numel()))
+                peer = GgmlMatmul(options.llama, name.upper(), blocks, width, count)
+            for row in measure(kernels[form.kind], form, floats, peer, options):
                 results.append({"format": name, "shape": [out, width], **row})
+                beside = f"  of llama.cpp {row['of_llamacpp']:.2f}" if peer else ""
                 print(
                     f"{name:11} {shape_name} batch {row['batch']:3}"
-                    f"  {row['milliseconds']:7.3f} ms {row['gigabytes_per_second']:5.1f} GB/s"
-                    f"  share of read {row['share_of_read']:.2f}"
+                    f"  call {row['milliseconds']:.3f} ms, kernel {row['kernel_milliseconds']:.3f}"
+                    f"  share of read {row['share_of_read']:.2f}, {row['kernel_share_of_read']:.2f}"
                     f" (of {row['read_gigabytes_per_second']:.1f} GB/s)"
-                    f"  of bf16 F.linear {row['of_linear_bf16']:.2f}",
+                    f"  of bf16 F.linear {row['of_linear_bf16']:.2f}{beside}",
                     flush=True,
                 )
     if options.json:

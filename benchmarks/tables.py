@@ -126,12 +126,14 @@ KERNELS = (
     Step(
         "Matmul on CPU",
         "Cold weights. `share_of_read` is the time of a plain read of as many bytes by the"
-        " kernel's: 1 is the memory's own speed. `of_linear_bf16` is the kernel's time by"
-        " that of bf16 F.linear. Lower quartiles over the rounds.",
+        " call's, `kernel_share_of_read` by that of the C function alone: 1 is the memory's own"
+        " speed. `of_linear_bf16` is the call's time by that of bf16 F.linear, `of_llamacpp` the C"
+        " function's by that of llama.cpp's own product. Lower quartiles over the rounds.",
         "cpu_matmul.py",
         ("--json", "{json}"),
+        beside={"llama.cpp": ("--llama", "{llama}")},
         quick=("--shape", "1024x1024", "--batch", "1", "--rounds", "5", "--megabytes", "16"),
-        ratios={"share_of_read": HIGHER, "of_linear_bf16": LOWER},
+        ratios={"share_of_read": HIGHER, "of_linear_bf16": LOWER, "of_llamacpp": LOWER},
     ),
     Step(
         "Experts of a mixture on CPU",

@@ -23,6 +23,7 @@ __all__ = [
     "Spec",
     "assemble",
     "finish",
+    "large_pages",
     "parts_of",
 ]
 
@@ -76,6 +77,13 @@ def _ceil(size: int) -> int:
     return -(-size // _STEP) * _STEP
 
 
+def large_pages(size: int) -> Tensor:
+    """uint8 ``[size]``, not filled, in pages of 2 MiB where the system has them."""
+    memory = torch.empty(size, dtype=torch.uint8)
+    library().qm_large_pages(memory.data_ptr(), size)
+    return memory
+
+
 def assemble(spec: Spec, parts: Mapping[str, Tensor], codes: int, device: torch.device) -> Tensor:
     """The weight with every part but the codes filled, uint8; ``codes`` is the size of these.
 
@@ -90,10 +98,9 @@ def assemble(spec: Spec, parts: Mapping[str, Tensor], codes: int, device: torch.
         if sizes.get(name):
             places[name] = (at, sizes[name])
             at = _ceil(at + sizes[name])
-    weight = torch.empty(at, dtype=torch.uint8, device=device)
-    if weight.is_meta:
-        return weight
-    library().qm_large_pages(weight.data_ptr(), at)
+    if device.type == "meta":
+        return torch.empty(at, dtype=torch.uint8, device=device)
+    weight = large_pages(at)
     head = weight[:_HEAD].view(torch.int64)
     head.zero_()
     head[:_NUMBERS] = torch.tensor(spec.numbers)
