@@ -27,7 +27,8 @@ from typing import Any, Final
 import pluggy
 
 from quantmill import hookspecs
-from quantmill.findings import Finding, FindingsError, QuantmillError, Severity, declare
+from quantmill.findings import Finding, FindingsError, Severity, declare
+from quantmill.hook_calls import HookCalls
 from quantmill.plugin_info import PluginInfo, Status
 from quantmill.registry import REGISTRIES, Registry, check_kind
 from quantmill.requirements import missing_requirements, unmet_metadata
@@ -38,7 +39,6 @@ BUILTIN: Final = "quantmill"
 
 PLUGIN_BROKEN = declare("QM-PLUGIN-001", "A plugin can't be used", Severity.WARNING)
 NAME_CONFLICT = declare("QM-PLUGIN-002", "Two plugins claim one name")
-PLUGIN_RAISED = declare("QM-PLUGIN-004", "A plugin raised an exception in a hook")
 STRICT_STATUS = declare("QM-PLUGIN-003", "Strict mode: a plugin is not ok")
 
 
@@ -314,10 +314,9 @@ class Host(Registry):
         )
 
     @property
-    def hook(self) -> Any:
-        """The hooks, callable with keyword arguments. What a plugin raises, other than findings,
-        becomes one that names the plugin and the hook."""
-        return _Hooks(self)
+    def hook(self) -> HookCalls:
+        """The hooks, callable with keyword arguments; see :mod:`quantmill.hook_calls`."""
+        return HookCalls(self)
 
     def blame(self, error: BaseException) -> PluginInfo | None:
         """The plugin in whose code an exception was raised, innermost frame first."""
@@ -339,37 +338,6 @@ class Host(Registry):
             ),
             None,
         )
-
-
-class _Hooks:
-    """Calls hooks of a host's manager."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        caller = getattr(self._host.manager.hook, name)
-
-        def call(**arguments: Any) -> Any:
-            try:
-                return caller(**arguments)
-            except QuantmillError:
-                raise
-            except Exception as error:
-                from quantmill.backend import NonFiniteWeight
-
-                plugin = self._host.blame(error)
-                if plugin is None or isinstance(error, NonFiniteWeight):
-                    raise
-                raise QuantmillError(
-                    PLUGIN_RAISED(
-                        f"plugin {plugin.name}: {name}",
-                        f"it raised {type(error).__name__}: {error}",
-                        f"report it to {plugin.distribution} {plugin.version}, or disable it",
-                    )
-                ) from error
-
-        return call
 
 
 _default: Host | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantmill.findings import FindingsError, QuantmillError
+from quantmill.findings import Findings, FindingsError, QuantmillError
 from quantmill.hookspecs import HOOK_API_VERSION, hookimpl
 from quantmill.host import Host, Status
 from quantmill.registrations import Capabilities, Method, Preset, Requirement
@@ -238,3 +238,50 @@ def helper():
     assert finding.where == "plugin raising: quantmill_validate"
     assert "ZeroDivisionError: no good" in finding.cause and "quantmill-raising 3" in finding.fix
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+LAZY = """
+from quantmill.hookspecs import hookimpl
+QUANTMILL_API = 1
+
+@hookimpl
+def quantmill_select(job, name):
+    yield "nothing"
+    raise ZeroDivisionError("no good")
+"""
+GOOD = """
+from quantmill.hookspecs import hookimpl
+QUANTMILL_API = 1
+
+@hookimpl
+def quantmill_select(job, name):
+    return ["a selection"]
+"""
+
+
+def test_a_plugin_that_a_job_does_not_need_is_left_out_with_a_warning() -> None:
+    host = Host(discover=False)
+    for name, source in (("lazy", LAZY), ("good", GOOD)):
+        made = types.ModuleType(f"quantmill_{name}")
+        exec(source, vars(made))
+        host.add(made, name, distribution=f"quantmill-{name}", version="3")
+
+    def job_of(plugin: str) -> types.SimpleNamespace:
+        selections = {"a": types.SimpleNamespace(plugin=plugin)}
+        return types.SimpleNamespace(
+            selections=selections, architecture=None, container=None, findings=Findings()
+        )
+
+    job = job_of("good")
+    assert host.hook.quantmill_select(job=job, name="x") == [["a selection"]]
+    (finding,) = job.findings
+    assert finding.code == "QM-PLUGIN-005" and finding.where == "plugin lazy: quantmill_select"
+    assert "ZeroDivisionError: no good" in finding.cause and "quantmill-lazy 3" in finding.fix
+    (hard,) = job.findings.strict().errors
+    assert hard.code == "QM-PLUGIN-005"
+    with pytest.raises(QuantmillError, match="QM-PLUGIN-004"):
+        host.hook.quantmill_select(job=job_of("lazy"), name="x")
+    unsettled = job_of("")
+    unsettled.selections.clear()
+    with pytest.raises(QuantmillError, match="QM-PLUGIN-004"):
+        host.hook.quantmill_select(job=unsettled, name="x")

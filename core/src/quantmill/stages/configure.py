@@ -12,7 +12,7 @@ from typing import Any
 
 from quantmill.config import MethodConfig
 from quantmill.findings import FindingsError, QuantmillError, declare
-from quantmill.host import PLUGIN_RAISED
+from quantmill.hook_calls import PLUGIN_RAISED
 from quantmill.job import Job, Selection
 from quantmill.registrations import resolve
 

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from quantmill.findings import Finding, Severity, declare
+from quantmill.findings import Finding, QuantmillError, Severity, declare
+from quantmill.hook_calls import accuse
 from quantmill.job import Job, Selection
-from quantmill.registrations import resolve
+from quantmill.registrations import Validator, resolve
 from quantmill.requirements import missing_requirements
 
 __all__ = ["available_memory", "container_findings", "core_findings", "validate"]
@@ -53,8 +54,16 @@ def core_findings(job: Job) -> Iterator[Finding]:
     used = {item.method.name for item in job.selections.values()}
     for validator in job.host.validators:
         if not validator.methods or used & set(validator.methods):
-            found: Iterable[Finding] = resolve(validator.check)(job) or ()
-            yield from found
+            yield from _ask(job, validator)
+
+
+def _ask(job: Job, validator: Validator) -> list[Finding]:
+    try:
+        return list(resolve(validator.check)(job) or ())
+    except QuantmillError:
+        raise
+    except Exception as error:  # noqa: BLE001 it is known whose it is
+        return [accuse(job.host, job, error, "quantmill_validators")[1]]
 
 
 def _device(job: Job) -> Iterator[Finding]:
