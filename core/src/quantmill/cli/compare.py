@@ -66,6 +66,7 @@ def command(
     if html is not None:
         from quantmill.comparison.page import page
 
+        html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(page(found, size), encoding="utf-8")
     if as_json:
         print_json(found.to_dict())

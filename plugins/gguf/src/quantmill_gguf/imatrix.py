@@ -137,6 +137,7 @@ class Imatrix:
         parts.append(struct.pack("<ii", self.chunks, len(label)) + label)
         temporary = ""
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(
                 prefix=f".{path.name}.", suffix=".part", dir=path.parent
             )

@@ -173,6 +173,7 @@ class GgufWriter:
 
     def __enter__(self) -> GgufWriter:
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, self._temporary = tempfile.mkstemp(
                 prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent
             )
