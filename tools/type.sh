@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-python}
 
-"$PY" -m mypy core/src plugins/*/src integrations/*/src
+"$PY" -m mypy core/src plugins/*/src integrations/*/src examples/*/src

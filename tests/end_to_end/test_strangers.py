@@ -11,15 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT / "tests" / "data" / "tiny-llama"
-CLI = "from quantmill.cli import main; main()"
 Site = Path
 
 
@@ -35,6 +34,36 @@ def python(site: Path, *arguments: Any, ok: bool = True) -> subprocess.Completed
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr or not ok, done.stderr
     return done
+
+
+# Several commands of one new process, which is as long in starting as in answering them.
+COMMANDS = """
+import contextlib, io, json, sys
+from quantmill.cli import main
+results = []
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as stopped:
+            results.append([stopped.code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def ask(site: Site, *commands: Sequence[Any]) -> list[Answer]:
+    given = json.dumps([[str(word) for word in command] for command in commands])
+    answers = json.loads(python(site, "-c", COMMANDS, given).stdout)
+    assert len(answers) == len(commands)
+    assert not any("Traceback" in answer[2] for answer in answers)
+    return [Answer(*answer) for answer in answers]
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +84,42 @@ def site(installed: Site, tmp_path: Path) -> Site:
     return Path(shutil.copytree(installed, tmp_path / "site"))
 
 
-def plugins(site: Site) -> dict[str, dict[str, Any]]:
-    listed = json.loads(python(site, "-c", CLI, "plugins", "--json").stdout)["plugins"]
-    return {item["name"]: item for item in listed}
+LIST = ("plugins", "--json")
+
+
+def by_name(answer: Answer) -> dict[str, dict[str, Any]]:
+    """What ``plugins --json`` says."""
+    return {item["name"]: item for item in json.loads(answer.out)["plugins"]}
 
 
 def test_it_is_listed_and_in_the_command_line(installed: Site, tmp_path: Path) -> None:
-    mine = plugins(installed)["ternary"]
+    out = tmp_path / "out"
+    answers = ask(
+        installed,
+        LIST,
+        ("schema", "ternary"),
+        ("quantize", "--quiet", LLAMA, out, "ternary-64"),
+        ("inspect", "--json", out),
+        ("verify", out),
+        # It is a source of conversion, too: the trits lie on a grid of eight bits.
+        ("convert", out, tmp_path / "eight", "ct-int8", "--allow-requantize", "--quiet"),
+    )
+    assert [answer.code for answer in answers] == [0] * 6, answers
+    mine = by_name(answers[0])["ternary"]
     assert mine["status"] == "ok" and mine["distribution"] == "quantmill-ternary"
-    assert json.loads(python(installed, "-c", CLI, "schema", "ternary").stdout)["properties"]
-    quantize = ("quantize", "--quiet", LLAMA, tmp_path / "out", "ternary-64")
-    python(installed, "-c", CLI, *quantize)
-    found = json.loads(python(installed, "-c", CLI, "inspect", "--json", tmp_path / "out").stdout)
-    assert {"ternary"} == {m["method"] for m in found["modules"] if m["method"]}
-    python(installed, "-c", CLI, "verify", tmp_path / "out")
-    # It is a source of conversion, too: the trits lie on a grid of eight bits.
-    convert = ("convert", tmp_path / "out", tmp_path / "eight", "ct-int8")
-    done = python(installed, "-c", CLI, *convert, "--allow-requantize", "--quiet", ok=False)
-    assert done.returncode == 0, done.stderr
+    assert json.loads(answers[1].out)["properties"]
+    modules = json.loads(answers[3].out)["modules"]
+    assert {"ternary"} == {module["method"] for module in modules if module["method"]}
     # Without the package the checkpoint is refused in words.
-    done = python(tmp_path, "-c", CLI, "plan", tmp_path / "out", ok=False)
-    assert done.returncode == 1 and "ternary" in done.stderr and "Traceback" not in done.stderr
+    (refused,) = ask(tmp_path, ("plan", out))
+    assert refused.code == 1 and "ternary" in refused.err
+
+
+def test_its_own_tests_pass(installed: Site) -> None:
+    tests = ROOT / "examples" / "quantmill-ternary" / "tests"
+    options = ("-q", "-p", "no:cacheprovider", "--rootdir", tests, "-k", "not Ternary32")
+    done = python(installed, "-m", "pytest", *options, tests, ok=False)
+    assert done.returncode == 0, done.stdout
 
 
 PRETRAINED = """
@@ -200,18 +244,22 @@ BREAKAGES: dict[str, tuple[Callable[[Site], None], str, str]] = {
 def test_what_is_broken_says_so_and_breaks_nothing_else(site: Site, name: str) -> None:
     break_it, status, reason = BREAKAGES[name]
     break_it(site)
-    found = plugins(site)
+    listed, other, asked, strict = ask(
+        site,
+        LIST,
+        ("plan", LLAMA, "fp8-row", "--json"),
+        ("plan", LLAMA, "ternary-64"),
+        ("plugins", "--strict"),
+    )
+    found = by_name(listed)
     mine = found.pop("ternary")
     assert mine["status"] == status, mine
     assert reason in mine["reason"] and mine["fix"]
     assert found and all(item["status"] == "ok" for item in found.values()), "others suffer"
     # Others go on, and what is asked of the broken one is answered with the reason.
-    python(site, "-c", CLI, "plan", LLAMA, "fp8-row", "--json")
-    done = python(site, "-c", CLI, "plan", LLAMA, "ternary-64", ok=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert mine["status"] in done.stderr
-    strict = python(site, "-c", CLI, "plugins", "--strict", ok=False)
-    assert strict.returncode == 3
+    assert other.code == 0, other.out
+    assert asked.code == 1 and mine["status"] in asked.err
+    assert strict.code == 3
 
 
 LATER = {
@@ -244,24 +292,28 @@ LATER = {
 def test_what_breaks_in_a_job_names_the_plugin(site: Site, tmp_path: Path, name: str) -> None:
     break_it, code, reason = LATER[name]
     break_it(site)
-    found = plugins(site)
-    assert all(item["status"] == "ok" for item in found.values())
-    command = ("quantize", "--quiet", "--json", LLAMA, tmp_path / "out", "ternary-64")
-    done = python(site, "-c", CLI, *command, ok=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    (finding,) = json.loads(done.stdout)["findings"]
+    listed, done, other = ask(
+        site,
+        LIST,
+        ("quantize", "--quiet", "--json", LLAMA, tmp_path / "out", "ternary-64"),
+        ("plan", LLAMA, "fp8-row", "--json"),
+    )
+    assert all(item["status"] == "ok" for item in by_name(listed).values())
+    assert done.code == 1
+    (finding,) = json.loads(done.out)["findings"]
     assert finding["code"] == code and reason in finding["cause"], finding
     assert "ternary" in finding["where"] and "quantmill-ternary 0.1.0" in finding["fix"]
     assert not (tmp_path / "out").exists()
     # Jobs that don't need it go on: with a warning, where it was asked at all.
-    done = python(site, "-c", CLI, "plan", LLAMA, "fp8-row", "--json")
-    found = [item["code"] for item in json.loads(done.stdout)["findings"]]
-    assert found.count("QM-PLUGIN-005") == (name == "a hook that raises")
+    assert other.code == 0
+    codes = [item["code"] for item in json.loads(other.out)["findings"]]
+    assert codes.count("QM-PLUGIN-005") == (name == "a hook that raises")
 
 
 def test_a_heavy_import_costs_its_own_registration_and_fails_its_conformance(site: Site) -> None:
     _append("import torch\n")(site)
-    assert plugins(site)["ternary"]["status"] == "ok"
+    (listed,) = ask(site, LIST)
+    assert by_name(listed)["ternary"]["status"] == "ok"
     options = ("-q", "-p", "no:cacheprovider", "--quantmill-backend", "ternary-64")
     done = python(site, "-m", "pytest", *options, "-k", "imports_nothing_heavy", ok=False)
     assert done.returncode == 1 and "1 failed" in done.stdout

@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "KernelRegistry", "Prepared"]
 
-NO_KERNEL = declare("QM-KERNEL-001", "No kernel can run an operation here")
 UNKNOWN_KERNEL = declare("QM-KERNEL-002", "A forced kernel does not exist or does not fit")
 
 

@@ -35,7 +35,8 @@ class ExampleQuantizer(Quantizer[ExampleConfig]):
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         bits, columns = self.config.bits, weight.shape[1]
-        form = empty_form(self.config, weight.shape, weight.dtype, self.device)
+        shape = (target.out_features, target.in_features)
+        form = empty_form(self.config, shape, weight.dtype, self.device)
         assert isinstance(form.scale, Tensor) and isinstance(form.offset, Tensor)
         codes = form.codes.data.reshape(-1)
         # Two rows of odd width share a byte: such blocks have to end with an even row.

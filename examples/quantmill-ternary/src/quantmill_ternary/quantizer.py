@@ -29,7 +29,8 @@ class TernaryQuantizer(Quantizer[TernaryConfig]):
         return 20 * min(target.weights, (4 << 20) // dtype.itemsize)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
-        form = empty_form(self.config, weight.shape, weight.dtype, self.device)
+        shape = (target.out_features, target.in_features)
+        form = empty_form(self.config, shape, weight.dtype, self.device)
         with FiniteCheck(weight.name) as finite:
             for start, block in weight.row_blocks():
                 finite.look(block, start * weight.shape[1])
