@@ -2,8 +2,8 @@
 
 Each page runs in a folder of its own beside ``models/novella``, from top to bottom: commands
 through the command line, Python in one namespace. ``...`` in an output stands for any lines.
-Sizes have to be exact, measured figures within some percent (machines round differently), times
-and the widths of columns may be anything.
+Sizes have to be right within a percent, measured figures within some (machines round differently);
+times and the widths of columns may be anything.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ ELSEWHERE = {
 # The guide's command sequence is run as a whole there, in an environment of its own.
 WHOLE_PAGES_ELSEWHERE = {"authors/index.md": "tests/end_to_end/test_template.py"}
 TOLERANCE, SMALLEST = 0.05, 0.0005
+# What weights take in memory depends a little on the processor's kernels.
+OF_SIZES = 0.01
 
 
 class Block(NamedTuple):
@@ -69,10 +71,11 @@ def alike(said: str, printed: str) -> bool:
         if unit in ("s", "s:") or (index and left[0] == "seconds"):
             continue
         numbers = [re.fullmatch(r"\(?(-?[\d.]+)([%,;)]*)", word) for word in (a, b)]
-        if not all(numbers) or unit in ("B", "KiB", "MiB", "GiB"):
+        if not all(numbers):
             return False
+        near = OF_SIZES if unit in ("B", "KiB", "MiB", "GiB") else TOLERANCE
         one, other = (float(match[1].rstrip(".")) for match in numbers if match)
-        if abs(one - other) > max(TOLERANCE * max(abs(one), abs(other)), SMALLEST):
+        if abs(one - other) > max(near * max(abs(one), abs(other)), SMALLEST):
             return False
     return True
 
@@ -234,7 +237,7 @@ def test_the_blocks_of_a_page_do_what_it_says(page: Path, folder: Path) -> None:
 def test_a_line_is_held_to_its_words_sizes_and_figures() -> None:
     assert alike("wrote 6.20 MiB in 0.1 s: 56", "wrote 6.20 MiB in 3.2 s: 56")
     assert alike("KL 0.0166 nats (0.0155 to", "KL 0.0165 nats (0.0156 to")
-    assert not alike("wrote 6.20 MiB", "wrote 6.21 MiB")
+    assert not alike("wrote 6.20 MiB", "wrote 6.30 MiB")
     assert not alike("kl 0.010", "kl 0.012")
     assert not alike("no value changed", "one value changed")
     assert first_difference(["a", "...", "d"], ["a", "b", "c", "d"]) is None
