@@ -1,7 +1,8 @@
-"""Experts of a mixture on the CPU: one product for all, one by one, and transformers' own.
+"""Experts of a mixture: one product for all, one by one, and transformers' own.
 
     python benchmarks/experts.py                         both shapes, 1 and 64 tokens
     python benchmarks/experts.py qwen3-moe --tokens 1 --method hqq-4 --json out.json
+    python benchmarks/experts.py qwen3-moe --device cuda --tokens 1 16 64 512
 
 One layer's experts, quantized (``--method``, bnb-nf4). In each round these take turns, each with
 tokens and random routes of its own: all experts at once, a call for each, and the bf16 experts of
@@ -57,15 +58,21 @@ def float_experts(name: str) -> tuple[Any, Any, int]:
     return made, config, chosen
 
 
-def routes(tokens: int, experts: int, chosen: int) -> tuple[Tensor, Tensor]:
-    index = torch.rand(tokens, experts).topk(chosen).indices
-    weights = torch.full((tokens, chosen), 1.0 / chosen, dtype=torch.bfloat16)
+def routes(tokens: int, experts: int, chosen: int, device: str) -> tuple[Tensor, Tensor]:
+    index = torch.rand(tokens, experts, device=device).topk(chosen).indices
+    weights = torch.full((tokens, chosen), 1.0 / chosen, dtype=torch.bfloat16, device=device)
     return index, weights
 
 
-def timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[[], Any], device: str) -> float:
+    def settle() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    settle()
     start = time.perf_counter()
     function()
+    settle()
     return 1000.0 * (time.perf_counter() - start)
 
 
@@ -73,10 +80,13 @@ def quartile(times: list[float]) -> float:
     return sorted(times)[len(times) // 4]
 
 
-def measure(name: str, method: str, batches: list[int], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, method: str, batches: list[int], rounds: int, device: str
+) -> list[dict[str, Any]]:
     theirs, config, chosen = float_experts(name)
+    theirs = theirs.to(device)
     holder = nn.Sequential(nn.ModuleDict({"experts": theirs}))
-    ours: Any = quantmill.quantize_model(copy.deepcopy(holder), method)[0]["experts"]  # type: ignore[index]
+    ours: Any = quantmill.quantize_model(copy.deepcopy(holder), method, device=device)[0]["experts"]  # type: ignore[index]
     assert isinstance(ours, LinearExperts) and ours._banks, "no kernel takes them all at once"
     banks = ours._banks
 
@@ -101,9 +111,10 @@ def measure(name: str, method: str, batches: list[int], rounds: int) -> list[dic
         times: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(rounds + 1):
             for way, run in ways.items():
-                state = torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16)
-                given = (state, *routes(tokens, config.num_experts, chosen))
-                spent = timed(functools.partial(run, *given))
+                shape = (tokens, config.hidden_size)
+                state = torch.randn(shape, dtype=torch.bfloat16, device=device)
+                given = (state, *routes(tokens, config.num_experts, chosen, device))
+                spent = timed(functools.partial(run, *given), device)
                 if turn:
                     times[way].append(spent)
         found = {way: quartile(spent) for way, spent in times.items()}
@@ -112,6 +123,7 @@ def measure(name: str, method: str, batches: list[int], rounds: int) -> list[dic
             {
                 "shape": name,
                 "method": method,
+                "device": device,
                 "tokens": tokens,
                 "ms": found,
                 "of_one_by_one": found["at once"] / found["one by one"],
@@ -127,13 +139,14 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--method", default="bnb-nf4")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode():
         for name in asked.shapes:
-            measured = measure(name, asked.method, asked.tokens, asked.rounds)
+            measured = measure(name, asked.method, asked.tokens, asked.rounds, asked.device)
             for row in measured:
                 times = ", ".join(f"{way} {spent:.2f}" for way, spent in row["ms"].items())
                 print(
