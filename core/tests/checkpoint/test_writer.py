@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -450,3 +452,24 @@ def test_more_notes_than_were_foreseen_are_an_error_and_leave_nothing(tmp_path: 
     with pytest.raises(QuantmillError):
         work()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from quantmill.checkpoint.writer import CheckpointWriter\n"
+        "with CheckpointWriter(sys.argv[1]) as writer:\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False)
+    (left,) = tmp_path.iterdir()
+    other = CheckpointWriter(tmp_path / "out")
+    with other:
+        assert not left.exists()
+        (running,) = tmp_path.iterdir()
+        # One that lives is left alone.
+        with CheckpointWriter(tmp_path / "out") as writer:
+            assert running.exists()
+            writer.add("one", torch.zeros(16))
+            writer.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

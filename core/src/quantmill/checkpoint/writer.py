@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from quantmill.checkpoint import codes
 from quantmill.checkpoint.dtypes import code_of, stored_shape
 from quantmill.checkpoint.files import is_plain_name
+from quantmill.checkpoint.leftovers import hold, remove_leftovers
 from quantmill.checkpoint.manifest import MANIFEST_NAME, make_manifest
 from quantmill.findings import QuantmillError
 
@@ -97,7 +98,9 @@ class CheckpointWriter:
         # Resolved: a link to an empty folder is not what a folder can be renamed to.
         self._target = self.folder.resolve()
         self._token = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._work = self._target.parent / f".{self._target.name}.partial-{self._token}"
+        self._prefix = f".{self._target.name}.partial-"
+        self._work = self._target.parent / f"{self._prefix}{self._token}"
+        self._held = contextlib.ExitStack()
         self._made: list[Path] = []
         self._shards: list[_Shard] = []
         self._names: dict[str, int] = {}
@@ -109,7 +112,9 @@ class CheckpointWriter:
             with self._guard():
                 above = self._target.parents
                 self._made = [path for path in above if not path.exists()]
+                remove_leftovers(self._target.parent, self._prefix)
                 self._work.mkdir(parents=True)
+                self._held.enter_context(hold(self._work))
         except BaseException:
             self._clean()
             raise
@@ -118,9 +123,11 @@ class CheckpointWriter:
     def __exit__(self, *exc: object) -> None:
         if not self._committed:
             self._clean()
+        self._held.close()
 
     def _clean(self) -> None:
         """Remove all that was made, parents of the folder included."""
+        self._held.close()
         for shard in self._shards:
             shard.abandon()
         shutil.rmtree(self._work, ignore_errors=True)
