@@ -2,7 +2,8 @@
 
 For linears that share an input, columns are multiplied by ``s = x ** a / w ** (1 - a)`` (mean
 magnitudes of inputs and weights), the exponent chosen by the error of the output; then ranges are
-clipped group by group; then weights are rounded to nearest. Output errors are exact quadratic
+clipped group by group; then weights are rounded to nearest. Exponents are tried on evenly spaced
+rows. Output errors are exact quadratic
 forms of the inputs' second moments, so that no candidate needs a run of the block.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from quantmill.backend import BlockCalibrator
 from quantmill.calibration.block import Block
+from quantmill.calibration.loss import evenly, relative_loss
 from quantmill.calibration.moments import Moments
 from quantmill.config import group_width
 from quantmill.forms import Form
@@ -26,8 +28,6 @@ from quantmill_awq.rounding import make_form, nearest, ranges
 
 __all__ = ["AwqCalibrator"]
 
-_ROWS = 256
-"""Rows of each weight on which exponents are tried."""
 _SHARES = 10
 _LEAST = 0.5
 """Ranges are tried from the full one down to half, in this many steps."""
@@ -66,15 +66,16 @@ class AwqCalibrator(BlockCalibrator[AwqConfig]):
         """The best scales ``[in]``, or None when none beats plain rounding."""
         config = block.configs[group[0].name]
         assert isinstance(config, AwqConfig)
-        sample = [_sample(block.weight(target).to(torch.float32)) for target in group]
-        together = torch.cat(sample)
+        weights = [block.weight(target) for target in group]
+        sample = [weight[evenly(weight.shape[0], weight.device)] for weight in weights]
+        together = torch.cat(sample).to(torch.float32)
         inputs = moments.magnitude.clamp(min=1e-8)
-        weights = _magnitude(together, group_width(config.group_size, together.shape[1]))
+        magnitude = _magnitude(together, group_width(config.group_size, together.shape[1]))
         best, chosen = _error(together, moments.square, config), None
         for step in range(1, config.grid + 1):
             share = step / config.grid
             for mix in (0.0, 1.0 - share):
-                scale = inputs.pow(share) / weights.pow(mix)
+                scale = inputs.pow(share) / magnitude.pow(mix)
                 scale = fold.reduce(scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4)
                 error = _error(together, moments.square, config, scale)
                 if error < best:
@@ -111,18 +112,8 @@ def _round(block: Block, target: Target, moments: Moments) -> tuple[Form, float 
     form = make_form(weight, config, stored.dtype, share)
     if not moments.tokens:
         return form, None
-    error = form.dequantize(torch.float32) - weight
-    energy = (weight @ moments.square).mul_(weight).sum().clamp(min=1e-30)
-    return form, float((error @ moments.square).mul_(error).sum() / energy)
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """Evenly spaced rows."""
-    if weight.shape[0] <= _ROWS:
-        return weight
-    step = weight.shape[0] / _ROWS
-    index = (torch.arange(_ROWS, device=weight.device) * step).to(torch.int64)
-    return weight[index]
+    # The weight in the block is still the float one, with its scales folded in.
+    return form, relative_loss(stored, form, moments.square)
 
 
 def _magnitude(weight: Tensor, width: int) -> Tensor:

@@ -33,7 +33,7 @@ _RUNTIME = (
 
 
 class GptqConfig(MethodConfig):
-    """What GPTQ can be told; names and defaults are those of GPTQModel."""
+    """What GPTQ can be told; names are those of GPTQModel, and defaults but that of ``mse``."""
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
         {"damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse"}
@@ -60,8 +60,12 @@ class GptqConfig(MethodConfig):
     """Share of the mean diagonal of the Hessian that is added to its diagonal."""
     damp_auto_increment: float = Field(0.01, ge=0)
     """Added to ``damp_percent`` each time the Hessian is not positive definite."""
-    mse: float = Field(0.0, ge=0)
-    """Exponent of the error that shrunk ranges are chosen by; 0 takes the full range."""
+    mse: float = Field(2.0, ge=0)
+    """Exponent of the error that shrunk ranges are chosen by; 0 takes the full range, as
+    GPTQModel does unless told otherwise."""
+    refinements: int = Field(1, ge=0, le=20, exclude=True)
+    """Passes over all codes and scales after the first, each chosen again for the others as they
+    are: they lower the error and cost as much as the first."""
     lm_head: bool = False
     """Quantize the output head too."""
     dynamic: dict[str, dict[str, Any]] | None = None

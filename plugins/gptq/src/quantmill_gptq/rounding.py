@@ -10,11 +10,11 @@ from torch import Tensor
 from quantmill.forms import Affine, Codes, Group
 from quantmill_gptq.config import GptqConfig
 
-__all__ = ["Grid", "fit", "grid_of", "make_form", "rounded"]
+__all__ = ["Grid", "fit", "grid_of", "make_form", "rounded", "stored"]
 
-_SHRINKS = 80
-_LEAST = 0.2
-"""Ranges are tried from the full one down to a fifth, in this many steps."""
+_SHRINKS = 24
+_LEAST = 0.28
+"""Ranges are tried from the full one down by steps of 3%, this many in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,11 @@ def fit(values: Tensor, config: GptqConfig) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
+def stored(scale: Tensor) -> Tensor:
+    """The nearest positive float16, as float32."""
+    return scale.to(torch.float16).to(torch.float32).clamp(min=2.0**-24)
+
+
 def _scale(low: Tensor, high: Tensor, config: GptqConfig) -> tuple[Tensor, Tensor]:
     top = float(config.maximum)
     if config.sym:
@@ -58,7 +63,7 @@ def _scale(low: Tensor, high: Tensor, config: GptqConfig) -> tuple[Tensor, Tenso
         scale = (high - low) / top
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # Codes are chosen for the scale that is stored.
-    scale = scale.to(torch.float16).to(torch.float32).clamp(min=2.0**-24)
+    scale = stored(scale)
     if config.sym:
         return scale, torch.full_like(scale, (config.maximum + 1) / 2)
     return scale, torch.round(-low / scale).clamp(0, top)
@@ -66,8 +71,11 @@ def _scale(low: Tensor, high: Tensor, config: GptqConfig) -> tuple[Tensor, Tenso
 
 def _error(values: Tensor, scale: Tensor, zero: Tensor, config: GptqConfig) -> Tensor:
     wide, middle = scale.unsqueeze(1), zero.unsqueeze(1)
-    codes = torch.round(values / wide + middle).clamp(0, config.maximum)
-    return ((codes - middle) * wide - values).abs().pow(config.mse).sum(dim=1)
+    error = (values / wide).add_(middle).round_().clamp_(0, config.maximum)
+    error.sub_(middle).mul_(wide).sub_(values)
+    if config.mse == 2.0:
+        return error.square_().sum(dim=1)
+    return error.abs_().pow_(config.mse).sum(dim=1)
 
 
 def grid_of(weight: Tensor, width: int, config: GptqConfig) -> Grid:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantmill.calibration.loss import relative_loss
 from quantmill.forms import Affine
 from quantmill.kernels import KernelRegistry
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.factor import inverse_factor
+from quantmill_gptq.refine import refined
 from quantmill_gptq.rounding import Grid, fit, grid_of, make_form
 
 __all__ = ["Problem", "gptq"]
@@ -51,6 +53,8 @@ class Problem:
         """Group of each column, where the form has to say it."""
         if config.desc_act:
             self.index = group if fixed or self.back is None else self.owner[self.back]
+        self.hessian = moments
+        """Float32 ``[in, in]`` in that order, a one where a column is dead."""
         self.factor, self.damping = inverse_factor(
             moments, config.damp_percent, config.damp_auto_increment, name
         )
@@ -73,21 +77,21 @@ def gptq(
 ) -> tuple[Affine, float]:
     """The form of ``weight [out, in]`` and the relative squared error of its output."""
     width = problem.width
-    whole = weight.to(torch.float32)
-    work = whole.clone()
+    work = weight.to(torch.float32, copy=True)
     work[:, problem.dead] = 0.0
     static = grid_of(work, width, config) if config.static_groups else None
     if problem.order is not None:
         work = work[:, problem.order]
     codes, grid = _sweep(work, problem.factor, problem.owner, static, width, config)
+    if config.refinements:
+        codes, grid = refined(
+            work, codes, grid, problem.hessian, problem.damping, problem.owner, config
+        )
     if problem.back is not None:
         codes = codes[:, problem.back]
     index = None if problem.index is None else problem.index.to(torch.int32)
     form = make_form(codes, grid, width, config, weight.dtype, index)
-    error = form.dequantize(torch.float32) - whole
-    energy = (whole @ problem.square).mul_(whole).sum().clamp(min=1e-30)
-    loss = float((error @ problem.square).mul_(error).sum() / energy)
-    return form, loss
+    return form, relative_loss(weight, form, problem.square)
 
 
 def _order(moments: Tensor, width: int, config: GptqConfig) -> Tensor | None:

@@ -1,0 +1,32 @@
+"""How far a quantized weight's output is from the float one's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantmill.forms import Form
+
+__all__ = ["evenly", "relative_loss"]
+
+_ROWS = 256
+
+
+def evenly(rows: int, device: torch.device) -> Tensor:
+    """Numbers of at most 256 evenly spaced rows, int64: enough to judge a weight by."""
+    count = min(rows, _ROWS)
+    return (torch.arange(count, device=device) * (rows / count)).to(torch.int64)
+
+
+def relative_loss(weight: Tensor, form: Form, square: Tensor) -> float:
+    """Squared error of the output of ``form`` over the squared output of ``weight [out, in]``, of
+    evenly spaced rows, for inputs whose second moments are ``square``, float32 ``[in, in]``."""
+    index = evenly(weight.shape[0], weight.device)
+    exact = weight[index].to(torch.float32)
+    error = form.dequantize(torch.float32)[index] - exact
+    energy = (exact @ square).mul_(exact).sum().clamp(min=1e-30)
+    return float((error @ square).mul_(error).sum() / energy)
