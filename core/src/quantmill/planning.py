@@ -11,7 +11,7 @@ from quantmill.targeting.types import Target
 
 __all__ = ["OVERHEAD_BYTES", "ModulePlan", "Plan"]
 
-OVERHEAD_BYTES: Final = 4 << 20
+OVERHEAD_BYTES: Final = 3 << 20
 """What every estimate allows for what is not counted: modules, threads, small tensors."""
 
 

@@ -359,6 +359,14 @@ class BnbLinearFactory(LinearFactory[BnbConfig]):
             return module.exact_form()
         return module.form if isinstance(module, FormLinear) else None
 
+    def forward_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        """None where the library's fused kernel computes, else the float weight."""
+        rows, columns = form.shape
+        fused = isinstance(form, Codebook) and not (rows % PACK_ROWS or columns % 2)
+        if fused and self.device == "cpu" and can_pack() and bnb.nn.modules.has_avx512bf16():
+            return 0
+        return super().forward_bytes(form, dtype)
+
     def row_bytes(self, form: Form, dtype: torch.dtype) -> int:
         """LLM.int8 rounds the input, and has sums in int32 and then three times in float32."""
         if isinstance(form, Codebook):
