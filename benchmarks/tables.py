@@ -136,6 +136,15 @@ KERNELS = (
         ratios={"share_of_read": HIGHER, "of_linear_bf16": LOWER, "of_llamacpp": LOWER},
     ),
     Step(
+        "Linears of every backend on CPU",
+        "One row through the module that a model gets, cold. `of_linear_bf16` is its time by that of"
+        " bf16 F.linear. Lower quartiles over the rounds.",
+        "linears.py",
+        ("--json", "{json}"),
+        quick=("quanto-int4", "--size", "512", "--rounds", "5", "--megabytes", "2"),
+        ratios={"of_linear_bf16": LOWER},
+    ),
+    Step(
         "Experts of a mixture on CPU",
         "One layer's experts, NF4. `of_one_by_one` is the time of one product for all by that of a"
         " call for each, `of_transformers_bf16` by that of the faster of transformers' own ways"
