@@ -137,7 +137,7 @@ KERNELS = (
     ),
     Step(
         "Linears of every backend on CPU",
-        "One row through the module that a model gets, cold. `of_linear_bf16` is its time by that of"
+        "One row through the module of a model, cold. `of_linear_bf16` is its time by that of"
         " bf16 F.linear. Lower quartiles over the rounds.",
         "linears.py",
         ("--json", "{json}"),
