@@ -37,10 +37,10 @@ SHAPES: dict[str, tuple[type[nn.Module], Any, int]] = {
         MixtralConfig(hidden_size=4096, intermediate_size=3584, num_local_experts=8),
         2,
     ),
-    # Qwen3-30B-A3B.
+    # Qwen3-30B-A3B with half of its experts.
     "qwen3-moe": (
         Qwen3MoeExperts,
-        Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128),
+        Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=64),
         8,
     ),
 }
@@ -54,7 +54,7 @@ def float_experts(name: str) -> tuple[Any, Any, int]:
     made: Any = cls(config)  # type: ignore[call-arg]
     made = made.to(torch.bfloat16).requires_grad_(False).eval()
     for parameter in made.parameters():
-        parameter.normal_(0.0, 0.02)
+        parameter.uniform_(-0.03, 0.03)
     return made, config, chosen
 
 

@@ -60,14 +60,12 @@ def test_widths_that_no_block_divides_compute(tmp_path: Path) -> None:
     assert (ours - theirs).float().norm() / theirs.float().norm() < 0.03
 
 
-@pytest.mark.parametrize(("preset", "checkpointing"), [("bnb-nf4", False), ("bnb-nf4-dq", True)])
-def test_qlora_trains_for_50_steps_and_the_adapter_reloads(
-    preset: str, checkpointing: bool, tmp_path: Path
-) -> None:
+def test_qlora_trains_on_a_real_text_without_an_activation(tmp_path: Path) -> None:
+    """With double quantization and gradient checkpointing; the adapter reloads."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    base: Any = quantmill.load(NOVELLA, preset, training=True, gradient_checkpointing=checkpointing)
-    assert base.is_gradient_checkpointing is checkpointing
+    base: Any = quantmill.load(NOVELLA, "bnb-nf4-dq", training=True)
+    assert base.is_gradient_checkpointing
     config = peft.LoraConfig(
         r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
     )
@@ -76,8 +74,8 @@ def test_qlora_trains_for_50_steps_and_the_adapter_reloads(
     assert kinds == {"Linear4bit"}, "PEFT takes our linears for bitsandbytes' own"
     tokenizer = quantmill.load_tokenizer(NOVELLA)
     text = (NOVELLA / "held.txt").read_text(encoding="utf-8")[:6000]
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: 8 * 64])
-    batch = ids.reshape(8, 64)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][: 8 * 32])
+    batch = ids.reshape(8, 32)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     losses = []
     for step in range(50):
@@ -90,7 +88,7 @@ def test_qlora_trains_for_50_steps_and_the_adapter_reloads(
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     model.save_pretrained(tmp_path / "adapter")
     model.eval()
-    fresh = quantmill.load(NOVELLA, preset, training=True)
+    fresh = quantmill.load(NOVELLA, "bnb-nf4-dq", training=True)
     again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     with torch.inference_mode():
         one, two = model(input_ids=batch[:1]).logits, again(input_ids=batch[:1]).logits

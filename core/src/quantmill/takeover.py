@@ -64,15 +64,15 @@ class Activation:
 
 @dataclass(slots=True)
 class Replaced:
-    """One attribute of a class that was replaced."""
+    """One attribute of a class or a module that was replaced."""
 
     symbol: str
-    owner: type
+    owner: Any
     original: Any
     new: Any
 
     @classmethod
-    def put(cls, symbol: str, owner: type, new: Any) -> Replaced:
+    def put(cls, symbol: str, owner: Any, new: Any) -> Replaced:
         """Replace the last component of ``symbol`` in ``owner``."""
         name = symbol.rpartition(".")[2]
         original = owner.__dict__[name]

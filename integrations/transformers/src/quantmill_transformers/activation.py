@@ -4,11 +4,12 @@ What changes, and nothing else:
 
 ==========================================================  ====================================
 ``transformers.modeling_utils.PreTrainedModel``             its class method ``from_pretrained``
-``peft.tuners.lora.model.LoraModel``                        its static ``_create_new_module``
+``peft``: the four of                                       for quantmill's linears only
+:mod:`quantmill_transformers.adapters`
 ==========================================================  ====================================
 
-The second one only where PEFT has been imported by the time of :func:`activate` or of a model's
-loading: it gives LoRA to quantmill's linears, and leaves all others to PEFT.
+Those of PEFT only where it has been imported by the time of :func:`activate` or of a model's
+loading: they give LoRA to quantmill's linears, and leave all others to PEFT.
 
 The new ``from_pretrained`` looks at the ``quantization_config`` of the call and of the checkpoint,
 and at a ``gguf_file``. Where the ``quant_method`` is one that was taken over, or one that this
@@ -35,6 +36,7 @@ from quantmill.takeover import (
     installed_keys,
     version_problem,
 )
+from quantmill_transformers.adapters import PEFT_SYMBOL, replaced_in_peft
 
 if TYPE_CHECKING:
     from quantmill.host import Host
@@ -54,7 +56,6 @@ TRANSFORMERS_RANGE: Final = ">=5.0,<6"
 PEFT_RANGE: Final = ">=0.19,<1"
 """Versions of PEFT that call their dispatchers as ours is called."""
 SYMBOL: Final = "transformers.modeling_utils.PreTrainedModel.from_pretrained"
-PEFT_SYMBOL: Final = "peft.tuners.lora.model.LoraModel._create_new_module"
 
 log = logging.getLogger("quantmill_transformers")
 
@@ -125,25 +126,15 @@ def _replace() -> list[Replaced]:
 
 def _replace_in_peft(state: State) -> None:
     """Once PEFT is there. It is never imported for this: who uses it imports it."""
-    module = sys.modules.get("peft.tuners.lora.model")
-    if module is None or any(item.symbol == PEFT_SYMBOL for item in state.replaced):
+    if "peft.tuners.lora.model" not in sys.modules:
+        return
+    if any(item.symbol == PEFT_SYMBOL for item in state.replaced):
         return
     problem = version_problem("peft", PEFT_RANGE, PEFT_SYMBOL, "nothing of it")
     if problem is not None:
         log.warning("%s", problem)  # Models load all the same; adapters find no place on them.
         return
-    original = module.LoraModel.__dict__["_create_new_module"].__func__
-
-    @functools.wraps(original)
-    def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
-        from quantmill_transformers.lora import dispatch
-
-        made = None
-        if _TAKEOVER.state is not None:
-            made = dispatch(target, adapter_name, lora_config, **kwargs)
-        return original(lora_config, adapter_name, target, **kwargs) if made is None else made
-
-    state.replaced.append(Replaced.put(PEFT_SYMBOL, module.LoraModel, staticmethod(create)))
+    state.replaced.extend(replaced_in_peft(lambda: _TAKEOVER.state is not None))
 
 
 _TAKEOVER: Final = Takeover(
