@@ -89,12 +89,22 @@ ON_THE_FLY: dict[str, tuple[str, Callable[[], Any]]] = {
     "quanto int8": ("quanto", lambda: quanto("int8")),
     "quanto float8": ("quanto", lambda: quanto("float8")),
 }
-STORED = (
-    "torchao/tests/data/torchao-int8wo",
-    "compressed-tensors/tests/data/ct-int8-channel",
-    "compressed-tensors/tests/data/ct-float8-channel",
-    "compressed-tensors/tests/data/ct-pack-int4-g64",
-)
+STORED = {
+    "bnb-nf4": "bnb",
+    "bnb-nf4-dq": "bnb",
+    "bnb-fp4": "bnb",
+    "bnb-int8": "bnb",
+    "torchao-int8wo": "torchao",
+    "ct-int8-channel": "compressed-tensors",
+    "ct-float8-channel": "compressed-tensors",
+    "ct-pack-int4-g64": "compressed-tensors",
+}
+"""Folder to the plugin that reads it."""
+LIBRARIES = {
+    "bnb": "bitsandbytes",
+    "quanto": "optimum.quanto",
+    "compressed-tensors": "compressed_tensors",
+}
 
 
 @pytest.mark.parametrize("case", sorted(ON_THE_FLY))
@@ -119,15 +129,25 @@ def test_in_16_bits_ours_is_no_worse(case: str) -> None:
     assert off(ours, wanted) < 1.1 * off(theirs, wanted)
 
 
+def stored(name: str, plugin: str) -> Path:
+    needs(plugin)
+    pytest.importorskip(LIBRARIES.get(plugin, plugin))
+    folder = ROOT / "tests" / "data" / name
+    if not folder.is_dir():
+        folder = PLUGINS / plugin / "tests" / "data" / name
+    if not folder.is_dir():
+        pytest.skip("its plugin is not here")
+    return folder
+
+
 @pytest.mark.parametrize("name", STORED)
 def test_a_stored_checkpoint_gives_the_same(name: str) -> None:
-    if not (PLUGINS / name).is_dir():
-        pytest.skip("its plugin is not here")
-    needs(name.partition("/")[0])
-    pytest.importorskip(name.partition("/")[0].replace("-", "_"))
-    theirs = script(PLUGINS / name)
+    folder = stored(name, STORED[name])
+    # Theirs reads bitsandbytes' in the dtype they were saved in, whatever it is asked for.
+    dtype = torch.bfloat16 if STORED[name] == "bnb" else torch.float32
+    theirs = script(folder, dtype)
     with qt.activated("*"):
-        ours = script(PLUGINS / name)
+        ours = script(folder, dtype)
     assert off(ours, theirs) < 1e-5
 
 
@@ -271,6 +291,37 @@ def test_quanto_saves_and_reloads(tmp_path: Path) -> None:
 
     assert run("theirs") != 0
     assert run("ours") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"),
+    [("quanto-int4", "quanto"), ("quanto-int8", "quanto"), ("hqq-4bit-g64-st", "hqq")],
+)
+def test_stored_weights_are_read_and_not_drawn_at_random(name: str, plugin: str) -> None:
+    """Theirs has no place for them, says so in its log and computes with noise."""
+    folder = stored(name, plugin)
+    theirs = script(folder)
+    with qt.activated(plugin):
+        assert meant(folder) and off(theirs, script(folder)) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"),
+    [
+        ("gptq-4-dynamic", "gptq"),
+        ("gptq-3-g32", "gptq"),
+        ("awq-4-g64-gemm", "awq"),
+        ("fp8-block", "fp8"),
+        ("fbgemm-fp8", "fbgemm-fp8"),
+    ],
+)
+def test_no_other_library_and_no_gpu_is_needed(name: str, plugin: str) -> None:
+    needs(plugin)
+    folder = PLUGINS / plugin.removeprefix("fbgemm-") / "tests" / "data" / name
+    with pytest.raises((ImportError, RuntimeError, ValueError)):
+        script(folder)
+    with qt.activated("*"):
+        assert meant(folder)
 
 
 def test_asymmetric_int4_of_compressed_tensors_works() -> None:

@@ -158,7 +158,16 @@ class FormLinear(nn.Module):
     @property
     def form(self) -> Form:
         """The form this module computes with."""
+        return self.whole(self.plain())
+
+    def plain(self) -> Form:
+        """The form that kernels know."""
         return self._live.restore() if isinstance(self._live, Prepared) else self._live
+
+    def whole(self, form: Form) -> Form:
+        """The plain form with what kernels have no place for; nothing here. A method, for a
+        compiler does not see through a property that asks its parent's."""
+        return form
 
     @property
     def live_bytes(self) -> int:

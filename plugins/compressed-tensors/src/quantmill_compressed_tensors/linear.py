@@ -53,10 +53,8 @@ class CompressedLinear(FormLinear):
             form = replace(form, whole=None, inputs=None)
         super()._hold(form)
 
-    @property
-    def form(self) -> Form:
-        """The form this module computes with."""
-        form = super().form
+    def whole(self, form: Form) -> Form:
+        """The form with the scales that wait here."""
         if isinstance(form, StoredAffine | StoredFloat):
             return replace(form, input_scale=self._given[0], input_zero_point=self._given[1])
         if isinstance(form, StoredFp4):

@@ -62,10 +62,8 @@ class FP8Linear(FormLinear):
         else:
             super()._hold(plain)
 
-    @property
-    def form(self) -> Form:
-        """The form this module computes with, and its activation scale."""
-        form = super().form
+    def whole(self, form: Form) -> Form:
+        """The form with its activation scale."""
         assert isinstance(form, ScaledFloat)
         return joined(form, self.activation)
 

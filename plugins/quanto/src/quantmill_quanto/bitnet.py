@@ -186,10 +186,8 @@ class BitLinear(FormLinear):
         self._stored = form.stored
         super()._hold(replace(form, stored=None))
 
-    @property
-    def form(self) -> Form:
-        """The form this module computes with."""
-        form = super().form
+    def whole(self, form: Form) -> Form:
+        """The form with the codes as they were stored."""
         assert isinstance(form, Ternary)
         return replace(form, stored=self._stored)
 

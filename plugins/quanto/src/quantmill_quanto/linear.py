@@ -47,10 +47,8 @@ class QLinear(FormLinear):
         plain, self._scales = parted(form)
         super()._hold(plain)
 
-    @property
-    def form(self) -> Form:
-        """The form this module computes with, and the scales of its activations."""
-        form = super().form
+    def whole(self, form: Form) -> Form:
+        """The form with the scales of its activations."""
         assert isinstance(form, Affine | ScaledFloat)
         return joined(form, self._scales)
 

@@ -58,14 +58,12 @@ class TorchaoLinear(FormLinear):
         super()._hold(_with(form, dict.fromkeys(self._kept)))
         device = next(iter(form.tensors().values())).device
         if device.type == "cuda" and self.inputs and form.layout.tensor in _NATIVE:
-            self._live, self._ways = super().form, {}
+            self._live, self._ways = self.plain(), {}
             if torch.cuda.get_device_capability(device) >= (8, 9):
                 self._native = to_tensor(self.form)
 
-    @property
-    def form(self) -> Form:
-        """The form this module computes with."""
-        form = super().form
+    def whole(self, form: Form) -> Form:
+        """The form with the tensors that wait here."""
         return _with(form, self._kept)
 
     @property
