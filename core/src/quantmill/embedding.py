@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from quantmill.backend import Codec
 from quantmill.forms import Form
 
-__all__ = ["FormEmbedding", "FormWeight", "embedding_of"]
+__all__ = ["FormEmbedding", "FormWeight", "embedding_of", "float_embedding"]
 
 _FACTS: Final = frozenset(
     {
@@ -164,8 +164,26 @@ def embedding_of(
     if cls is nn.Embedding:
         return FormEmbedding(form, codec, dtype, padding_idx=module.padding_idx, stored=stored)
     # The subclass before ours: its super().forward is our lookup.
-    made_class: Any = type(f"Form{cls.__name__}", (cls, FormEmbedding), {})
-    made: Any = made_class.__new__(made_class)
+    made: Any = _copied(module, type(f"Form{cls.__name__}", (cls, FormEmbedding), {}))
+    made._fill(form, codec, dtype, stored)
+    made_embedding: FormEmbedding = made
+    return made_embedding
+
+
+def float_embedding(module: FormEmbedding, weight: nn.Parameter) -> nn.Embedding:
+    """The inverse of :func:`embedding_of`: the class that was there, with a float weight."""
+    cls = nn.Embedding if type(module) is FormEmbedding else type(module).__bases__[0]
+    made: Any = _copied(module, cls)
+    for name in ("form", "_codec", "_dtype", "stored", "_weight"):
+        vars(made).pop(name)
+    made.register_parameter("weight", weight)
+    embedding: nn.Embedding = made
+    return embedding
+
+
+def _copied(module: nn.Embedding, cls: type[nn.Module]) -> nn.Module:
+    """A module of another class with all that ``module`` has, but for its weight."""
+    made = cls.__new__(cls)
     nn.Module.__init__(made)
     for name, value in vars(module).items():
         if name == "_parameters":
@@ -174,6 +192,4 @@ def embedding_of(
             vars(made)[name].update(value)
         else:
             vars(made)[name] = value
-    made._fill(form, codec, dtype, stored)
-    made_embedding: FormEmbedding = made
-    return made_embedding
+    return made

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantmill
-from quantmill_transformers.testing import write
+from quantmill_transformers.testing import sample, write
 
 Small = Callable[[str], Path]
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -129,3 +129,15 @@ def test_older_checkpoints_have_them_in_the_config(tmp_path: Path) -> None:
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
     assert ours.generation_config.num_beams == theirs.generation_config.num_beams == 4
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+def test_what_a_class_adds_to_an_embedding_comes_back(small: Small) -> None:
+    """Gemma scales the rows it looks up, by a buffer that no checkpoint has."""
+    pytest.importorskip("quantmill_gguf")
+    model: Any = quantmill.load(small("gemma2"), "gguf-q8_0", dtype="float32")
+    inputs = sample("gemma2", model)
+    with torch.inference_mode():
+        quantized = model(**inputs).logits
+        again = quantmill.dequantize(model)(**inputs).logits
+    assert type(model.model.embed_tokens).__name__ == "Gemma2TextScaledWordEmbedding"
+    assert (quantized - again).norm() < 1e-4 * again.norm()

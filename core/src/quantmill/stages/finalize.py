@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantmill.embedding import FormEmbedding
+from quantmill.embedding import FormEmbedding, float_embedding
 from quantmill.experts import LinearExperts, restack
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.forms import Form
@@ -136,9 +136,9 @@ def _share(job: Job, model: nn.Module, dtype: torch.dtype) -> None:
             new = nn.Linear(columns, rows, bias is not None, device="meta", dtype=dtype)
             if bias is not None:
                 new.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+            new.register_parameter(local, weight)
         else:
-            new = nn.Embedding(rows, columns, device="meta", dtype=dtype)
-        new.register_parameter(local, weight)
+            new = float_embedding(old, weight)
         new.train(old.training)
         model.set_submodule(path, new)
 
@@ -182,6 +182,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         if bias is not None:
             value = nn.Parameter(bias.detach().to(wanted), requires_grad=False)
             new.register_parameter("bias", value)
+        for name, buffer in new._buffers.items():
+            if buffer is not None and buffer.is_meta:  # Of a fresh module: nobody computed it.
+                new._buffers[name] = old._buffers.get(name)
         new.train(old.training)
         model.set_submodule(entry.target.name, new)
     _share(job, model, common)
