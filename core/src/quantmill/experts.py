@@ -233,20 +233,13 @@ class LinearExperts(nn.Module):
             return normed
         return output
 
-    def linears(self, matrix: Matrix) -> list[nn.Module | None]:
-        """The linears of one matrix, expert by expert."""
-        return [
-            self._modules[str(expert)]._modules[matrix.leaf]  # type: ignore[union-attr]
-            for expert in range(self._stack.experts)
-        ]
-
     def group(self) -> bool:
         """Let all experts compute at once from now on, where a kernel can; whether one does."""
         self._banks = ()
         banks: list[Bank] = []
+        experts = [self.get_submodule(str(index)) for index in range(self._stack.experts)]
         for matrix in self._stack.matrices:
-            linears = [linear for linear in self.linears(matrix) if linear is not None]
-            bank = Bank.of(linears)
+            bank = Bank.of(experts, matrix.leaf)
             if bank is None:
                 return False
             banks.append(bank)
@@ -262,10 +255,7 @@ class LinearExperts(nn.Module):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _banks_serve(module: LinearExperts) -> bool:
-    return all(
-        bank.serves(module.linears(matrix))
-        for bank, matrix in zip(module._banks, module._stack.matrices, strict=True)
-    )
+    return all(bank.serves() for bank in module._banks)
 
 
 def _apply_gate(module: Any, gate_up: Tensor) -> Tensor:

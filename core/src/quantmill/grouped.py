@@ -48,18 +48,21 @@ def _choose(kernels: KernelRegistry, live: Prepared, device: str, dtype: str) ->
 class Bank:
     """The linears of one projection, expert by expert, with their weights in one place."""
 
-    members: tuple[tuple[FormLinear, Prepared], ...]
-    """Each linear, and what it held when the bank was made."""
+    leaf: str
+    """Name of the linears in their experts."""
+    members: tuple[tuple[dict[str, nn.Module | None], FormLinear, Prepared], ...]
+    """The modules of each expert, its linear, and what that held when the bank was made."""
     bias: Tensor | None
     """``[experts, out]``."""
     products: dict[torch.dtype, Product]
 
     @classmethod
-    def of(cls, linears: Sequence[nn.Module]) -> Bank | None:
-        """A bank of these linears, or None where they have no product in common.
+    def of(cls, experts: Sequence[nn.Module], leaf: str) -> Bank | None:
+        """A bank of the linears of that name, or None where they have no product in common.
 
         Their live tensors are copied into the bank one by one, and let go.
         """
+        linears = [expert._modules[leaf] for expert in experts]
         found = [linear for linear in linears if isinstance(linear, FormLinear)]
         if len(found) != len(linears) or not all(map(_untouched, found)):
             return None
@@ -79,7 +82,7 @@ class Bank:
             for name, like in first.tensors.items()
         }
         members = []
-        for index, linear in enumerate(found):
+        for index, (expert, linear) in enumerate(zip(experts, found, strict=True)):
             live = linear.live
             assert isinstance(live, Prepared)
             views = {name: bank[index] for name, bank in tensors.items()}
@@ -87,21 +90,29 @@ class Bank:
                 view.copy_(live.tensors[name])
             moved = Prepared(live.kernel, live.skeleton, views)
             linear.adopt(moved)
-            members.append((linear, moved))
+            members.append((expert._modules, linear, moved))
         stacked = Prepared(first.kernel, first.skeleton, tensors)
         products: dict[torch.dtype, Product] = {}
         for dtype, choice in choices.items():
             product = None if choice is None else choice.bind(stacked)
             if product is not None:
                 products[dtype] = product
-        return cls(tuple(members), _bias_of(found), products) if products else None
+        return cls(leaf, tuple(members), _bias_of(found), products) if products else None
 
-    def serves(self, linears: Sequence[nn.Module | None]) -> bool:
-        """Whether it still computes what a call of each of these linears would."""
-        return all(
-            one is linear and one.live is live and _untouched(one)
-            for one, (linear, live) in zip(linears, self.members, strict=True)
-        )
+    def serves(self) -> bool:
+        """Whether it still computes what a call of each linear would. Asked before each product:
+        written for few steps."""
+        leaf = self.leaf
+        for modules, linear, live in self.members:
+            if (
+                modules[leaf] is not linear
+                or linear._live is not live
+                or linear._forward_hooks
+                or linear._forward_pre_hooks
+                or "forward" in linear.__dict__
+            ):
+                return False
+        return True
 
     def __call__(self, x: Tensor, ends: Tensor) -> Tensor:
         """``x @ W.T + bias`` with each row's own expert; rows beyond the last are zeros."""
