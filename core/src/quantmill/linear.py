@@ -204,7 +204,7 @@ class FormLinear(nn.Module):
         for most, kernel in ways:
             if kernel is not None and rows <= most:
                 return kernel(x, bias)
-        return self.form.matmul(x, bias)
+        return self.plain().matmul(x, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -237,12 +237,12 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: FormLinear) -> Tensor:
         ctx.module = module
-        return module.form.matmul(x)
+        return module.plain().matmul(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.module.form.dequantize(grad.dtype), None
+        return grad @ ctx.module.plain().dequantize(grad.dtype), None
 
 
 class FormLinearFactory(LinearFactory[Any]):

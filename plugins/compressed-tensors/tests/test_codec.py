@@ -299,8 +299,17 @@ def test_the_tensors_outrank_the_config() -> None:
     stored = make_codec(num_bits=4, group_size=32).encode(
         make_packed(64, 96, 4, 32, 0, zeros=False)
     )
-    form = make_codec(num_bits=8, group_size=48).decode(stored, make_target(64, 96), torch.float32)
+    form = make_codec(num_bits=8, group_size=32).decode(stored, make_target(64, 96), torch.float32)
     assert form.traits()["bits"] == 4 and form.traits()["group_size"] == 32
+
+
+@pytest.mark.parametrize("said", [{"group_size": 48}, {"strategy": "channel"}])
+def test_scales_of_another_group_size_than_the_configs_are_refused(said: dict[str, Any]) -> None:
+    stored = make_codec(num_bits=4, group_size=32).encode(
+        make_packed(64, 96, 4, 32, 0, zeros=False)
+    )
+    with pytest.raises(QuantmillError, match=r"\[64, 3\] for a weight of \[64, 96\]"):
+        make_codec(num_bits=4, **said).decode(stored, make_target(64, 96), torch.float32)
 
 
 def test_groups_that_differ_by_module_are_written_and_read(tmp_path: Path) -> None:

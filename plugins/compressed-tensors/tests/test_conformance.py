@@ -23,18 +23,6 @@ class TestThreeBitsPerRow(MethodConformance):
     max_error = 0.4
 
 
-class TestEightBits(MethodConformance):
-    method = "ct-int8"
-    bad_field = "num_bit"
-    max_error = 0.02
-
-
-class TestFloat8(MethodConformance):
-    method = "ct-fp8"
-    bad_field = "typ"
-    max_error = 0.05
-
-
 class TestFloat8Blocks(MethodConformance):
     method = "ct-fp8:strategy=block,block_structure=[32,48]"
     bad_field = "block_struct"
@@ -59,3 +47,25 @@ class TestNaiveBytes(MethodConformance):
     method = "ct:num_bits=8,strategy=tensor,symmetric=false,format=naive-quantized"
     bad_field = "formt"
     max_error = 0.03
+
+
+FP4 = ((64, 128), (7, 64), (33, 96), (1, 32))
+
+
+class TestFourBitFloats(MethodConformance):
+    method = "ct-nvfp4"
+    bad_field = "num_bit"
+    shapes = FP4
+
+
+class TestFourBitFloatsOfPowersOfTwo(MethodConformance):
+    method = "ct-mxfp4"
+    bad_field = "scale_dtyp"
+    shapes = FP4
+
+
+class TestEightBitFloatsOfPowersOfTwo(MethodConformance):
+    method = "ct-mxfp8"
+    bad_field = "scale_dtyp"
+    max_error = 0.05
+    shapes = FP4

@@ -29,13 +29,6 @@ class TestThreeBits(MethodConformance):
     shapes = SHAPES
 
 
-class TestTwoBits(MethodConformance):
-    method = "hqq-2"
-    bad_field = "iterss"
-    max_error = 0.5
-    shapes = SHAPES
-
-
 class TestOneBitOfEveryRow(MethodConformance):
     method = "hqq:nbits=1,group_size=null"
     bad_field = "lp_nrm"

@@ -93,6 +93,9 @@ def test_a_linear_computes_what_transformers_does(kind: str) -> None:
     factor = 4.0 if kind == "autobitlinear" else 0.25
     wanted = nn.functional.linear(whole, ternary) / scale * factor
     assert torch.allclose(module(x), wanted, rtol=1e-5, atol=1e-6)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), wanted, rtol=1e-5, atol=1e-6)
     again = codec.encode(module.form)
     assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
 

@@ -198,6 +198,26 @@ def test_a_map_that_names_absent_modules_is_refused(copy: Path) -> None:
     assert errors(copy) == ["QM-QUANTO-004"]
 
 
+@pytest.mark.parametrize(
+    ("entry", "code"),
+    [
+        ("qint4", "QM-QUANTO-003"),
+        ({"weights": "qint5", "activations": "none"}, "QM-QUANTO-003"),
+        ({"activations": "none"}, "QM-QUANTO-003"),
+        ({"weights": "qint4", "activations": "qint5"}, "QM-QUANTO-003"),
+        ({"weights": "qint8", "activations": "none"}, "QM-QUANTO-005"),
+        ({"weights": "qint2", "activations": "none"}, "QM-QUANTO-005"),
+    ],
+)
+def test_an_entry_of_a_map_that_can_not_be_is_named(copy: Path, entry: Any, code: str) -> None:
+    path, name = copy / "quanto_qmap.json", "model.layers.1.mlp.up_proj"
+    table = json.loads(path.read_text())
+    path.write_text(json.dumps({**table, name: entry}))
+    with pytest.raises(QuantmillError) as caught:
+        quantmill.load(copy)
+    assert [(item.code, item.where) for item in caught.value.findings] == [(code, name)]
+
+
 def test_a_map_says_which_activations_there_are(copy: Path) -> None:
     path = copy / "quanto_qmap.json"
     table = json.loads(path.read_text())
@@ -269,3 +289,8 @@ def test_a_scale_of_zero_is_for_zeros() -> None:
         codec.decode(stored, make_target(4, 8), torch.float32)
     stored["weight._data"][1] = 0
     assert not codec.decode(stored, make_target(4, 8), torch.float32).dequantize()[1].any()
+    four = QuantoCodec(QuantoConfig(weights="int4"))
+    stored = four.encode(make_form(4, 8, "int4"))
+    stored["weight._scale"][1] = 0
+    with pytest.raises(QuantmillError, match="is 0 for a group"):
+        four.decode(stored, make_target(4, 8), torch.float32)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
+import torch
+
 from quantmill.testing import MethodConformance
 
 SHAPES = (
@@ -9,6 +13,8 @@ SHAPES = (
     *((3, 256), (5, 160), (2, 130), (1, 192)),
 )
 """The last rows are cut into groups of 128, 32, none and 96."""
+
+TOKENS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
 
 
 class TestInt8(MethodConformance):
@@ -36,4 +42,13 @@ class TestInt2(MethodConformance):
     method = "quanto-int2"
     bad_field = "modules_to_convert"
     max_error = 0.6
+    shapes = SHAPES
+
+
+class TestActivations(MethodConformance):
+    method = "quanto-activations:weights=int8,activations=int8"
+    bad_field = "activation"
+    options: ClassVar[dict[str, Any]] = {"calibration": TOKENS}
+    max_error = 0.012
+    max_linear_error = 0.08
     shapes = SHAPES

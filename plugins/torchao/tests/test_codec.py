@@ -260,6 +260,7 @@ def test_damage_is_named(what: str) -> None:
         (lambda note: note.replace("IntxUnpackedToInt8Tensor", "MXTensor"), "QM-TORCHAO-002"),
         (lambda note: note.replace('"block_size": [1, 32]', '"block_size": [1, 33]'), "001"),
         (lambda note: note.replace('"int3"', '"int33"'), "QM-TORCHAO-001"),
+        (lambda note: note.replace("{", '{"_version": 9, ', 1), "QM-TORCHAO-002"),
         (
             lambda note: note.replace(
                 '"activation_quantization": null', '"activation_quantization": "odd"'

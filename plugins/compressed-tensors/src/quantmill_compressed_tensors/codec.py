@@ -321,11 +321,14 @@ class CompressedCodec(Codec[CompressedConfig]):
         if scale in ((rows,), (rows, 1)):
             return Channel(0)
         if len(scale) == 2 and scale[0] == rows and 0 < scale[1] <= columns:
-            size = args.group_size if args is not None else None
-            if size is None or size <= 0 or -(-columns // size) != scale[1]:
-                size = columns // scale[1]
+            size = columns // scale[1] if args is None else args.group_size or columns
             if -(-columns // size) == scale[1]:
                 return Group(size)
+            raise _refuse(
+                target,
+                f"weight_scale is {list(scale)} for a weight of {list(shape)}, and its group is"
+                f" {args.words if args else 'none'}",
+            )
         raise _refuse(target, f"weight_scale is {list(scale)} for a weight of {list(shape)}")
 
     def _order(self, index: Tensor | None, form: StoredAffine, target: Target) -> Tensor | None:

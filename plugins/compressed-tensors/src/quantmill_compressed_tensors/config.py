@@ -232,7 +232,8 @@ def _shortened(short: Mapping[str, Any], groups: Mapping[str, Any], form: Any) -
             weights["strategy"] = "group" if isinstance(size, int) and size > 0 else "channel"
         if "strategy" not in fields and fields.get("block_structure") is not None:
             weights["strategy"] = "block"
-        if weights["strategy"] != "group" and "group_size" not in fields:
+        grouped = weights["strategy"] in ("group", "tensor_group")
+        if not grouped and "group_size" not in fields:
             weights["group_size"] = None
         if weights["group_size"] == -1:
             weights["group_size"] = None

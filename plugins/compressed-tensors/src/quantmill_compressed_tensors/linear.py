@@ -7,6 +7,7 @@ to the rounding of sums.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,10 @@ from quantmill_compressed_tensors.fp4 import StoredFp4
 from quantmill_compressed_tensors.schemes import Args
 
 __all__ = ["CompressedLinear", "CompressedLinearFactory", "quantize_inputs"]
+
+
+_KEPT = ("input_scale", "input_zero_point", "whole", "inputs")
+"""Tensors that a kernel's layout has no place for."""
 
 
 class CompressedLinear(FormLinear):
@@ -43,23 +48,17 @@ class CompressedLinear(FormLinear):
 
     def _hold(self, form: Form) -> None:
         # A kernel's layout has no place for them, so they are kept here.
-        self._given: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._scales: tuple[Tensor | None, Tensor | None] = (None, None)
-        if isinstance(form, StoredAffine | StoredFloat):
-            self._given = (form.input_scale, form.input_zero_point)
-            form = replace(form, input_scale=None, input_zero_point=None)
-        elif isinstance(form, StoredFp4):
-            self._scales = (form.whole, form.inputs)
-            form = replace(form, whole=None, inputs=None)
-        super()._hold(form)
+        self._kept = _kept(form)
+        super()._hold(_with(form, dict.fromkeys(self._kept)))
 
     def whole(self, form: Form) -> Form:
         """The form with the scales that wait here."""
-        if isinstance(form, StoredAffine | StoredFloat):
-            return replace(form, input_scale=self._given[0], input_zero_point=self._given[1])
-        if isinstance(form, StoredFp4):
-            return replace(form, whole=self._scales[0], inputs=self._scales[1])
-        return form
+        return _with(form, self._kept)
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the weight as it lives here."""
+        return super().live_bytes + sum(item.nbytes for item in self._kept.values())
 
     @property
     def weight_only(self) -> bool:
@@ -67,7 +66,8 @@ class CompressedLinear(FormLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None and x.numel():
-            x = _Rounded.apply(x, self.inputs, *self._given)
+            given = self._kept.get("input_scale"), self._kept.get("input_zero_point")
+            x = _Rounded.apply(x, self.inputs, *given)
         return super().forward(x)
 
     def extra_repr(self) -> str:
@@ -140,6 +140,17 @@ def _measured(x: Tensor, args: Args, low: float, high: float) -> tuple[Tensor, T
     return scale, torch.round((low - least / scale).clamp(low, high))
 
 
+def _kept(form: Form) -> dict[str, Tensor]:
+    """What a form has beside the weight."""
+    known = isinstance(form, StoredAffine | StoredFloat | StoredFp4)
+    found = {name: getattr(form, name, None) for name in _KEPT if known}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _with(form: Form, kept: Mapping[str, Any]) -> Form:
+    return replace(form, **kept) if kept else form  # type: ignore[type-var]
+
+
 class CompressedLinearFactory(FormLinearFactory):
     """Makes :class:`CompressedLinear` modules."""
 
@@ -151,3 +162,8 @@ class CompressedLinearFactory(FormLinearFactory):
         if inputs is not None and (inputs.type, inputs.num_bits) == ("float", 4):
             inputs = None  # a finding says so
         return CompressedLinear(form, bias, self.codec, self.kernels, self.dtype, inputs)
+
+    def resident_bytes(self, form: Form) -> int:
+        kept = _kept(form)
+        plain = _with(form, dict.fromkeys(kept))
+        return super().resident_bytes(plain) + sum(item.nbytes for item in kept.values())

@@ -56,6 +56,7 @@ def quantmill_methods() -> Sequence[Method]:
                 prequantized=True,
                 serialisable=True,
                 trainable=True,
+                compileable=True,
                 dequantizable=True,
                 devices=("cpu", "cuda"),
                 target_kinds=("linear",),
@@ -100,6 +101,7 @@ def quantmill_methods() -> Sequence[Method]:
                 capabilities=Capabilities(
                     prequantized=True,
                     trainable=True,
+                    compileable=True,
                     dequantizable=True,
                     devices=("cpu", "cuda"),
                     target_kinds=("linear",),

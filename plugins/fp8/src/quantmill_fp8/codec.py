@@ -256,6 +256,16 @@ class BlockCodec(_Fp8Codec[Fp8Config]):
         }
         return Fit(made, options, tuple(seen.unless), tuple(seen.notes))
 
+    def _names(self, names: set[str], target: Target) -> tuple[str, str]:
+        scale, activation = super()._names(names, target)
+        if self.config.activation_scheme == "static" and not activation:
+            raise _refuse(
+                target,
+                f"{self.activation_names[0]} is missing, and the config says"
+                " activation_scheme=static",
+            )
+        return scale, activation
+
     def _grouping(self, scale: tuple[int, ...], shape: tuple[int, int]) -> Grouping:
         asked = grouping_of(self.config)
         # A config that names no block says nothing of rows and tensors: the scales do.

@@ -21,6 +21,7 @@ _ABLE = Capabilities(
     prequantized=True,
     serialisable=True,
     trainable=True,
+    compileable=True,
     dequantizable=True,
     devices=("cpu", "cuda"),
     target_kinds=("linear",),

@@ -189,7 +189,11 @@ class QuantoCodec(Codec[QuantoConfig]):
         if not bool(torch.isfinite(shift).all()):
             raise _refuse(target, f"{_SHIFT} holds NaN or infinity")
         real = shift.dtype.is_floating_point
-        codes = unpack(packed, bits, scale.numel()).reshape(shape)
+        codes = unpack(packed, bits, scale.numel())
+        zero = scale.reshape(-1) == 0
+        if bool(zero.any()) and bool(codes[zero].any()):
+            raise _refuse(target, f"{_SCALE} is 0 for a group of codes that are not")
+        codes = codes.reshape(shape)
         offset = (-shift if real else shift).reshape(groups)
         kind = "minimum" if real else "zero"
         packed_codes = Codes.pack(codes, bits, "dense")
@@ -327,7 +331,7 @@ def _fit_integers(
     )
 
 
-def _active(tensors: Mapping[str, Tensor], target: Target) -> tuple[Tensor | None, Tensor | None]:
+def _active(tensors: Mapping[str, Tensor], target: Target) -> tuple[Tensor, Tensor]:
     """Scales of inputs and outputs."""
     for name in _ACTIVATIONS:
         value = tensors.get(name)
@@ -337,9 +341,7 @@ def _active(tensors: Mapping[str, Tensor], target: Target) -> tuple[Tensor | Non
             raise _refuse(target, f"{name} is {value.dtype} {list(value.shape)}, not one float")
         if not 0 < float(value) < float("inf"):
             raise _refuse(target, f"{name} is {float(value)}, not finite and positive")
-    # A scale of 1 is what modules without quantized activations have.
-    found = [None if float(tensors[name]) == 1.0 else tensors[name] for name in _ACTIVATIONS]
-    return found[0], found[1]
+    return tensors[_ACTIVATIONS[0]], tensors[_ACTIVATIONS[1]]
 
 
 def _check_activations(tensors: Mapping[str, Tensor], target: Target) -> None:

@@ -11,7 +11,17 @@ from quantmill.config import MethodConfig
 from quantmill.targeting.dialects import from_transformers_skip
 from quantmill.targeting.types import Rule
 
-__all__ = ["FLOATS", "QMAP", "QuantoConfig", "is_active", "is_plain", "plain", "rules"]
+__all__ = [
+    "FLOATS",
+    "QMAP",
+    "QuantoConfig",
+    "Weights",
+    "is_active",
+    "is_plain",
+    "plain",
+    "qtype",
+    "rules",
+]
 
 Weights = Literal["int8", "int4", "int2", "float8", "float8_e5m2", "float8_e4m3fnuz"]
 FLOATS = {
@@ -85,10 +95,7 @@ class QuantoConfig(MethodConfig):
         return data
 
     def extra_files(self, stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        entry = {
-            field: "none" if name is None else f"q{FLOATS.get(name, name)}"
-            for field, name in (("weights", self.weights), ("activations", self.activations))
-        }
+        entry = {"weights": qtype(self.weights), "activations": qtype(self.activations)}
         return {QMAP: dict.fromkeys(self.quantized, entry)} if self.quantized else {}
 
     def keeping(self, modules: Sequence[str]) -> QuantoConfig:
@@ -122,6 +129,11 @@ def plain(name: Any) -> Any:
         return None
     short = name.removeprefix("q")
     return "float8" if short == "float8_e4m3fn" else short
+
+
+def qtype(name: str | None) -> str:
+    """Optimum-quanto's name of a type: the inverse."""
+    return "none" if name is None else f"q{FLOATS.get(name, name)}"
 
 
 def rules(config: QuantoConfig, origin: str) -> list[Rule]:

@@ -45,6 +45,7 @@ class QLinear(FormLinear):
         assert isinstance(form, Affine | ScaledFloat)
         # Kernels know the plain form: the scales wait here.
         plain, self._scales = parted(form)
+        self._active = tuple(_or_none(scale) for scale in self._scales)
         super()._hold(plain)
 
     def whole(self, form: Form) -> Form:
@@ -62,7 +63,7 @@ class QLinear(FormLinear):
         return self.activations is None or all(scale is None for scale in self._scales)
 
     def forward(self, x: Tensor) -> Tensor:
-        before, after = self._scales
+        before, after = self._active
         if self.activations is None or (before is None and after is None):
             return super().forward(x)
         result = x
@@ -80,6 +81,12 @@ class QLinear(FormLinear):
     def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self.activations is None else f"{text}, activations={self.activations}"
+
+
+def _or_none(scale: Tensor | None) -> Tensor | None:
+    """A scale of 1 is what modules without quantized activations have."""
+    stored = scale is not None and not scale.is_meta
+    return None if stored and float(scale) == 1.0 else scale  # type: ignore[arg-type]
 
 
 class _Rounded(torch.autograd.Function):

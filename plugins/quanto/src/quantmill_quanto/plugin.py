@@ -43,6 +43,7 @@ def quantmill_methods() -> Sequence[Method]:
                 prequantized=True,
                 serialisable=True,
                 trainable=True,
+                compileable=True,
                 dequantizable=True,
                 devices=("cpu", "cuda"),
                 target_kinds=("linear",),
@@ -69,6 +70,7 @@ def quantmill_methods() -> Sequence[Method]:
                 prequantized=True,
                 serialisable=True,
                 trainable=True,
+                compileable=True,
                 dequantizable=True,
                 devices=("cpu", "cuda"),
                 target_kinds=("linear",),
@@ -95,6 +97,7 @@ def quantmill_methods() -> Sequence[Method]:
             capabilities=Capabilities(
                 prequantized=True,
                 trainable=True,
+                compileable=True,
                 dequantizable=True,
                 devices=("cpu", "cuda"),
                 target_kinds=("linear",),

@@ -214,6 +214,14 @@ class TorchaoCodec(Codec[TorchaoConfig]):
                     "dequantize it with torchao on the device it was made for, and quantize anew",
                 )
             )
+        if note.get("_version", 1) != 1:
+            raise QuantmillError(
+                UNREADABLE(
+                    target.name,
+                    f"its {kind} has version {note['_version']!r}; version 1 is read",
+                    "take a newer quantmill-torchao, or quantize the float model anew",
+                )
+            )
         needed = ["qdata", "scale"]
         needed += ["zero_point"] if kind in ("IntxUnpackedToInt8Tensor", "Int4Tensor") else []
         listed = note.get("_tensor_data_names")

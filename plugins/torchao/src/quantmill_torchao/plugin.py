@@ -52,6 +52,7 @@ def quantmill_methods() -> Sequence[Method]:
                 prequantized=True,
                 serialisable=True,
                 trainable=True,
+                compileable=True,
                 dequantizable=True,
                 devices=("cpu", "cuda"),
                 target_kinds=("linear",),
