@@ -19,10 +19,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from calibrated import MODEL, log_probabilities, windows
+from calibrated import MODEL, compared, divergences, log_probabilities, windows
 from fabricate import fabricate
 from torch import Tensor, nn
 
@@ -82,21 +83,42 @@ def compressed(**fields: Any) -> Quantizer:
     def run(weight: Tensor) -> Tensor:
         from compressed_tensors.quantization import QuantizationArgs
         from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-        from compressed_tensors.quantization.utils import calculate_qparams
+        from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
         args = QuantizationArgs(**fields)
         rows, columns = weight.shape
-        size = args.group_size or columns
-        tiles = weight.reshape(rows, -1, size)
-        low, high = tiles.amin(dim=2), tiles.amax(dim=2)
-        scale, zero = calculate_qparams(low, high, args)
-        result: Tensor = fake_quantize(weight, scale, zero, args)
+        tall, wide = args.block_structure or (1, args.group_size or columns)
+        tiles = weight.reshape(rows // tall, tall, columns // wide, wide)
+        low, high = tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))
+        whole = generate_gparam(low.min(), high.max()) if args.strategy == "tensor_group" else None
+        scale, zero = calculate_qparams(low, high, args, global_scale=whole)
+        result: Tensor = fake_quantize(weight, scale, zero, args, global_scale=whole)
         return result
 
     return run
 
 
+def fp8_blocks(scales: str) -> Quantizer:
+    def run(weight: Tensor) -> Tensor:
+        from transformers import FineGrainedFP8Config
+        from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+        config = FineGrainedFP8Config(weight_block_size=(64, 64), scale_fmt=scales)
+        made: Any = Fp8Quantize(SimpleNamespace(quantization_config=config))
+        found = made.convert({"a.weight": weight})
+        scale = found["a.weight_scale_inv"].float()
+        wide = scale.repeat_interleave(64, 0).repeat_interleave(64, 1)
+        result: Tensor = found["a.weight"].float() * wide
+        return result
+
+    return run
+
+
+_FP4 = {"num_bits": 4, "type": "float"}
 CASES: dict[str, tuple[str, Quantizer]] = {
+    "fp8 blocks 64x64": ("fp8-block:weight_block_size=[64,64]", fp8_blocks("float")),
+    "fp8 blocks 64x64 ue8m0": ("fp8-block-ue8m0:weight_block_size=[64,64]", fp8_blocks("ue8m0")),
+    "fp8 rows": ("fp8-row", compressed(num_bits=8, type="float", strategy="channel")),
     "torchao int8": ("torchao-int8wo", torchao("Int8WeightOnlyConfig")),
     "torchao float8": ("torchao-float8wo", torchao("Float8WeightOnlyConfig")),
     "torchao intx 4-bit g64": (
@@ -131,17 +153,28 @@ CASES: dict[str, tuple[str, Quantizer]] = {
         compressed(num_bits=4, strategy="group", group_size=64, symmetric=False),
     ),
     "ct fp8": ("ct-fp8", compressed(num_bits=8, type="float", strategy="channel")),
+    "ct fp8 blocks 64x64": (
+        "ct-fp8:strategy=block,block_structure=[64,64]",
+        compressed(num_bits=8, type="float", strategy="block", block_structure=[64, 64]),
+    ),
+    "ct nvfp4": (
+        "ct-nvfp4",
+        compressed(
+            **_FP4,
+            strategy="tensor_group",
+            group_size=16,
+            scale_dtype=torch.float8_e4m3fn,
+            zp_dtype=torch.float8_e4m3fn,
+        ),
+    ),
+    "ct mxfp4": (
+        "ct-mxfp4",
+        compressed(
+            **_FP4, strategy="group", group_size=32, scale_dtype=torch.uint8, zp_dtype=torch.uint8
+        ),
+    ),
 }
 """Name to our METHOD and the library's own."""
-
-
-def divergence(model: Any, rows: Tensor, reference: list[Tensor]) -> float:
-    """Mean KL per token."""
-    found = []
-    for row, exact in zip(rows, reference, strict=True):
-        ours = log_probabilities(model, row.unsqueeze(0))[0]
-        found.append((exact.exp() * (exact - ours)).sum(-1).mean())
-    return float(torch.stack(found).mean())
 
 
 def peer_model(run: Quantizer) -> Any:
@@ -162,19 +195,22 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for name in options.only or CASES:
         method, run = CASES[name]
-        ours = divergence(quantmill.load(MODEL, method, dequantize=True), held, reference)
-        row: dict[str, Any] = {"case": name, "method": method, "kl": ours}
+        ours = divergences(quantmill.load(MODEL, method, dequantize=True), held, reference)
+        row: dict[str, Any] = {"case": name, "method": method, "kl": ours.mean().item()}
         try:
-            theirs = divergence(peer_model(run), held, reference)
+            theirs = divergences(peer_model(run), held, reference)
         except (ImportError, NotImplementedError, RuntimeError) as error:
             row["peer"] = f"{type(error).__name__}: {str(error)[:80]}"
         else:
-            row |= {"peer_kl": theirs, "ratio": ours / theirs}
+            row |= compared(ours, theirs)
         gc.collect()
         results.append(row)
         if not options.json:
-            peer = f"{row['peer_kl']:.6f}  ratio {row['ratio']:.3f}" if "ratio" in row else "-"
-            print(f"{name:28} KL {ours:.6f}   library {peer}", flush=True)
+            peer = row.get("peer", "")
+            if "ratio" in row:
+                low, high = row["ratio_95"]
+                peer = f"{row['peer_kl']:.6f}   ratio {row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+            print(f"{name:28} KL {row['kl']:.6f}   library {peer}", flush=True)
     return results
 
 

@@ -11,7 +11,6 @@ The peer runs in a process of its own, with the interpreter of an environment th
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -74,16 +73,22 @@ def log_probabilities(model: Any, ids: Tensor) -> Tensor:
         return torch.log_softmax(model(input_ids=ids).logits.float(), dim=-1)
 
 
-def divergences(folder: Path, rows: Tensor, reference: list[Tensor]) -> Tensor:
+def divergences(model: Any, rows: Tensor, reference: list[Tensor]) -> Tensor:
     """Mean KL per token of each window."""
-    model: Any = quantmill.load(folder)
     found = []
     for row, exact in zip(rows, reference, strict=True):
         ours = log_probabilities(model, row.unsqueeze(0))[0]
         found.append((exact.exp() * (exact - ours)).sum(-1).mean())
-    del model
-    gc.collect()
     return torch.stack(found)
+
+
+def compared(mine: Tensor, theirs: Tensor) -> dict[str, Any]:
+    """The ratio of the mean KL of windows, with its interval: paired, so it is the standard error
+    of the difference, as a share."""
+    error = (mine - theirs).std().item() / math.sqrt(len(mine))
+    ours, peer = mine.mean().item(), theirs.mean().item()
+    interval = [(ours + sign * 1.96 * error) / peer for sign in (-1, 1)]
+    return {"peer_kl": peer, "ratio": ours / peer, "ratio_95": interval}
 
 
 def ours(source: Path, out: Path, method: str, rows: Tensor) -> float:
@@ -162,22 +167,15 @@ def main() -> None:
         method, arguments = CASES[name]
         row: dict[str, Any] = {"case": name, "method": method}
         row["seconds"] = ours(MODEL, options.work / "ours", method, calibration)
-        mine = divergences(options.work / "ours", held, reference)
+        mine = divergences(quantmill.load(options.work / "ours"), held, reference)
         row["kl"] = mine.mean().item()
         if options.peer_python and arguments:
             row["peer_seconds"] = peer(
                 options.peer_python, MODEL, options.work / "peer", arguments, calibration
             )
             if row["peer_seconds"] is not None:
-                theirs = divergences(options.work / "peer", held, reference)
-                row["peer_kl"] = theirs.mean().item()
-                row["ratio"] = row["kl"] / row["peer_kl"]
-                # Paired over windows: the standard error of the difference, as a share.
-                difference = mine - theirs
-                error = difference.std().item() / math.sqrt(len(difference))
-                row["ratio_95"] = [
-                    (row["kl"] + sign * 1.96 * error) / row["peer_kl"] for sign in (-1, 1)
-                ]
+                theirs = divergences(quantmill.load(options.work / "peer"), held, reference)
+                row |= compared(mine, theirs)
         results.append(row)
         if not options.json:
             line = f"{name:26} KL {row['kl']:.5f}  {row['seconds']:6.1f} s"
