@@ -23,7 +23,8 @@ from quantmill.testing.fabricate import write_tiny_llama
 from quantmill_compressed_tensors.codec import CompressedCodec
 from quantmill_compressed_tensors.config import CompressedConfig
 from quantmill_compressed_tensors.forms import Layout, StoredAffine, StoredFloat
-from quantmill_compressed_tensors.linear import CompressedLinear, quantize_inputs
+from quantmill_compressed_tensors.inputs import quantize_inputs
+from quantmill_compressed_tensors.linear import CompressedLinear
 from quantmill_compressed_tensors.schemes import Args
 from quantmill_compressed_tensors.words import pack_rows, unpack_rows
 

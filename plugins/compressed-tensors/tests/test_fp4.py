@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import quantmill
 from quantmill.findings import FindingsError, QuantmillError
@@ -18,8 +18,10 @@ from quantmill.testing import MatrixSource, make_target, write_tiny_llama
 from quantmill_compressed_tensors.codec import CompressedCodec
 from quantmill_compressed_tensors.config import CompressedConfig
 from quantmill_compressed_tensors.fp4 import STYLES, StoredFp4, nearest
+from quantmill_compressed_tensors.inputs import quantize_inputs
 from quantmill_compressed_tensors.native import Mxfp4Codec, Mxfp4Config, Nvfp4Codec, Nvfp4Config
 from quantmill_compressed_tensors.quantizer import CompressedQuantizer
+from quantmill_compressed_tensors.schemes import Args
 
 VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 """OCP Microscaling Formats 1.0, table 5: sign, two bits of exponent, one of mantissa."""
@@ -234,3 +236,29 @@ def test_an_exponent_of_nan_is_named() -> None:
     with pytest.raises(QuantmillError) as caught:
         codec_of("mxfp4").decode(stored, make_target(4, 64), torch.bfloat16)
     assert caught.value.findings[0].code == "QM-CT-021"
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "mxfp8"])
+def test_inputs_are_rounded_as_the_library_rounds_them(kind: str) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    fields: dict[str, Any] = {"num_bits": 8 if kind == "mxfp8" else 4, "type": "float"}
+    if kind == "nvfp4":
+        fields |= {"strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+        fields |= {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+    else:
+        fields |= {"strategy": "group", "group_size": 32, "dynamic": True}
+        fields |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x[0, 0, 32:] = 0
+    whole = torch.tensor([800.0]) if kind == "nvfp4" else None
+    theirs = quantization.QuantizationArgs(**fields)
+    scale, zero = compute_dynamic_scales_and_zp(x, theirs, nn.Module(), whole)
+    wanted = fake_quantize(x.clone(), scale, zero, theirs, global_scale=whole)
+    given = {} if whole is None else {"inputs": whole}
+    rounded = quantize_inputs(x, Args(**fields), given)
+    # A tie of the library's arithmetic in 16 bits may fall to the other side.
+    assert (rounded != wanted).float().mean() < 0.01
+    assert (rounded.float() - wanted.float()).norm() < 0.02 * wanted.float().norm()

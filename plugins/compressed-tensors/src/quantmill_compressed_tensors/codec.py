@@ -66,6 +66,7 @@ from quantmill_compressed_tensors.words import pack_rows, row_words, unpack_rows
 __all__ = ["CompressedCodec"]
 
 BAD_TENSORS = declare("QM-CT-001", "A quantized weight's tensors contradict each other")
+UNREAD = declare("QM-CT-005", "A weight is packed in a way that is not read")
 BAD_SCALE = declare("QM-CT-004", "A scale of a quantized weight is no scale")
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -209,7 +210,19 @@ class CompressedCodec(Codec[CompressedConfig]):
         if packed is None or packed.dtype not in (torch.uint8, torch.int8):
             return ""
         group = self.config.scheme_of(target)
-        size = group.weights.group_size if group is not None and group.weights else None
+        args = group.weights if group is not None else None
+        if args is not None and args.type == "float" and args.num_bits != 4:
+            raise QuantmillError(
+                UNREAD(
+                    target.name,
+                    f"its group packs {args.words}, and of packed floats those of 4 bits are read",
+                    "decompress it with the compressed-tensors library first",
+                )
+            )
+        size = args.group_size if args is not None else None
+        inputs = group.input_activations if group is not None else None
+        if inputs is not None and inputs.is_nvfp4 and "input_global_scale" not in seen:
+            raise _refuse(target, "input_global_scale is missing, and its activations are NVFP4")
         tensor = "weight_global_scale" in seen or size == 16
         return "nvfp4-pack-quantized" if tensor else "mxfp4-pack-quantized"
 
@@ -321,7 +334,8 @@ class CompressedCodec(Codec[CompressedConfig]):
         if scale in ((rows,), (rows, 1)):
             return Channel(0)
         if len(scale) == 2 and scale[0] == rows and 0 < scale[1] <= columns:
-            size = columns // scale[1] if args is None else args.group_size or columns
+            said = args is not None and not (args.strategy is None and args.group_size is None)
+            size = (args.group_size or columns) if args and said else columns // scale[1]
             if -(-columns // size) == scale[1]:
                 return Group(size)
             raise _refuse(

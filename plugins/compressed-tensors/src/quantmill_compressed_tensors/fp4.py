@@ -46,9 +46,11 @@ __all__ = [
     "Style",
     "abstract_fp4",
     "decode_fp4",
+    "e2m1",
     "encode_fp4",
     "measure_fp4",
     "nearest",
+    "power_scales",
     "quantize_fp4",
     "restyled",
 ]
@@ -316,10 +318,16 @@ def _scales(most: Tensor, whole: Tensor | None) -> tuple[Tensor, Tensor]:
     if whole is not None:
         scale = (most / 6.0 * whole).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
         return scale, scale.to(torch.float32) / whole
-    exponent = torch.frexp(most * (8.0 / 7.0))[1] - 3
-    power = torch.where(most > 0, exponent, torch.zeros_like(exponent)).clamp(-127, 127)
-    scale = (power + 127).to(torch.uint8).view(E8M0)
+    scale = power_scales(most, 2)
     return scale, scale.to(torch.float32)
+
+
+def power_scales(most: Tensor, offset: int) -> Tensor:
+    """Powers of two for groups with those largest magnitudes: the one at or below, which from 7/8
+    of the next is the next, over ``2 ** offset``; 1 for zeros."""
+    exponent = torch.frexp(most * (8.0 / 7.0))[1] - 1 - offset
+    power = torch.where(most > 0, exponent, torch.zeros_like(exponent)).clamp(-127, 127)
+    return (power + 127).to(torch.uint8).view(E8M0)
 
 
 def _absmax(work: Tensor, size: int) -> Tensor:
@@ -338,6 +346,11 @@ def nearest(values: Tensor) -> Tensor:
     small = (size + 4194304.0).view(torch.int32) & 3
     codes = torch.where(size < 1, small, normal).clamp_(max=7).to(torch.uint8)
     return codes | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def e2m1(values: Tensor) -> Tensor:
+    """float32 ``values`` as the nearest 4-bit floats."""
+    return _table().to(values.device)[nearest(values).to(torch.int32)]
 
 
 def _sound(wide: Tensor, name: str, target: Target, *, zeros: bool) -> None:

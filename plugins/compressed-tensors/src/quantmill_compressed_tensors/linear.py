@@ -1,8 +1,7 @@
 """``CompressedLinear``: the core's linear, with its inputs quantized where the group says so.
 
-Activations are rounded to the grid and taken back to float (fake quantization), in the dtype they
-have, as compressed-tensors 0.20 does in its own forward: what vLLM's integer kernels compute, up
-to the rounding of sums.
+Activations are rounded as :mod:`quantmill_compressed_tensors.inputs` says; the weight's kernel
+computes with the result.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ from quantmill.linear import FormLinear, FormLinearFactory
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.forms import StoredAffine, StoredFloat
 from quantmill_compressed_tensors.fp4 import StoredFp4
+from quantmill_compressed_tensors.inputs import is_applied, quantize_inputs
 from quantmill_compressed_tensors.schemes import Args
 
-__all__ = ["CompressedLinear", "CompressedLinearFactory", "quantize_inputs"]
+__all__ = ["CompressedLinear", "CompressedLinearFactory"]
 
 
 _KEPT = ("input_scale", "input_zero_point", "whole", "inputs")
@@ -66,8 +66,7 @@ class CompressedLinear(FormLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None and x.numel():
-            given = self._kept.get("input_scale"), self._kept.get("input_zero_point")
-            x = _Rounded.apply(x, self.inputs, *given)
+            x = _Rounded.apply(x, self.inputs, self._kept)
         return super().forward(x)
 
     def extra_repr(self) -> str:
@@ -79,65 +78,12 @@ class _Rounded(torch.autograd.Function):
     """Quantized inputs, with the gradient passed straight through."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, args: Args, scale: Tensor | None, zero: Tensor | None
-    ) -> Tensor:
-        return quantize_inputs(x, args, scale, zero)
+    def forward(ctx: Any, x: Tensor, args: Args, given: Mapping[str, Tensor]) -> Tensor:
+        return quantize_inputs(x, args, given)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return grads[0], None, None, None
-
-
-def quantize_inputs(
-    x: Tensor, args: Args, scale: Tensor | None = None, zero: Tensor | None = None
-) -> Tensor:
-    """``x [..., in]`` rounded to the grid of ``args``, in its own dtype.
-
-    ``scale`` and ``zero`` (one value each) are those of static quantization; without them each
-    token, group of a token or the whole of ``x`` gives its own.
-    """
-    if args.type == "float":
-        low, high = -448.0, 448.0
-    else:
-        low, high = -(2.0 ** (args.num_bits - 1)), 2.0 ** (args.num_bits - 1) - 1
-    shape = x.shape
-    if args.dynamic:
-        if args.means in ("group", "tensor_group") and args.group_size:
-            x = x.unflatten(-1, (-1, args.group_size))
-        scale, zero = _measured(x, args, low, high)
-    elif scale is None:
-        return x
-    else:
-        scale = scale.to(x.dtype).reshape(())
-        zero = None if zero is None or args.symmetric else zero.to(x.dtype).reshape(())
-    codes = x / scale
-    if zero is not None:
-        codes = codes + zero
-    codes = codes.clamp(low, high)
-    if args.type == "float":
-        codes = codes.to(torch.float8_e4m3fn).to(x.dtype)
-    else:
-        codes = torch.round(codes)
-    if zero is not None:
-        codes = codes - zero
-    return (codes * scale).reshape(shape)
-
-
-def _measured(x: Tensor, args: Args, low: float, high: float) -> tuple[Tensor, Tensor | None]:
-    """Scales (and zero points) from the range of ``x``, widened to zero."""
-    if args.means == "tensor":
-        least, most = (item.reshape([1] * x.ndim) for item in torch.aminmax(x))
-    else:
-        least, most = torch.aminmax(x, dim=-1, keepdim=True)
-    least, most = least.clamp(max=0), most.clamp(min=0)
-    tiny = torch.finfo(x.dtype).eps
-    if args.symmetric:
-        scale = torch.maximum(-least, most) / ((high - low) / 2)
-        return torch.where(scale == 0, tiny, scale), None
-    scale = (most - least) / (high - low)
-    scale = torch.where(scale == 0, tiny, scale)
-    return scale, torch.round((low - least / scale).clamp(low, high))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
 def _kept(form: Form) -> dict[str, Tensor]:
@@ -159,7 +105,7 @@ class CompressedLinearFactory(FormLinearFactory):
     ) -> nn.Module:
         group = self.config.scheme_of(target)
         inputs = None if group is None else group.input_activations
-        if inputs is not None and (inputs.type, inputs.num_bits) == ("float", 4):
+        if inputs is not None and not is_applied(inputs):
             inputs = None  # a finding says so
         return CompressedLinear(form, bias, self.codec, self.kernels, self.dtype, inputs)
 

@@ -69,6 +69,17 @@ class Args(BaseModel):
         return int(value[0]), int(value[1])
 
     @property
+    def is_nvfp4(self) -> bool:
+        """4-bit floats under scales of their own and one for all."""
+        return self.type == "float" and self.num_bits == 4 and self.means == "tensor_group"
+
+    @property
+    def is_mx(self) -> bool:
+        """Floats of which 32 share a power of two."""
+        powers = str(self.scale_dtype).endswith("uint8")
+        return self.type == "float" and self.group_size == 32 and powers
+
+    @property
     def words(self) -> str:
         """For tables: ``int4, group 128, symmetric``."""
         size = f" {self.group_size}" if self.means == "group" else ""

@@ -8,6 +8,7 @@ from typing import Any
 from quantmill.findings import Finding, Severity, declare
 from quantmill.job import Job
 from quantmill_compressed_tensors.config import FORMATS, CompressedConfig
+from quantmill_compressed_tensors.inputs import is_applied
 from quantmill_compressed_tensors.schemes import Scheme
 
 __all__ = ["check"]
@@ -64,11 +65,11 @@ def _group(where: str, group: Scheme) -> Iterator[Finding]:
                 "take another num_bits or type",
             )
     inputs = group.input_activations
-    if inputs is not None and (inputs.type, inputs.num_bits) == ("float", 4):
+    if inputs is not None and not is_applied(inputs):
         yield NOT_APPLIED(
             f"{where}.input_activations",
-            f"{where}.input_activations is kept, and activations of 4 bits are computed with as"
-            " they come",
+            f"{where}.input_activations is kept, and activations of {inputs.words} are computed"
+            " with as they come",
             "nothing to do: results are closer to the float model's",
         )
     weights = group.weights
