@@ -203,13 +203,13 @@ class LinearExperts(nn.Module):
         start = 0
         for expert, end in enumerate(ends.tolist()):
             if end > start:
-                outputs.append(self._run_expert(expert, rows[start:end]))
+                outputs.append(self.run_expert(expert, rows[start:end]))
                 start = end
         if start < rows.shape[0]:
             outputs.append(torch.zeros_like(rows[start:]))
         return torch.cat(outputs) if outputs else rows
 
-    def _run_expert(self, expert: int, rows: Tensor) -> Tensor:
+    def run_expert(self, expert: int, rows: Tensor) -> Tensor:
         """What one expert makes of ``rows [n, hidden]``, unweighted."""
         own: Any = self._modules[str(expert)]
         *first, last = self._stack.matrices
