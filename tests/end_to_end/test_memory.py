@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import quantmill
 from quantmill.testing.fabricate import llama_config, llama_shapes
 
 pytest.importorskip("quantmill_bnb")
@@ -46,9 +45,6 @@ with PeakMemory() as memory:
             with torch.inference_mode():
                 model(input_ids=torch.tensor([[5, 6, 7]]))
         plan = model.quantmill_job.plan
-    elif output is not None and method.startswith("convert:"):
-        plan = quantmill.plan(source)
-        quantmill.convert(source, output, method.removeprefix("convert:"), allow_requantize=True)
     elif output is None:
         model = quantmill.load(source, method)
         plan = model.quantmill_job.plan
@@ -140,16 +136,3 @@ def test_layers_on_the_disk_take_no_memory(folders: dict[int, Path], tmp_path: P
     found = probe(folders[16], "bnb-nf4", folder=tmp_path / "off")
     # Fifteen of sixteen layers: what computes with one is made and dropped.
     assert found["above"] < 0.5 * found["bytes_memory"] + 64 * MIB
-
-
-def test_conversion_memory_stays_flat_as_shards_are_added(
-    folders: dict[int, Path], tmp_path: Path
-) -> None:
-    found = {}
-    for layers, source in folders.items():
-        stored = tmp_path / f"nf4-{layers}"
-        quantmill.quantize(source, stored, "bnb-nf4", max_shard_bytes=16 * MIB)
-        assert len(list(stored.glob("*.safetensors"))) > layers // 5
-        # Decoded and quantized anew, weight by weight: the dearest way there is.
-        found[layers] = probe(stored, "convert:bnb-fp4", tmp_path / f"fp4-{layers}")["above"]
-    assert found[16] < 64 * MIB and found[16] - found[4] < 16 * MIB

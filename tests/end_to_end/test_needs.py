@@ -17,6 +17,9 @@ import pytest
 
 for _package in ("bnb", "compressed_tensors", "gguf", "transformers"):
     pytest.importorskip(f"quantmill_{_package}")
+_native = pytest.importorskip("quantmill_cpu.native")
+if (_why := _native.unavailable()) is not None:
+    pytest.skip(f"estimates are those with native kernels: {_why}", allow_module_level=True)
 pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "needs.py"
 FEW = ("bnb-nf4", "ct-int4")

@@ -34,14 +34,15 @@ _SHARED = (
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes of all memory that is reachable from a module, wherever it keeps it."""
-    return sum(
-        storage.nbytes()
-        for storage in {
-            storage.data_ptr(): storage
-            for storage in (item.untyped_storage() for item in held_tensors(module))
-        }.values()
-    )
+    """Bytes of all memory that is reachable from a module, wherever it keeps it; what several
+    storages share counts once."""
+    storages = (item.untyped_storage() for item in held_tensors(module))
+    spans = sorted({(item.data_ptr(), item.data_ptr() + item.nbytes()) for item in storages})
+    total = end = 0
+    for start, stop in spans:
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def held_tensors(module: nn.Module) -> Iterator[Tensor]:
