@@ -112,7 +112,7 @@ def compile_library(
             (f"rows_{level}", "ggml_rows", [*MATMUL_LEVELS[level], *MATMUL, *name]),
             (f"fp32_{level}", "matmul_fp32", [*MATMUL_LEVELS[level], *MATMUL, *name]),
         ]
-    sources.append(("matmul", "matmul", MATMUL))
+    sources += [(name, name, MATMUL) for name in ("matmul", "matmul_weight")]
     sources += [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
     with tempfile.TemporaryDirectory() as scratch:
         jobs, objects = [], []

@@ -19,7 +19,7 @@ import pytest
 from quantmill_cpu import native
 
 ALL = os.environ.get("QUANTMILL_SANITIZE") == "all"
-QUICK = ("matmul", "matmul_fp32", "panels", "pool", "quantize")
+QUICK = ("matmul", "matmul_weight", "matmul_fp32", "panels", "pool", "quantize")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PACKAGE = Path(__file__).parents[1]

@@ -90,6 +90,9 @@ typedef struct QmJob {
     size_t workspace_bytes;
 } QmJob;
 
+/* Fill in what the job has of a weight. */
+void qm_weight_of(QmJob *job, const void *weight);
+
 /* Rows beyond which weights are scaled, where there are no tiles. */
 static inline int64_t qm_many(const QmJob *job) {
     const int small = job->group_units <= (job->numbers == QM_CODE ? 4 : 2);
