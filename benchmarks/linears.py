@@ -71,7 +71,7 @@ def linear_of(method: str, size: int) -> nn.Module:
         more["calibration"] = [torch.randn(64, size, dtype=torch.bfloat16) for _ in range(4)]
     quantmill.quantize_model(model, method, **more)
     block: Any = model[0]
-    made: nn.Module = block.proj
+    made: nn.Module = block.proj.eval()
     return made
 
 
