@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,8 +87,8 @@ class _Measuring(Run):
         }
         self.run()
 
-    def _calibrator(self) -> BlockCalibrator[MethodConfig]:
-        return _Adding(self._add)
+    def _calibrators(self) -> list[tuple[BlockCalibrator[Any], set[str]]]:
+        return [(_Adding(self._add), set(self.calibrated))]
 
     def _add(self, block: Block) -> None:
         if block.module is block.model and not self._head:
