@@ -108,7 +108,9 @@ def test_a_killed_job_refuses_another_config(folder: Path, tokens: Tensor, tmp_p
     out = tmp_path / "out"
     with pytest.raises(_Stopped):
         quantmill.quantize(folder, out, METHODS[0], calibration=tokens, progress=stop)
-    for change in ({"method": METHODS[1]}, {"calibration": tokens[:8]}):
+    # No checkpoint records how often codes were chosen again.
+    unrecorded = f"{METHODS[0]},refinements=3"
+    for change in ({"method": METHODS[1]}, {"method": unrecorded}, {"calibration": tokens[:8]}):
         arguments: Any = {"method": METHODS[0], "calibration": tokens, **change}
         with pytest.raises(QuantmillError) as caught:
             quantmill.quantize(folder, out, **arguments)

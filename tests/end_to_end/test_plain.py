@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,13 @@ def test_modules_that_can_t_be_quantized_are_refused(make: Any, code: str) -> No
         quantmill.quantize_model(make(), "bnb-nf4")
     (finding,) = caught.value.findings
     assert finding.code == code and finding.fix
+
+
+def test_blocks_may_have_names_of_their_own() -> None:
+    blocks = {name: nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for name in ("first", "second")}
+    model = nn.Sequential(OrderedDict(blocks))
+    quantmill.quantize_model(model, "gptq-4:group_size=32", calibration=torch.randn(64, 64))
+    assert type(model.second[0]) is not nn.Linear
 
 
 def test_a_calibration_that_fails_leaves_every_weight(tmp_path: Path) -> None:

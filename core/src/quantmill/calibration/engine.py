@@ -104,7 +104,9 @@ class Run:
         return {
             "source": self.job.headers.source.identity(),
             "methods": {
-                label: item.config.to_checkpoint() for label, item in self.job.selections.items()
+                # All fields: what no checkpoint records changes the bytes, too.
+                label: item.config.model_dump(mode="json")
+                for label, item in self.job.selections.items()
             },
             "targets": {name: pair[1].label for name, pair in sorted(self.targets.items())},
             "tokens": self.data.digest,
@@ -145,9 +147,10 @@ class Run:
             self._finish(model, inner)
             model.eval()
             replay = Replay(model, blocks, *self._batches())
+            names = list(replay.blocks._modules)
             total = count + 1
             for index in range(count):
-                name = f"{inner}{index}"
+                name = f"{inner}{names[index]}"
                 inside = [
                     m
                     for m in self.modules.values()

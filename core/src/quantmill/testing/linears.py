@@ -188,7 +188,9 @@ class LinearPromises(Conformance):
                 continue
             module = self.linear(factory, self.form(quantizer, shape))
             planned = quantizer.abstract(make_target(*shape), torch.bfloat16)
-            assert held_bytes(module) == factory.resident_bytes(planned), shape
+            promised = factory.resident_bytes(planned)
+            # A kernel may hold less of values that turn out to be all the same.
+            assert 0.95 * promised <= held_bytes(module) <= promised, shape
 
     def test_its_kernels_agree_with_the_reference(
         self, quantizer: Quantizer[Any], job: Job, selection: Selection
