@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import quantmill
 from quantmill.testing.fabricate import llama_config, llama_shapes
 
 pytest.importorskip("quantmill_bnb")
@@ -136,3 +137,30 @@ def test_layers_on_the_disk_take_no_memory(folders: dict[int, Path], tmp_path: P
     found = probe(folders[16], "bnb-nf4", folder=tmp_path / "off")
     # Fifteen of sixteen layers: what computes with one is made and dropped.
     assert found["above"] < 0.5 * found["bytes_memory"] + 64 * MIB
+
+
+CONVERT = """
+import sys
+import quantmill
+from quantmill.testing.memory import PeakMemory
+
+with PeakMemory() as memory:
+    quantmill.convert(*sys.argv[1:], allow_requantize=True, max_shard_bytes=8 << 20)
+print(memory.bytes)
+"""
+
+
+def test_a_conversion_takes_no_more_memory_for_more_shards(
+    folders: dict[int, Path], tmp_path: Path
+) -> None:
+    above = {}
+    for layers, folder in folders.items():
+        source = tmp_path / f"from-{layers}"
+        quantmill.quantize(folder, source, "bnb-nf4", max_shard_bytes=8 * MIB)
+        assert len(list(source.glob("*.safetensors"))) > layers // 3
+        words = [str(source), str(tmp_path / f"to-{layers}"), "bnb-fp4"]
+        command = [sys.executable, "-c", CONVERT, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        above[layers] = int(done.stdout.splitlines()[-1])
+    # Twelve layers more are 168 MiB of floats and 48 MiB of NF4.
+    assert above[16] <= above[4] + 16 * MIB, above
