@@ -122,6 +122,7 @@ def _held() -> int:
     """Bytes of all tensors that are reachable."""
     gc.collect()
     tensors: list[Tensor] = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
+    tensors = [item for item in tensors if item.layout is torch.strided]
     storages = {item.untyped_storage().data_ptr(): item for item in tensors if not item.is_meta}
     return sum(item.untyped_storage().nbytes() for item in storages.values())
 
@@ -224,9 +225,3 @@ def test_two_calibrated_methods_share_one_run(
     assert error < 2 * bound
     live = _logits(quantmill.load(folder, mixed, calibration=tokens), tokens)
     assert torch.equal(live, quantized)
-
-
-def test_a_module_is_no_source() -> None:
-    with pytest.raises(QuantmillError, match="quantize_model") as caught:
-        quantmill.load(nn.Linear(8, 8))  # type: ignore[arg-type]
-    assert caught.value.findings[0].code == "QM-CKPT-018"

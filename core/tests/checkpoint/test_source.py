@@ -400,3 +400,9 @@ def test_a_shard_that_cannot_be_read_is_one_problem_of_many(
 
     monkeypatch.setattr(Path, "open", partly)
     assert refused(folder) == {"QM-CKPT-031", "QM-CKPT-020"}
+
+
+def test_a_module_is_no_source() -> None:
+    with pytest.raises(QuantmillError, match="quantize_model") as caught:
+        quantmill.load(torch.nn.Linear(8, 8))  # type: ignore[arg-type]
+    assert caught.value.findings[0].code == "QM-CKPT-018"

@@ -92,6 +92,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     ):
         writer.write(torch.zeros(20, dtype=torch.uint8))
     assert not list(tmp_path.iterdir())
+    (tmp_path / "no").touch()
     with pytest.raises(QuantmillError), GgufWriter(tmp_path / "no" / "x", {}, []):
         pass
 
