@@ -89,11 +89,11 @@ def _needed(host: Host, job: Job) -> Iterator[str]:
     if not job.selections:
         yield from host.plugins
     yield from (selection.plugin for selection in job.selections.values())
+    packages = host.packages()
     for part in (job.architecture, job.container):
         package = type(part).__module__.partition(".")[0]
-        for info in host.plugins.values():
-            if info.module is not None and info.module.__name__.partition(".")[0] == package:
-                yield info.name
+        if package in packages:
+            yield packages[package].name
 
 
 def _does(info: PluginInfo, name: str) -> bool:

@@ -318,13 +318,17 @@ class Host(Registry):
         """The hooks, callable with keyword arguments; see :mod:`quantmill.hook_calls`."""
         return HookCalls(self)
 
-    def blame(self, error: BaseException) -> PluginInfo | None:
-        """The plugin in whose code an exception was raised, innermost frame first."""
-        packages = {
+    def packages(self) -> dict[str, PluginInfo]:
+        """The plugins that are loaded, by the top package of their code."""
+        return {
             info.module.__name__.partition(".")[0]: info
             for info in self.plugins.values()
             if info.module is not None
         }
+
+    def blame(self, error: BaseException) -> PluginInfo | None:
+        """The plugin in whose code an exception was raised, innermost frame first."""
+        packages = self.packages()
         frames = []
         trace = error.__traceback__
         while trace is not None:
