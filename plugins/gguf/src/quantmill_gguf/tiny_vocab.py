@@ -19,6 +19,7 @@ from tokenizers import (
     trainers,
 )
 
+from quantmill_gguf.vocab.read import pre_tokenizers_of
 from quantmill_gguf.vocab.splits import PRE
 
 __all__ = ["CORPUS", "SPECIAL", "TEXTS", "TOKENIZERS", "byte_level", "spm", "unigram", "word_piece"]
@@ -52,16 +53,7 @@ def byte_level(name: str) -> Any:
     """A byte-level BPE that cuts as llama.cpp's ``name`` does."""
     pre = PRE[name]
     made = Tokenizer(models.BPE(ignore_merges=pre.whole))
-    parts: list[Any] = []
-    for step in pre.steps:
-        if step[0] == "split":
-            parts.append(pre_tokenizers.Split(Regex(step[1]), behavior="isolated"))
-        elif step[0] == "digits":
-            parts.append(pre_tokenizers.Digits(individual_digits=step[1] == "each"))
-        elif step[0] == "punctuation":
-            parts.append(pre_tokenizers.Punctuation(behavior="contiguous"))
-        else:
-            parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    parts = pre_tokenizers_of(pre)
     if name == "gpt-2":
         parts = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     made.pre_tokenizer = pre_tokenizers.Sequence(parts)

@@ -8,7 +8,7 @@ What llama.cpp would cut otherwise is refused. Source: llama.cpp's converters
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantmill_gguf.vocab import sentencepiece
@@ -144,6 +144,19 @@ def _composes_only(normalizer: Mapping[str, Any]) -> bool:
     return normalizer.get("type") == "NFC"
 
 
+def _steps(data: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What changes and then cuts the text, in order; sequences opened."""
+    stack = [data.get("normalizer"), data.get("pre_tokenizer")]
+    while stack:
+        item = stack.pop(0)
+        if item is None:
+            continue
+        if item.get("type") == "Sequence":
+            stack[:0] = item.get("normalizers") or item.get("pretokenizers") or []
+        else:
+            yield item
+
+
 def _spaces(data: Mapping[str, Any]) -> bool:
     """Whether a SentencePiece-like BPE puts a space before the text.
 
@@ -151,15 +164,9 @@ def _spaces(data: Mapping[str, Any]) -> bool:
         VocabularyError: text is changed or cut in some other way.
     """
     prefix, escaped = False, False
-    stack = [data.get("normalizer"), data.get("pre_tokenizer")]
-    while stack:
-        item = stack.pop(0)
-        if item is None:
-            continue
+    for item in _steps(data):
         kind = item.get("type")
-        if kind == "Sequence":
-            stack[:0] = item.get("normalizers") or item.get("pretokenizers") or []
-        elif kind == "Prepend" and item.get("prepend") == SPACE:
+        if kind == "Prepend" and item.get("prepend") == SPACE:
             prefix = True
         elif kind == "Replace" and item.get("content") == SPACE:
             escaped = True
@@ -248,15 +255,9 @@ def _unigram(data: Mapping[str, Any]) -> Vocabulary:
         more={"tokenizer.ggml.pre": "default"},
     )
     squeeze = prefix = False
-    stack = [data.get("normalizer"), data.get("pre_tokenizer")]
-    while stack:
-        item = stack.pop(0)
-        if item is None:
-            continue
+    for item in _steps(data):
         kind = item.get("type")
-        if kind == "Sequence":
-            stack[:0] = item.get("normalizers") or item.get("pretokenizers") or []
-        elif kind == "Precompiled":
+        if kind == "Precompiled":
             blob = base64.b64decode(item.get("precompiled_charsmap") or "")
             found.more["tokenizer.ggml.precompiled_charsmap"] = list(blob)
         elif kind == "Metaspace":

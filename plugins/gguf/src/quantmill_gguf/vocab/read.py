@@ -17,7 +17,7 @@ from quantmill_gguf.container import Array
 from quantmill_gguf.vocab.model import BYTE, CONTROL, SPACE, UNUSED, USER_DEFINED
 from quantmill_gguf.vocab.splits import Pre, pre_named
 
-__all__ = ["merges_of", "tokenizer_of"]
+__all__ = ["merges_of", "pre_tokenizers_of", "tokenizer_of"]
 
 _PIECE: Final = re.compile(r"[^$:][^:]*", re.DOTALL)
 _LONGEST: Final = 1024
@@ -119,6 +119,14 @@ def _byte_level(
 
 
 def _pre_tokenizer(pre: Pre) -> Any:
+    from tokenizers import pre_tokenizers
+
+    parts = pre_tokenizers_of(pre)
+    return parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
+
+
+def pre_tokenizers_of(pre: Pre) -> list[Any]:
+    """Pre-tokenizers of ``tokenizers`` that cut one after the other as llama.cpp's does."""
     from tokenizers import Regex, pre_tokenizers
 
     parts: list[Any] = []
@@ -131,7 +139,7 @@ def _pre_tokenizer(pre: Pre) -> Any:
             parts.append(pre_tokenizers.Punctuation(behavior="contiguous"))
         else:
             parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    return parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
+    return parts
 
 
 def merges_of(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
