@@ -20,13 +20,24 @@ from safetensors.torch import load_file, save_file
 
 import quantmill
 
-METHODS = {
+METHODS: dict[str, Any] = {
     "gptq-4": "gptq-4:group_size=64",
     "gptq-4-v2": "gptq-4:group_size=64,checkpoint_format=gptq_v2",
     "gptq-4-asym-actorder": "gptq-4:group_size=32,sym=false,desc_act=true",
     "gptq-3": "gptq-3:group_size=64",
     "gptq-2-asym": "gptq-2:group_size=32",
+    "gptq-5": "gptq-5:group_size=64",
+    "gptq-7": "gptq-5:bits=7",
+    "gptq-3-planar": "gptq-3:checkpoint_format=gptq_p",
     "gptq-8": "gptq-8:group_size=128",
+    "gptq-mixture": {
+        "method": "gptq-4:checkpoint_format=gptq_p",
+        "assign": {
+            "re:.*down_proj": "gptq-6:group_size=64",
+            "re:.*v_proj": "gptq-5",
+            "re:.*up_proj": "gptq-3:checkpoint_format=gptq_p,sym=false",
+        },
+    },
     "awq-4": "awq-4:group_size=64",
     "awq-4-sym": "awq-4-sym:group_size=64",
 }

@@ -101,6 +101,43 @@ def test_encoding_is_undone_by_decoding(
     assert shapes == {name: tuple(t.shape) for name, t in stored.items()}
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    rows=st.sampled_from([32, 64, 128]),
+    columns=st.sampled_from([32, 96, 128]),
+    seed=st.integers(0, 1000),
+)
+def test_planes_are_put_together_again(bits: int, rows: int, columns: int, seed: int) -> None:
+    form = make_form(rows, columns, bits, 32, seed, ordered=False)
+    config = GptqConfig(bits=bits, group_size=32, checkpoint_format="gptq_p")  # type: ignore[arg-type]
+    stored = GptqCodec(config).encode(form)
+    assert stored["qweight"].shape == (columns * bits // 32, rows)
+    again = GptqCodec(config).decode(stored, make_target(rows, columns), torch.bfloat16)
+    assert torch.equal(again.dequantize(), form.dequantize())
+
+
+def test_a_block_of_planes_has_its_low_bits_first() -> None:
+    """Of 32 codes of 5 bits: four words of their low 4 bits, then one of their highest bits."""
+    form = make_form(32, 32, 5, 32, 0, ordered=False)
+    codec = GptqCodec(GptqConfig(bits=5, group_size=32, checkpoint_format="gptq_p"))
+    words = [int(word) & 0xFFFFFFFF for word in codec.encode(form)["qweight"][:, 0]]
+    codes = form.codes.unpack()[0].tolist()
+    for index in range(4):
+        low = [code & 15 for code in codes[8 * index : 8 * index + 8]]
+        assert words[index] == sum(code << (4 * n) for n, code in enumerate(low))
+    assert words[4] == sum((code >> 4) << n for n, code in enumerate(codes))
+
+
+def test_widths_of_planes_choose_their_format() -> None:
+    assert GptqConfig.from_user({"bits": 5}).checkpoint_format == "gptq_p"
+    mixed = GptqConfig.from_user({"bits": 4, "dynamic": {"+:.*down.*": {"bits": 6}}})
+    assert mixed.checkpoint_format == "gptq_p"
+    assert GptqConfig.from_user({"bits": 4}).checkpoint_format == "gptq"
+    with pytest.raises(QuantmillError, match="gptq_p only"):
+        GptqConfig.from_user({"bits": 6, "checkpoint_format": "gptq_v2"})
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_zero_point_of_zero_borrows_over_the_whole_word(bits: int) -> None:
     """As the peer writes it: minus one on 32 bits, not on each field."""

@@ -2,16 +2,16 @@
 
 Relative to the module, with ``in`` and ``out`` features and ``groups`` of input columns::
 
-    qweight  int32 [in * bits / 32, out]      each column a stream of codes, lowest bits first
-    qzeros   int32 [groups, out * bits / 32]  each row a stream of zero points
+    qweight  int32 [in * bits / 32, out]      each column a row of codes
+    qzeros   int32 [groups, out * bits / 32]  each row of zero points
     scales   float16 or bfloat16 [groups, out]
     g_idx    int32 [in]                       group of each input column
 
-A stream that does not fill its last word is padded with zeros.
+How codes lie in words is :mod:`quantmill_gptq.packing`'s.
 
 Format ``gptq`` (v1) stores zero points minus one. With 2, 4 and 8 bits its writers subtract the
 ones from whole 32-bit words, so a zero point of 0 borrows from the next field; with 3 bits they
-work on fields, modulo 8. ``gptq_v2`` stores them as they are.
+work on fields, modulo 8. ``gptq_v2`` and ``gptq_p`` store them as they are.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from quantmill.forms import Affine, Codes, Form, Group
 from quantmill.forms.fit import Conditions, fit_integers, is_symmetric
 from quantmill.targeting.types import Target
 from quantmill_gptq.config import GptqConfig
+from quantmill_gptq.packing import fields, packed
+from quantmill_gptq.widths import is_planar, period, widths, words
 
 __all__ = ["GptqCodec", "abstract_form"]
 
@@ -65,7 +67,7 @@ def abstract_form(
 
 
 class GptqCodec(Codec[GptqConfig]):
-    """Formats v1 and v2 at 2, 3, 4 and 8 bits."""
+    """Formats v1 and v2 at 2, 3, 4 and 8 bits, the planar one at 2 to 8."""
 
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -75,12 +77,16 @@ class GptqCodec(Codec[GptqConfig]):
         out_features, in_features = form.shape
         bits = form.codes.bits
         groups = form.scale.shape[1]
-        words, zero_words = _words(in_features, bits), _words(out_features, bits)
+        planar = is_planar(self.config.checkpoint_format, bits)
         if form.codes.data.is_meta:
             meta = torch.device("meta")
             return {
-                "qweight": torch.empty(words, out_features, dtype=torch.int32, device=meta),
-                "qzeros": torch.empty(groups, zero_words, dtype=torch.int32, device=meta),
+                "qweight": torch.empty(
+                    words(in_features, bits), out_features, dtype=torch.int32, device=meta
+                ),
+                "qzeros": torch.empty(
+                    groups, words(out_features, bits), dtype=torch.int32, device=meta
+                ),
                 "scales": form.scale.t().contiguous(),
                 "g_idx": torch.empty(in_features, dtype=torch.int32, device=meta),
             }
@@ -91,17 +97,17 @@ class GptqCodec(Codec[GptqConfig]):
         first = self.config.checkpoint_format == "gptq"
         if first and bits == 3:
             zeros = (zeros - 1) & 7
-        packed = _streams(zeros, bits)
+        qzeros = packed(zeros, bits, planar)
         if first and bits != 3:
-            packed = _signed(packed.to(torch.int64) - _ones(bits))
-        if in_features * bits % 32:
-            stream = _streams(form.codes.unpack(), bits)
+            qzeros = _signed(qzeros.to(torch.int64) - _ones(bits))
+        if planar or in_features * bits % 32:
+            stream = packed(form.codes.unpack(), bits, planar)
         else:
             data = form.codes.repacked("dense").data
-            stream = data.view(torch.int32).reshape(out_features, words)
+            stream = data.view(torch.int32).reshape(out_features, -1)
         return {
             "qweight": stream.t().contiguous(),
-            "qzeros": packed,
+            "qzeros": qzeros,
             "scales": form.scale.t().contiguous(),
             "g_idx": index.to(torch.int32).clone(),
         }
@@ -119,8 +125,9 @@ class GptqCodec(Codec[GptqConfig]):
         if not bool(torch.isfinite(scales).all()):
             raise _refuse(target, "scales holds NaN or infinity")
         qweight = tensors["qweight"].t().contiguous()
-        if in_features * bits % 32:
-            codes = Codes.pack(_fields(qweight, bits, in_features), bits, "dense")
+        planar = is_planar(self.config.checkpoint_format, bits)
+        if planar or in_features * bits % 32:
+            codes = Codes.pack(fields(qweight, bits, in_features, planar), bits, "dense")
         else:
             data = qweight.view(torch.uint8).reshape(-1)
             codes = Codes(data, bits, (out_features, in_features), "dense")
@@ -128,7 +135,7 @@ class GptqCodec(Codec[GptqConfig]):
         first = self.config.checkpoint_format == "gptq"
         if first and bits != 3:
             qzeros = _signed(qzeros.to(torch.int64) + _ones(bits))
-        zeros = _fields(qzeros, bits, out_features)
+        zeros = fields(qzeros, bits, out_features, planar)
         if first and bits == 3:
             zeros = (zeros + 1) & 7
         return Affine(
@@ -147,7 +154,9 @@ class GptqCodec(Codec[GptqConfig]):
         size = wanted.get("group_size")
         even = fit_integers(
             form,
-            bits=(wanted["bits"],) if "bits" in wanted else (2, 3, 4, 8),
+            bits=(wanted["bits"],)
+            if "bits" in wanted
+            else _able(wanted.get("checkpoint_format", "gptq"), target),
             zeros="middle" if wanted.get("sym") else "integer",
             scales=(torch.float16, torch.bfloat16),
             size=target.in_features if size == -1 else size,
@@ -194,12 +203,13 @@ class GptqCodec(Codec[GptqConfig]):
                 f"qweight is {list(stored)}, the model wants {out_features} columns"
                 f" of {in_features} codes",
             )
-        found = [bits for bits in (2, 3, 4, 8) if _words(in_features, bits) == stored[0]]
+        able = _able(self.config.checkpoint_format, target)
+        found = [bits for bits in able if words(in_features, bits) == stored[0]]
         if not found:
             raise _refuse(
                 target,
-                f"qweight is {list(stored)}: {stored[0]} words are not {in_features} codes of 2,"
-                " 3, 4 or 8 bits",
+                f"qweight is {list(stored)}: {stored[0]} words are not {in_features} codes of"
+                f" {', '.join(map(str, able[:-1]))} or {able[-1]} bits",
             )
         # A narrow one may be read in several ways: then the config decides.
         bits = self.config.bits if self.config.bits in found else found[-1]
@@ -208,7 +218,7 @@ class GptqCodec(Codec[GptqConfig]):
             raise _refuse(
                 target, f"scales is {list(shapes['scales'])}, not [groups, {out_features}]"
             )
-        wanted = (groups, _words(out_features, bits))
+        wanted = (groups, words(out_features, bits))
         if shapes["qzeros"] != wanted:
             raise _refuse(
                 target,
@@ -238,6 +248,16 @@ class GptqCodec(Codec[GptqConfig]):
         return index.to(torch.int32)
 
 
+def _able(checkpoint_format: str, target: Target) -> tuple[int, ...]:
+    """Widths of codes that a target can have: planes take whole blocks only."""
+    sizes = (target.in_features, target.out_features)
+    return tuple(
+        bits
+        for bits in widths(checkpoint_format)
+        if not is_planar(checkpoint_format, bits) or not any(n % period(bits) for n in sizes)
+    )
+
+
 def _ones(bits: int) -> int:
     return sum(1 << position for position in range(0, 32, bits))
 
@@ -246,26 +266,3 @@ def _signed(words: Tensor) -> Tensor:
     """The low 32 bits of int64 words as int32."""
     low = words & 0xFFFFFFFF
     return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
-
-
-def _words(count: int, bits: int) -> int:
-    """32-bit words of a stream of so many codes."""
-    return -(-count * bits // 32)
-
-
-def _streams(fields: Tensor, bits: int) -> Tensor:
-    """int32 ``[rows, words]``: each row of uint8 ``[rows, count]`` a stream of its own."""
-    rows, count = fields.shape
-    pad = -count % (32 if bits == 3 else 32 // bits)
-    whole = torch.nn.functional.pad(fields, (0, pad)).contiguous()
-    data = Codes.pack(whole, bits, "dense").data
-    words = data.view(torch.int32).reshape(rows, -1)
-    return words[:, : _words(count, bits)].contiguous()
-
-
-def _fields(words: Tensor, bits: int, count: int) -> Tensor:
-    """uint8 ``[rows, count]`` of the streams int32 ``[rows, words]``."""
-    pad = -words.shape[1] % (3 if bits == 3 else 1)
-    whole = torch.nn.functional.pad(words, (0, pad)).contiguous()
-    shape = (words.shape[0], whole.shape[1] * 32 // bits)
-    return Codes(whole.view(torch.uint8).reshape(-1), bits, shape, "dense").unpack()[:, :count]

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from quantmill.config import GroupSize, MethodConfig
 from quantmill.targeting.dialects import from_gptq_dynamic
 from quantmill.targeting.types import Rule
+from quantmill_gptq.widths import PLANAR_ONLY, widths
 
 __all__ = ["GptqConfig", "is_gptq", "rules"]
 
@@ -41,7 +42,7 @@ class GptqConfig(MethodConfig):
 
     exclusive: ClassVar[tuple[tuple[str, ...], ...]] = (("desc_act", "act_group_aware"),)
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] = 4
     group_size: GroupSize = 128
     """Input columns that share a scale; -1 for one group per row."""
     sym: bool = True
@@ -73,8 +74,9 @@ class GptqConfig(MethodConfig):
     modules_in_block_to_quantize: list[list[str]] | None = None
     modules_to_not_convert: list[str] | None = None
     """Modules to keep float, in addition to the defaults."""
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
-    """v1 stores zero points minus one, v2 as they are."""
+    checkpoint_format: Literal["gptq", "gptq_v2", "gptq_p"] = "gptq"
+    """v1 stores zero points minus one, v2 as they are. The planar one has 5, 6 and 7 bits too, and
+    is the default where they are asked for."""
     pack_dtype: Literal["int32"] = "int32"
     meta: dict[str, Any] | None = None
     """What the writer noted about itself; kept."""
@@ -86,6 +88,15 @@ class GptqConfig(MethodConfig):
         if isinstance(data, dict) and data.get("desc_act") is True:
             data = {"act_group_aware": False, **data}
         return data
+
+    @model_validator(mode="after")
+    def _format_has_the_width(self) -> Self:
+        if self.bits not in widths(self.checkpoint_format):
+            raise ValueError(
+                f"{self.bits} bits are in checkpoint_format gptq_p only, not in"
+                f" {self.checkpoint_format}"
+            )
+        return self
 
     @field_validator("dynamic")
     @classmethod
@@ -123,9 +134,13 @@ class GptqConfig(MethodConfig):
     @classmethod
     def from_user(cls, raw: Mapping[str, Any]) -> Self:
         data = dict(raw)
-        if data.get("sym") is False and not {"checkpoint_format", "format"} & set(data):
-            # GPTQModel takes asymmetric v1 only from itself: its early files held other zeros.
-            data["checkpoint_format"] = "gptq_v2"
+        if not {"checkpoint_format", "format"} & set(data):
+            modules = [data, *(item for item in _entries(data) if isinstance(item, Mapping))]
+            if any(str(item.get("bits")) in map(str, PLANAR_ONLY) for item in modules):
+                data["checkpoint_format"] = "gptq_p"
+            elif data.get("sym") is False:
+                # GPTQModel takes asymmetric v1 only from itself: its early files held other zeros.
+                data["checkpoint_format"] = "gptq_v2"
         return super().from_user(data)
 
     @classmethod
@@ -149,10 +164,10 @@ class GptqConfig(MethodConfig):
         return self.model_copy(update={"modules_to_not_convert": names or None})
 
     def shared(self, others: Sequence[GptqConfig]) -> dict[str, Any]:
-        """A checkpoint has one layout of zero points."""
-        newer = any(item.checkpoint_format == "gptq_v2" for item in others)
-        alike = newer == (self.checkpoint_format == "gptq_v2")
-        return {} if alike else {"checkpoint_format": "gptq_v2"}
+        """A checkpoint has one layout."""
+        formats = {self.checkpoint_format, *(item.checkpoint_format for item in others)}
+        latest = next(name for name in ("gptq_p", "gptq_v2", "gptq") if name in formats)
+        return {} if self.checkpoint_format == latest else {"checkpoint_format": latest}
 
     def joined(self, others: Mapping[str, GptqConfig]) -> dict[str, Any] | None:
         """``dynamic`` says it, unless a module differs in something that is not per module."""
@@ -179,6 +194,11 @@ class GptqConfig(MethodConfig):
         kind = "symmetric" if self.sym else "asymmetric"
         order = ", act-order" if self.desc_act else ""
         return f"{self.bits} bits, {size}, {kind}{order}"
+
+
+def _entries(data: Mapping[str, Any]) -> list[Any]:
+    dynamic = data.get("dynamic")
+    return list(dynamic.values()) if isinstance(dynamic, Mapping) else []
 
 
 def is_gptq(raw: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ def quantmill_methods() -> Sequence[Method]:
     return [
         Method(
             name="gptq",
-            summary="GPTQ: calibrated affine groups of 2, 3, 4 or 8 bits, act-order",
+            summary="GPTQ: calibrated affine groups of 2 to 8 bits, act-order",
             config="quantmill_gptq.config:GptqConfig",
             quantizer="quantmill_gptq.quantizer:GptqQuantizer",
             codec="quantmill_gptq.codec:GptqCodec",
@@ -37,10 +37,12 @@ def quantmill_methods() -> Sequence[Method]:
                 dequantizable=True,
                 devices=("cpu", "cuda"),
                 target_kinds=("linear", "conv1d"),
-                bits=(2, 3, 4, 8),
+                bits=(2, 3, 4, 5, 6, 7, 8),
             ),
             presets=(
                 Preset("gptq-8", {"bits": 8, "group_size": 128}, "8 bits, groups of 128", 8.1),
+                Preset("gptq-6", {"bits": 6, "group_size": 128}, "6 bits, groups of 128", 6.17),
+                Preset("gptq-5", {"bits": 5, "group_size": 128}, "5 bits, groups of 128", 5.16),
                 Preset("gptq-4", {"bits": 4, "group_size": 128}, "4 bits, groups of 128", 4.16),
                 Preset("gptq-3", {"bits": 3, "group_size": 128}, "3 bits, groups of 128", 3.15),
                 Preset(

@@ -16,6 +16,7 @@ from quantmill.targeting.types import Target
 from quantmill_gptq.codec import abstract_form
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.rounding import grid_of, rounded
+from quantmill_gptq.widths import period
 
 __all__ = ["GptqQuantizer"]
 
@@ -39,12 +40,12 @@ class GptqQuantizer(Quantizer[GptqConfig]):
         )
 
     def check(self, target: Target) -> Iterator[Finding]:
-        period = 32 if self.config.bits == 3 else 32 // self.config.bits
+        whole = period(self.config.bits)
         for features, words in ((target.in_features, "width"), (target.out_features, "height")):
-            if features % period:
+            if features % whole:
                 yield NO_WORDS(
                     target.name,
-                    f"its {words} {features} is no multiple of {period}, which the layout of"
+                    f"its {words} {features} is no multiple of {whole}, which the layout of"
                     f" {self.config.bits} bits needs",
                     f"keep it float: --skip {target.name}",
                 )
