@@ -45,6 +45,7 @@ def test_every_installed_method_is_a_candidate_with_the_bytes_of_its_plan() -> N
     names = {item.candidate.name for item in found.candidates}
     assert names >= {*default_host().presets, "float"}
     for item in found.candidates:
+        assert item.candidate.bits_per_weight > 0 or not item.candidate.fits, item.candidate.name
         if item.candidate.name in ("bnb-nf4", "gptq-4", "hqq-8"):
             totals = quantmill.plan(NOVELLA, item.candidate.name).totals
             assert item.candidate.fits and item.candidate.needs is not None

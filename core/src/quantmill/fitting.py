@@ -17,6 +17,7 @@ from quantmill.plugin_info import Status
 if TYPE_CHECKING:
     from quantmill.architecture import Architecture
     from quantmill.job import Job
+    from quantmill.planning import Plan
     from quantmill.registrations import Method
 
 __all__ = ["FLOAT", "Candidate", "Situation", "fits"]
@@ -177,7 +178,7 @@ def _judged(
     return Candidate(
         name=name,
         summary=method.summary if method is not None else f"as it is, {made.dtype}",
-        bits_per_weight=totals["bits_per_weight"] if method is not None else _float_bits(made),
+        bits_per_weight=totals["bits_per_weight"] if totals["quantized"] else _kept_bits(made),
         loss_bits=loss,
         calibrated=able is not None and able.calibrated and not able.on_the_fly,
         bytes=totals["bytes_after"],
@@ -186,10 +187,11 @@ def _judged(
     )
 
 
-def _float_bits(plan: Any) -> float:
-    import torch
-
-    return 8.0 * int(getattr(torch, plan.dtype).itemsize)
+def _kept_bits(plan: Plan) -> float:
+    """Bits per weight of the linears where none is quantized."""
+    kept = [item for item in plan.modules if item.kind in ("linear", "conv1d")]
+    weights = sum(item.parameters for item in kept)
+    return 8 * sum(item.bytes_after for item in kept) / weights if weights else 0.0
 
 
 def _settings(architecture: Architecture | None) -> Any:
