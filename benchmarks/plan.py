@@ -1,6 +1,6 @@
-"""Planning a Llama 3.1 405B from its headers: wall time and peak memory above the imports.
+"""Planning a Llama 3.1 of 405B or 70B from its headers: wall time and peak above the imports.
 
-    python benchmarks/plan.py [--method bnb-nf4] [--rounds 3] [--profile] [--json]
+    python benchmarks/plan.py [--model 405b] [--method bnb-nf4] [--rounds 3] [--profile] [--json]
 
 The checkpoint is fabricated: the real names, shapes, shards and index, in sparse files that hold
 headers and no weights. Each plan runs in a process of its own; time and peak count from after the
@@ -21,7 +21,12 @@ from typing import Any
 
 from quantmill.testing.fabricate import llama_config, llama_shapes
 
-SHARDS = 191
+MODELS: dict[str, dict[str, int]] = {
+    "405b": {"hidden": 16384, "inner": 53248, "layers": 126, "heads": 128},
+    "70b": {"hidden": 8192, "inner": 28672, "layers": 80, "heads": 64},
+}
+SHARDS = {"405b": 191, "70b": 30}
+"""As they are published."""
 SECONDS, PEAK_BYTES = 5.0, 100 * 10**6
 """Targets."""
 
@@ -67,11 +72,9 @@ print(json.dumps({"seconds": seconds, "peak": memory.bytes,
 """
 
 
-def config_405b() -> dict[str, Any]:
-    """``config.json`` of Llama 3.1 405B, as far as shapes go."""
-    config = llama_config(
-        hidden=16384, inner=53248, layers=126, vocab=128256, heads=128, dtype="bfloat16"
-    )
+def config_of(name: str) -> dict[str, Any]:
+    """``config.json`` of Llama 3.1, as far as shapes go."""
+    config = llama_config(**MODELS[name], vocab=128256, dtype="bfloat16")
     return config | {"num_key_value_heads": 8, "max_position_embeddings": 131072}
 
 
@@ -83,9 +86,9 @@ def parameters(config: dict[str, Any]) -> int:
     return int(2 * config["vocab_size"] * hidden + config["num_hidden_layers"] * layer + hidden)
 
 
-def fabricate(folder: Path, config: dict[str, Any] | None = None, shards: int = SHARDS) -> Path:
+def fabricate(folder: Path, name: str) -> Path:
     """Write config, index and sparse shards: true headers, no weights."""
-    config = config or config_405b()
+    config, shards = config_of(name), SHARDS[name]
     folder.mkdir(parents=True, exist_ok=True)
     shapes = list(llama_shapes(config).items())
     weight_map = {}
@@ -94,12 +97,12 @@ def fabricate(folder: Path, config: dict[str, Any] | None = None, shards: int = 
         file = f"model-{index + 1:05}-of-{shards:05}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         stop = 0
-        for name, shape in shapes[
+        for tensor, shape in shapes[
             index * len(shapes) // shards : (index + 1) * len(shapes) // shards
         ]:
             start, stop = stop, stop + 2 * _count(shape)
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, stop]}
-            weight_map[name] = file
+            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, stop]}
+            weight_map[tensor] = file
         raw = json.dumps(header).encode()
         with (folder / file).open("wb") as stream:
             stream.write(len(raw).to_bytes(8, "little") + raw)
@@ -136,20 +139,22 @@ def measure(folder: Path, method: str, *, profiled: bool = False) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=list(MODELS), default="405b")
     parser.add_argument("--method", default="bnb-nf4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="also where the time goes")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        folder = fabricate(Path(work) / "llama-405b")
+        folder = fabricate(Path(work) / "llama", options.model)
         runs = [measure(folder, options.method) for _ in range(options.rounds)]
         profile = measure(folder, options.method, profiled=True) if options.profile else None
     seconds = [run["seconds"] for run in runs]
     report = {
+        "model": options.model,
         "method": options.method,
         "parameters": runs[0]["totals"]["parameters"],
-        "expected_parameters": parameters(config_405b()),
+        "expected_parameters": parameters(config_of(options.model)),
         "seconds": statistics.median(seconds),
         "spread": [min(seconds), max(seconds)],
         "peak": max(run["peak"] for run in runs),

@@ -1,4 +1,4 @@
-"""A plan of a 405 B model reads headers only: its memory is bounded and its totals are exact."""
+"""A plan of a large model reads headers only: its memory is bounded and its totals are exact."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def benchmark() -> ModuleType:
     return module
 
 
-def test_memory_and_totals(benchmark: ModuleType, tmp_path: Path) -> None:
-    folder = benchmark.fabricate(tmp_path / "llama-405b")
-    assert len(list(folder.glob("*.safetensors"))) == 191
+@pytest.mark.parametrize(("name", "weights"), [("70b", 70_553_706_496), ("405b", 405_853_388_800)])
+def test_memory_and_totals(benchmark: ModuleType, tmp_path: Path, name: str, weights: int) -> None:
+    folder = benchmark.fabricate(tmp_path / "llama", name)
+    assert len(list(folder.glob("*.safetensors"))) == benchmark.SHARDS[name]
     on_disk = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
     assert on_disk < 50e6, "the shards are sparse, or this test would fill the disk"
     run = benchmark.measure(folder, "bnb-nf4")
@@ -30,15 +31,15 @@ def test_memory_and_totals(benchmark: ModuleType, tmp_path: Path) -> None:
     assert [text for text in run["errors"] if "QM-MEMORY-001" not in text] == []
     assert run["peak"] < 100e6, f"planning took {run['peak'] / 1e6:.0f} MB above the imports"
 
-    totals = run["totals"]
-    count = benchmark.parameters(benchmark.config_405b())
-    assert totals["parameters"] == count == 405_853_388_800
-    assert totals["bytes_before"] == 2 * count
-    assert totals["quantized"] == 126 * 7
+    totals, config = run["totals"], benchmark.config_of(name)
+    hidden, inner, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    layers, key = config["num_hidden_layers"], 8 * 128
+    assert totals["parameters"] == benchmark.parameters(config) == weights
+    assert totals["bytes_before"] == 2 * weights
+    assert totals["quantized"] == layers * 7
     # Two codes a byte and a float32 scale per 64 weights; a table and a state per matrix.
-    hidden, inner, vocab, key = 16384, 53248, 128256, 8 * 128
     layer = 2 * hidden * hidden + 2 * key * hidden + 3 * inner * hidden
-    exact = 126 * (layer // 2 + 4 * layer // 64)
-    floats = 2 * (2 * vocab * hidden + (2 * 126 + 1) * hidden)
-    assert exact + floats < totals["bytes_after"] < exact + floats + 126 * 7 * 300
+    exact = layers * (layer // 2 + 4 * layer // 64)
+    floats = 2 * (2 * vocab * hidden + (2 * layers + 1) * hidden)
+    assert exact + floats < totals["bytes_after"] < exact + floats + layers * 7 * 300
     assert totals["bits_per_weight"] == pytest.approx(4.5, abs=1e-4)
