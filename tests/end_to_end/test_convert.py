@@ -86,6 +86,13 @@ def test_modules_of_several_widths_are_said_as_the_peer_says_them(tmp_path: Path
     assert torch.equal(logits(source), logits(tmp_path / "gptq"))
 
 
+def test_codes_of_a_width_that_only_planes_have_choose_that_format(tmp_path: Path) -> None:
+    source = AWQ / "awq-4-g128-gemm"
+    quantmill.convert(source, tmp_path / "wide", "gptq:bits=5", verify=True)
+    assert stored(tmp_path / "wide")["checkpoint_format"] == "gptq_p"
+    assert torch.equal(logits(tmp_path / "wide"), logits(source))
+
+
 def test_a_smaller_group_that_is_asked_for_repeats_scales(tmp_path: Path) -> None:
     source = AWQ / "awq-4-g128-gemm"
     report = quantmill.convert(source, tmp_path / "out", "gptq:group_size=64", verify=True)
@@ -246,6 +253,28 @@ def test_a_source_without_a_model_is_refused(tmp_path: Path) -> None:
     refused("QM-CONVERT-005", folder, tmp_path / "out", "bf16")
 
 
+def test_an_architecture_that_a_format_has_no_name_for_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "ffn_dim": 128}
+    config = OPTConfig(**sizes, vocab_size=256, max_position_embeddings=64, word_embed_proj_dim=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
+    for method in ("gguf-q8_0", "gguf"):
+        output = tmp_path / "out.gguf"
+        with pytest.raises(QuantmillError, match="is known for 'opt'"):
+            quantmill.convert(tmp_path / "opt", output, method)
+        assert not output.exists()
+
+
+def test_a_missing_tokenizer_is_named_where_it_is_needed(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "float")
+    report = quantmill.convert(model, tmp_path / "out.gguf", "gguf-q8_0")
+    assert "QM-GGUF-043" in {item.code for item in report.route.findings}
+    text = tmp_path / "text.txt"
+    text.write_text("Nobody can read this. " * 200)
+    refused("QM-CALIB-050", model, tmp_path / "out", "gptq-4:group_size=32", calibration=text)
+
+
 def test_modules_can_not_be_chosen(tmp_path: Path) -> None:
     method = {"method": "gptq", "skip": ["layers:0"]}
     refused("QM-CONVERT-001", AWQ / "awq-4-g128-gemm", tmp_path / "out", method)
@@ -255,7 +284,7 @@ def test_unknown_goals_and_options_are_named(tmp_path: Path) -> None:
     source = AWQ / "awq-4-g128-gemm"
     refused("QM-SELECT-001", source, tmp_path / "out", "gtpq")
     refused("QM-CONFIG-001", source, tmp_path / "out", "gptq:grup_size=64")
-    refused("QM-CONFIG-002", source, tmp_path / "out", "gptq:bits=5")
+    refused("QM-CONFIG-002", source, tmp_path / "out", "gptq:bits=9")
 
 
 def test_a_value_beyond_float16_is_named(tmp_path: Path) -> None:

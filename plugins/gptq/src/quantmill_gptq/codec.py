@@ -30,7 +30,7 @@ from quantmill.forms.fit import Conditions, fit_integers, is_symmetric
 from quantmill.targeting.types import Target
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.packing import fields, packed
-from quantmill_gptq.widths import is_planar, period, widths, words
+from quantmill_gptq.widths import PLANAR_ONLY, is_planar, period, widths, words
 
 __all__ = ["GptqCodec", "abstract_form"]
 
@@ -173,6 +173,8 @@ class GptqCodec(Codec[GptqConfig]):
         if not even.offset.is_meta:
             options["sym"] = is_symmetric(even)
             written = "gptq" if options["sym"] else "gptq_v2"
+            if options["bits"] in PLANAR_ONLY:
+                written = "gptq_p"
             options["checkpoint_format"] = wanted.get("checkpoint_format", written)
         return Fit(even, options, tuple(seen.unless), tuple(seen.notes))
 
