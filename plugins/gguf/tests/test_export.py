@@ -109,6 +109,20 @@ def test_a_split_is_read_as_one(folder: Any, tmp_path: Path) -> None:
     assert far(logits(quantmill.load(first, dtype="float32")), wanted) < 1e-5
 
 
+def test_a_file_without_a_tokenizer_says_so(folder: Any, tmp_path: Path) -> None:
+    """llama.cpp loads one that names no vocabulary, and none that is silent about it."""
+    source, _ = folder("qwen3")
+    first, again = tmp_path / "first.gguf", tmp_path / "again.gguf"
+    report = quantmill.quantize(source, first, "gguf-q4_0")
+    assert "QM-GGUF-043" in {item.code for item in report.plan.findings}
+    quantmill.save(quantmill.load(first), again)
+    for path in (first, again):
+        metadata = GgufFile.open(path).metadata
+        assert metadata["tokenizer.ggml.model"] == "none" and metadata["qwen3.vocab_size"] == 96
+        with pytest.raises(QuantmillError, match="QM-ARCH-010"):
+            quantmill.load_tokenizer(path)
+
+
 def test_what_the_user_keeps_stays_float(folder: Any, tmp_path: Path) -> None:
     source, _ = folder("qwen3")
     out = tmp_path / "k.gguf"

@@ -53,10 +53,15 @@ def metadata_of(
         # A file's tokenizer goes on as it is.
         first = job.headers.source.files[0]
         kept = {k: v for k, v in first.metadata.items() if k.startswith("tokenizer.")}
-        return found | kept, kinds | {key: first.kinds[key] for key in kept}
-    vocabulary = _vocabulary(job, layout)
-    if isinstance(vocabulary, Vocabulary):
-        return found | vocabulary.metadata(), kinds | vocabulary.kinds
+        if kept:
+            return found | kept, kinds | {key: first.kinds[key] for key in kept}
+    else:
+        vocabulary = _vocabulary(job, layout)
+        if isinstance(vocabulary, Vocabulary):
+            return found | vocabulary.metadata(), kinds | vocabulary.kinds
+    # Without these two llama.cpp does not load the file.
+    found.setdefault(f"{arch}.vocab_size", layout.config["vocab_size"])
+    found["tokenizer.ggml.model"] = "none"
     return found, kinds
 
 
@@ -69,8 +74,9 @@ def metadata_problems(job: Job, layout: Layout) -> Iterable[Finding]:
     if found is None:
         yield codes.NO_TOKENIZER(
             where,
-            "it has neither tokenizer.json nor tokenizer.model: the file will have no vocabulary",
-            "llama.cpp needs one: add the tokenizer's files to the folder",
+            "it has neither tokenizer.json nor tokenizer.model: the file will have no vocabulary,"
+            " and llama.cpp will take token ids only, no text",
+            "add the tokenizer's files to the folder",
         )
     elif isinstance(found, VocabularyError):
         yield codes.BAD_TOKENIZER(where, found.cause, found.fix)
