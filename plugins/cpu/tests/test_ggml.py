@@ -5,6 +5,7 @@ That these are the bytes of the types' definitions is tested where both packages
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,6 +88,30 @@ def test_levels_and_threads_make_the_same_blocks(
                 found.append(made(name, block, importance))
         assert all(torch.equal(found[0], other) for other in found[1:])
         assert torch.equal(found[0], made(name, block.to(torch.float32), importance))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(MADE),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    odd=st.sampled_from([None, float("nan"), -float("nan"), float("inf"), -float("inf")]),
+    **SIZES,
+)
+def test_the_largest_magnitude_is_told_and_so_is_what_is_not_finite(
+    name: str, dtype: torch.dtype, odd: float | None, rows: int, across: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.randn(rows, across * TYPES[name].values, generator=generator).to(dtype)
+    if odd is not None:
+        block.view(-1)[seed % block.numel()] = odd
+    out = torch.empty(rows, across * TYPES[name].size, dtype=torch.uint8)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        largest = quantize(block, type_name=name, importance=None, out=out)
+        if odd is None:
+            assert largest == float(block.abs().max())
+        else:
+            assert not math.isfinite(largest)
 
 
 @settings(deadline=None, max_examples=80)

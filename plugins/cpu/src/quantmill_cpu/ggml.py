@@ -5,6 +5,7 @@ The bytes are those of the definitions in quantmill-gguf, which this package doe
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["dequantize", "quantize"]
 
 
-def quantize(block: Tensor, *, type_name: str, importance: Tensor | None, out: Tensor) -> None:
-    """Quantize rows of finite values to blocks of a type.
+def quantize(block: Tensor, *, type_name: str, importance: Tensor | None, out: Tensor) -> float:
+    """Quantize rows to blocks of a type.
 
     Args:
         block: float32, bfloat16 or float16 ``[rows, columns]``, contiguous, columns a multiple of
@@ -30,6 +31,9 @@ def quantize(block: Tensor, *, type_name: str, importance: Tensor | None, out: T
         type_name: ggml's name.
         importance: float32 ``[columns]``, not negative, or None.
         out: uint8 ``[rows, row bytes]``, written.
+
+    Returns:
+        The largest magnitude in ``block``. Where that is NaN or infinity, ``out`` is incomplete.
 
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout, or the type can't be
@@ -44,6 +48,7 @@ def quantize(block: Tensor, *, type_name: str, importance: Tensor | None, out: T
     weights = None
     if importance is not None:
         weights = address(importance, torch.float32, columns, "importance")
+    largest = ctypes.c_float()
     status = library().qm_ggml_encode(
         found.number,
         address(block, block.dtype, rows * columns, "block"),
@@ -52,10 +57,12 @@ def quantize(block: Tensor, *, type_name: str, importance: Tensor | None, out: T
         columns,
         weights,
         address(out, torch.uint8, rows * (columns // found.values) * found.size, "out"),
+        ctypes.byref(largest),
         torch.get_num_threads(),
     )
     if status != 0:
         raise MemoryError(f"{type_name}: the library has no memory for {rows} rows")
+    return largest.value
 
 
 def dequantize(form: Form, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

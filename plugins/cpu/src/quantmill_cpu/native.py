@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -66,7 +66,7 @@ def library() -> ctypes.CDLL:
         "qm_operators": (small, [pointer]),
         "qm_ggml_encode": (
             small,
-            [small, pointer, small, size, size, pointer, pointer, small],
+            [small, pointer, small, size, size, *[pointer] * 3, small],
         ),
         "qm_ggml_decode": (small, [small, pointer, size, pointer, pointer, small]),
         "qm_ggml_matmul": (

@@ -3,8 +3,9 @@
 Kernels of the registry for the form ``ggml``, with the type's name as the trait ``table``:
 
 ``quantize``
-    ``fn(block, *, type_name, importance, out)``: ``block`` float ``[rows, columns]``, contiguous
-    and finite; ``importance`` float32 ``[columns]`` or None; ``out`` uint8 ``[rows, row bytes]``.
+    ``fn(block, *, type_name, importance, out)``: ``block`` float ``[rows, columns]``, contiguous;
+    ``importance`` float32 ``[columns]`` or None; ``out`` uint8 ``[rows, row bytes]``. It returns
+    the largest magnitude in ``block``; where that is NaN or infinity, ``out`` does not matter.
 ``dequantize``
     ``fn(form, dtype, out=None)``: ``form`` a :class:`~quantmill_gguf.types.RawForm`; ``out``
     float32 of its shape, contiguous, to write to in place of a new tensor.
@@ -27,10 +28,16 @@ from quantmill_gguf.types import TYPES, BlockType, RawForm
 if TYPE_CHECKING:
     from quantmill.kernels import KernelRegistry
 
-__all__ = ["MADE", "decode", "encode"]
+__all__ = ["MADE", "NotFinite", "decode", "encode"]
 
 _SURE = 2.0**14
 """A quarter of the largest float16."""
+
+
+class NotFinite(QuantmillError):
+    """A value is NaN or infinite."""
+
+
 MADE = tuple(name for name, kind in TYPES.items() if kind.makes)
 """Names of the types that can be made."""
 
@@ -50,7 +57,7 @@ def encode(
     *,
     name: str = "weight",
     kernels: KernelRegistry | None = None,
-    extremes: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Quantize rows to blocks: uint8 ``[..., row bytes]``, the bytes of llama.cpp's quantizers.
 
@@ -62,12 +69,12 @@ def encode(
             do not look at it.
         name: of the weight, for messages.
         kernels: to choose from; those of the installed plugins without it.
-        extremes: the least and the largest of ``values``, if they are known already.
+        out: uint8 of the result's shape, contiguous: written and returned.
 
     Raises:
+        NotFinite: ``QM-GGUF-032``, a value is NaN or infinite.
         QuantmillError: ``QM-GGUF-009``, the type can't be made; ``030``, the columns don't fill
-            its blocks; ``032``, a value or a scale is not finite; ``033``, the importance does
-            not fit.
+            its blocks; ``032``, a scale is not finite; ``033``, the importance does not fit.
     """
     kind = _made(type_name)
     columns = values.shape[-1]
@@ -78,34 +85,34 @@ def encode(
     if importance is not None:
         importance = _checked(importance, columns, name).to(values.device)
     rows = values.reshape(-1, columns)
-    if extremes is None and rows.numel():
-        extremes = torch.stack(rows.aminmax())
-    largest = 0.0 if extremes is None else float(extremes.abs().max())
-    if not math.isfinite(largest):
-        raise _refuse(name, "a value is NaN or infinite", "look for the mistake in the model")
     traits = {"table": type_name}
     dtype = str(values.dtype).removeprefix("torch.")
     choice = (kernels or _default_kernels()).choose(
         "quantize", RawForm.kind, traits, device=values.device.type, dtype=dtype
     )
-    made: Tensor | None
+    shape = (*values.shape[:-1], kind.info.row_bytes(columns))
+    if out is None:
+        out = torch.empty(shape, dtype=torch.uint8, device=values.device)
+    made = out.view(rows.shape[0], shape[-1])
     if choice is None:
-        made = kind.quantize(rows, importance)
-        assert made is not None
+        largest = _largest(rows)
     else:
-        made = torch.empty(
-            rows.shape[0], kind.info.row_bytes(columns), dtype=torch.uint8, device=values.device
-        )
-        choice.load()(rows.contiguous(), type_name=type_name, importance=importance, out=made)
+        fill = choice.load()
+        largest = fill(rows.contiguous(), type_name=type_name, importance=importance, out=made)
+    if not math.isfinite(largest):
+        fix = "look for the mistake in the model"
+        raise NotFinite(codes.NOT_FINITE(name, "a value is NaN or infinite", fix))
+    if choice is None:
+        blocks = kind.quantize(rows, importance)
+        assert blocks is not None
+        made.copy_(blocks)
     # Without importance no scale is larger than the largest value: most need no look.
     bounded = importance is None and largest < _SURE
     if not bounded and not _scales_are_finite(made, kind):
-        raise _refuse(
-            name,
-            f"a scale of {type_name} is beyond the largest float16",
-            "keep it float, or scale the weight down",
-        )
-    return made.reshape(*values.shape[:-1], made.shape[1])
+        cause = f"a scale of {type_name} is beyond the largest float16"
+        fix = "keep it float, or scale the weight down"
+        raise QuantmillError(codes.NOT_FINITE(name, cause, fix))
+    return out
 
 
 def decode(
@@ -150,8 +157,8 @@ def _made(type_name: str) -> BlockType:
     raise QuantmillError(codes.TYPE(type_name, f"{type_name!r} is no type that can be made", hint))
 
 
-def _refuse(name: str, cause: str, fix: str) -> QuantmillError:
-    return QuantmillError(codes.NOT_FINITE(name, cause, fix))
+def _largest(rows: Tensor) -> float:
+    return float(torch.stack(rows.aminmax()).abs().max()) if rows.numel() else 0.0
 
 
 def _checked(importance: Tensor, columns: int, name: str) -> Tensor:

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantmill.backend import Quantizer, WeightSource
+from quantmill.backend import NonFiniteWeight, Quantizer, WeightSource
 from quantmill.findings import Finding
-from quantmill.finite import FiniteCheck
+from quantmill.finite import first_non_finite
 from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
-from quantmill_gguf.encode import encode
+from quantmill_gguf.encode import NotFinite, encode
 from quantmill_gguf.types import RawForm
 from quantmill_gguf.types.sizes import BY_NAME
 
@@ -53,17 +53,13 @@ class GgufQuantizer(Quantizer[GgufConfig]):
         raw = torch.empty(
             target.out_features, info.row_bytes(columns), dtype=torch.uint8, device=self.device
         )
-        with FiniteCheck(weight.name) as finite:
-            for start, block in weight.row_blocks():
-                here = block.device.type == "cpu" and block.numel() > 0
-                extremes = torch.stack(block.aminmax()) if here else None
-                finite.look(block, start * columns, maxima=extremes)
-                raw[start : start + block.shape[0]] = encode(
-                    info.name,
-                    block,
-                    importance,
-                    name=weight.name,
-                    kernels=self.kernels,
-                    extremes=extremes,
+        for start, block in weight.row_blocks():
+            rows = raw[start : start + block.shape[0]]
+            try:
+                encode(
+                    info.name, block, importance, name=weight.name, kernels=self.kernels, out=rows
                 )
+            except NotFinite:
+                at = start * columns + int(first_non_finite(block))
+                raise NonFiniteWeight(weight.name, at) from None
         return RawForm(raw, info.name, weight.dtype)

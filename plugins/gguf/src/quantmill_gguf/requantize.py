@@ -29,11 +29,12 @@ from quantmill_gguf.writer import GgufWriter, TensorSpec
 
 __all__ = ["blocks_of", "check_types", "float_rows", "requantize"]
 
-_PIECE: Final = 1 << 22
+_PIECE: Final = 1 << 20
 """Values that are worked on at a time."""
 _QUANTIZATION_VERSION: Final = 2
 """Of ggml's block formats, ``general.quantization_version``."""
 _FLOATS: Final = ("F32", "F16", "BF16", "F64")
+_READ: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Progress = Callable[[int, int, str], None]
 """Gets bytes of the source that are done, all of them, and the tensor at hand."""
@@ -150,6 +151,16 @@ def float_rows(
     return decode(tensor.type.name, raw, kernels=kernels)
 
 
+def _values(
+    file: GgufFile, tensor: GgufTensor, first: int, last: int, kernels: KernelRegistry | None
+) -> Tensor:
+    """The same in the dtype that the file has, without a copy, where encoders read it."""
+    dtype = _READ.get(tensor.type.name)
+    if dtype is None:
+        return float_rows(file, tensor, first, last, kernels)
+    return _raw(file, tensor, first, last).view(dtype)
+
+
 def _raw(file: GgufFile, tensor: GgufTensor, first: int, last: int) -> Tensor:
     """Little-endian bytes of rows, uint8 ``[rows, row bytes]``."""
     width = tensor.type.row_bytes(tensor.shape[-1] if tensor.shape else 1)
@@ -190,7 +201,7 @@ def blocks_of(
             if kind == tensor.type.name:
                 yield _raw(file, tensor, first, last)
                 continue
-            values = float_rows(file, tensor, first, last, kernels)
+            values = _values(file, tensor, first, last, kernels)
             share = None if weights is None else weights[expert]
             yield encode(kind, values, share, name=tensor.name, kernels=kernels)
 

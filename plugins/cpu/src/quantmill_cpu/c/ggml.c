@@ -6,6 +6,7 @@
 
 #include "floats.h"
 #include "ggml_rows.h"
+#include "kernels.h"
 #include "pool.h"
 #include "quantize.h"
 
@@ -33,14 +34,47 @@ typedef struct {
     const QmGgmlType *type;
     QmGgmlSource source;
     int lanes;
+    uint32_t largest; /* bits of the largest magnitude so far */
 } Encoding;
+
+/* The bits of the largest magnitude, as those of a float32: they are in the order of the values,
+ * and beyond all of them are infinity and NaN. */
+static uint32_t largest_of(const void *source, int dtype, int64_t first, int64_t count) {
+    if (dtype == QM_F32) {
+        const char *from = (const char *)source + first * 4;
+        int32_t top = 0;
+        for (int64_t i = 0; i < count; i++) {
+            int32_t bits;
+            memcpy(&bits, from + i * 4, 4);
+            bits &= 0x7fffffff;
+            top = bits > top ? bits : top;
+        }
+        return (uint32_t)top;
+    }
+    const char *from = (const char *)source + first * 2;
+    int16_t top = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int16_t bits;
+        memcpy(&bits, from + i * 2, 2);
+        bits &= 0x7fff;
+        top = bits > top ? bits : top;
+    }
+    return dtype == QM_BF16 ? (uint32_t)top << 16 : qm_as_bits(qm_half((uint16_t)top));
+}
 
 static void encode_piece(void *argument, int64_t index, int worker) {
     (void)worker;
     Encoding *e = argument;
-    int64_t last = (index + 1) * PIECE < e->source.blocks ? (index + 1) * PIECE : e->source.blocks;
-    for (int64_t first = index * PIECE; first < last; first += e->lanes)
-        e->type->encode(&e->source, first);
+    const QmGgmlSource *s = &e->source;
+    int64_t first = index * PIECE, last = first + PIECE < s->blocks ? first + PIECE : s->blocks;
+    const int values = e->type->values;
+    uint32_t here = largest_of(s->source, s->dtype, first * values, (last - first) * values);
+    uint32_t there = __atomic_load_n(&e->largest, __ATOMIC_RELAXED);
+    while (here > there && !__atomic_compare_exchange_n(&e->largest, &there, here, 1,
+                                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+    if (here >= QM_INFINITE_BITS) return;
+    for (; first < last; first += e->lanes) e->type->encode(s, first);
 }
 
 /* The mean square of each row, added one by one. */
@@ -56,14 +90,15 @@ static void row_energy(const QmGgmlSource *s, int64_t rows, float *energy) {
 }
 
 QM_API int qm_ggml_encode(int number, const void *values, int dtype, int64_t rows, int64_t columns,
-                          const float *importance, uint8_t *out, int threads) {
+                          const float *importance, uint8_t *out, float *largest, int threads) {
     int lanes;
     const QmGgmlType *type = type_of(number, &lanes);
+    *largest = 0.0f;
     if (!type || !type->encode || columns % type->values) return -1;
     if (rows <= 0 || columns <= 0) return 0;
     Encoding e = {type,
                   {values, dtype, columns, importance, NULL, out, rows * (columns / type->values)},
-                  lanes};
+                  lanes, 0};
     float *energy = NULL;
     if (importance && number <= QM_Q5_1) {
         energy = malloc(sizeof(float) * (size_t)rows);
@@ -73,6 +108,7 @@ QM_API int qm_ggml_encode(int number, const void *values, int dtype, int64_t row
     }
     qm_parallel(encode_piece, &e, (e.source.blocks + PIECE - 1) / PIECE, threads);
     free(energy);
+    *largest = qm_as_float(e.largest);
     return 0;
 }
 

@@ -43,10 +43,11 @@ extern const QmGgmlType qm_ggml_avx2[QM_TYPES], qm_ggml_avx512[QM_TYPES];
 extern const int qm_ggml_lanes_avx2, qm_ggml_lanes_avx512;
 #endif
 
-/* Rows of finite values to blocks. `columns` is a multiple of the type's block. `importance` has
- * `columns` numbers that are not negative, or is NULL. 0, or -1: the type can't be made. */
+/* Rows to blocks. `columns` is a multiple of the type's block. `importance` has `columns` numbers
+ * that are not negative, or is NULL. `largest` gets the largest magnitude of the values; where that
+ * is NaN or infinity, blocks are missing. 0, or -1: the type can't be made. */
 int qm_ggml_encode(int type, const void *values, int dtype, int64_t rows, int64_t columns,
-                   const float *importance, uint8_t *out, int threads);
+                   const float *importance, uint8_t *out, float *largest, int threads);
 
 /* Blocks to float32. `points` is the lattice of an IQ1, IQ2 or IQ3 type: its coordinates point by
  * point; otherwise NULL. 0, or -1: the type is not known. */

@@ -85,12 +85,12 @@ class RowOrder(Move):
         raise NotImplementedError
 
     def read(self, tensor: Tensor) -> Tensor:
-        return tensor[self.order(tensor.shape[0])]
+        return tensor.index_select(0, self.order(tensor.shape[0]))
 
     def write(self, tensor: Tensor) -> Tensor:
         import torch
 
-        return tensor[torch.argsort(self.order(tensor.shape[0]))]
+        return tensor.index_select(0, torch.argsort(self.order(tensor.shape[0])))
 
     def read_rows(self, rows: Tensor) -> Tensor:
         return self.read(rows)
