@@ -207,7 +207,7 @@ QM_INLINE void few_small(const QmJob *job, int64_t panel, const QmWorkspace *w, 
             else few_small(job, panel, w, b, kind, 1); \
             break; \
         } \
-        if (m + 4 <= job->batch) few(job, panel, w, m, b, kind, 4), m += 4; \
+        for (; m + 4 <= job->batch; m += 4) few(job, panel, w, m, b, kind, 4); \
         if (m + 2 <= job->batch) few(job, panel, w, m, b, kind, 2), m += 2; \
         if (m < job->batch) few(job, panel, w, m, b, kind, 1); \
         break; \
@@ -259,47 +259,52 @@ static void qm_decode_units(const QmJob *job, const uint8_t *codes, int64_t unit
     }
 }
 
-QM_INLINE void product(const QmJob *job, const QmStep *step, int64_t m, int half, int rows,
-                       int two) {
-    enum { MOST_ROWS = 8 };
+/* `rows` rows of activations against both panels. */
+QM_INLINE void product(const QmJob *job, const QmStep *step, int64_t m, int rows, int two) {
+    enum { MOST_ROWS = 4 };
     const QmWorkspace *w = step->w;
     const int64_t stride = job->stride, runs = job->groups * job->runs;
     const int8_t *x = (const int8_t *)job->act + m * 2 * stride + step->unit * QM_UNIT;
-    const uint8_t *decoded = (const uint8_t *)w->decoded + half * 128;
-    float *total = w->total + m * QM_PAIR + half * QM_PANEL;
-    Sums sums[MOST_ROWS];
-#pragma GCC unroll 8
+    const uint8_t *decoded = w->decoded;
+    float *total = w->total + m * QM_PAIR;
+    Sums sums[MOST_ROWS][2];
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-        sums[r] = start_of(job->starts + 2 * ((m + r) * runs + step->run));
+        sums[r][0] = sums[r][1] = start_of(job->starts + 2 * ((m + r) * runs + step->run));
     for (int64_t v = 0; v < step->count * 4; v++, decoded += STEP) {
-        Weights weights = {_mm512_loadu_si512(decoded), _mm512_loadu_si512(decoded + 64)};
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++)
-            add_products(&sums[r], weights, x + r * 2 * stride + 4 * v, stride, two);
+        const Weights upper = {_mm512_loadu_si512(decoded), _mm512_loadu_si512(decoded + 64)};
+        const Weights lower = {_mm512_loadu_si512(decoded + 128),
+                               _mm512_loadu_si512(decoded + 192)};
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            add_products(&sums[r][0], upper, x + r * 2 * stride + 4 * v, stride, two);
+            add_products(&sums[r][1], lower, x + r * 2 * stride + 4 * v, stride, two);
+        }
     }
-    const __m512 scale = _mm512_loadu_ps(w->scale + step->group * QM_PAIR + half * QM_PANEL);
-#pragma GCC unroll 8
+    const float *scale = w->scale + step->group * QM_PAIR;
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
-        const float one = job->steps[(m + r) * runs + step->run];
-        const __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(one));
-        float *to = total + r * QM_PAIR;
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(value_of(&sums[r], two), worth, _mm512_loadu_ps(to)));
+        const __m512 one = _mm512_set1_ps(job->steps[(m + r) * runs + step->run]);
+#pragma GCC unroll 2
+        for (int p = 0; p < 2; p++) {
+            const __m512 worth = _mm512_mul_ps(_mm512_loadu_ps(scale + 16 * p), one);
+            float *to = total + r * QM_PAIR + 16 * p;
+            _mm512_storeu_ps(
+                to, _mm512_fmadd_ps(value_of(&sums[r][p], two), worth, _mm512_loadu_ps(to)));
+        }
     }
 }
 
 static void qm_block(const QmJob *job, const QmStep *step) {
-    for (int half = 0; half < 2; half++) {
-        int64_t m = 0;
-        if (job->numbers == QM_TWO_BYTES) {
-            for (; m + 4 <= job->batch; m += 4) product(job, step, m, half, 4, 1);
-            for (; m < job->batch; m++) product(job, step, m, half, 1, 1);
-            continue;
-        }
-        for (; m + 8 <= job->batch; m += 8) product(job, step, m, half, 8, 0);
-        for (; m + 4 <= job->batch; m += 4) product(job, step, m, half, 4, 0);
-        for (; m + 2 <= job->batch; m += 2) product(job, step, m, half, 2, 0);
-        if (m < job->batch) product(job, step, m, half, 1, 0);
+    int64_t m = 0;
+    if (job->numbers == QM_TWO_BYTES) {
+        for (; m + 4 <= job->batch; m += 4) product(job, step, m, 4, 1);
+        for (; m < job->batch; m++) product(job, step, m, 1, 1);
+        return;
     }
+    for (; m + 4 <= job->batch; m += 4) product(job, step, m, 4, 0);
+    if (m + 2 <= job->batch) product(job, step, m, 2, 0), m += 2;
+    if (m < job->batch) product(job, step, m, 1, 0);
 }
 
 /* ---- Activations --------------------------------------------------------------------------------- */
@@ -374,7 +379,8 @@ static int split(int dtype) {
 static void run(const QmJob *job, int64_t pair, char *workspace) {
     QmWorkspace w;
     qm_workspace(job, workspace, &w);
-    if (job->batch > QM_FEW) {
+    /* A panel is still in the cache when its next rows of x come. */
+    if (job->batch > 2 * QM_FEW) {
         qm_run_pair(job, pair, &w, 1);
         return;
     }

@@ -12,8 +12,8 @@
 #define QM_SEGMENT 16 /* most units in a run: what is decoded at a time stays in the first cache */
 #define QM_BATCH 128 /* rows of x worked on together */
 #define QM_FEW 4 /* rows for which decoding into memory doesn't pay */
-#define QM_MANY 64 /* rows beyond which weights are scaled before they are multiplied */
-#define QM_MANY_SMALL 8 /* the same where groups are small: scaling their sums takes long */
+#define QM_MANY 64 /* rows beyond which weights are scaled before they are multiplied, */
+#define QM_MANY_SMALL 8 /* and at least so many where groups are small: scaling sums takes long */
 
 typedef struct {
     int kind, lanes, bits, level, level_kind;
@@ -93,10 +93,12 @@ typedef struct QmJob {
 /* Fill in what the job has of a weight. */
 void qm_weight_of(QmJob *job, const void *weight);
 
-/* Rows beyond which weights are scaled, where there are no tiles. */
+/* Rows beyond which weights are scaled, where there are no tiles: that takes longer for codes of 8
+ * bits, and sums are scaled and shifted for each group. */
 static inline int64_t qm_many(const QmJob *job) {
-    const int small = job->group_units <= (job->numbers == QM_CODE ? 4 : 2);
-    return small ? QM_MANY_SMALL : QM_MANY;
+    const int64_t units = job->group_units, rows = units * (job->bits == 8 ? 8 : 4);
+    if (job->numbers != QM_CODE) return units <= 2 ? QM_MANY_SMALL : QM_MANY;
+    return rows < QM_MANY_SMALL ? QM_MANY_SMALL : rows > QM_MANY / 2 ? QM_MANY / 2 : rows;
 }
 
 /* A way of computing, for one instruction set. */
