@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import quantmill
@@ -98,23 +98,6 @@ def test_quanto(tmp_path: Path, method: str) -> None:
         weight = peer.get_submodule(name).weight
         # In four bits it rounds the product and the sum; ours is rounded once.
         assert near(weight.dequantize(), wanted, 8), name
-
-
-def test_quanto_with_calibrated_activations(source: Path) -> None:
-    quanto = pytest.importorskip("optimum.quanto")
-    out = source.parent / "out"
-    ids = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": ids}, source.parent / "ids.safetensors")
-    options: dict[str, Any] = {"calibration": source.parent / "ids.safetensors", "length": 24}
-    quantmill.quantize(source, out, "quanto-int8-a8", **options)
-    peer = quanto.QuantizedModelForCausalLM.from_pretrained(str(out))
-    model: Any = quantmill.load(out)
-    floats: Any = quantmill.load(source)
-    with torch.inference_mode():
-        theirs, ours, plain = (item(input_ids=ids).logits.float() for item in (peer, model, floats))
-    # Both round the same activations; the rest is arithmetic in 16 bits between them.
-    assert (ours - theirs).norm() < 0.1 * theirs.norm()
-    assert (ours - plain).norm() <= 1.1 * (theirs - plain).norm()
 
 
 @pytest.mark.parametrize(

@@ -1,52 +1,66 @@
 """``QLinear``: the core's linear under the name by which Quanto's users know it.
 
-Where activations are quantized, inputs and outputs are rounded by their stored scales. Codes of
-inputs are exact in 16 bits, so the product is a kernel's, times the scale. Activations are divided
-in their own dtype: scales were calibrated so, and another code is another model.
+Where activations are quantized, inputs and outputs are rounded by their stored scales. One code
+more or less of an output is a whole step, so a product is computed with optimum-quanto's roundings
+(``tests/interop/test_quanto_activations.py``):
+
+========================  ==========================================================================
+int8 inputs and weights   codes times codes, exact, then the product of both scales in their dtype
+an 8-bit float in either  codes of inputs times the weight, dequantized by that product of scales
+fewer bits                both dequantized; groups of 128 in bfloat16 by a kernel, as there
+========================  ==========================================================================
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quantmill.backend import Codec
-from quantmill.forms import Affine, Form, ScaledFloat
-from quantmill.kernels import KernelRegistry
+from quantmill.forms import Affine, Form, Group, ScaledFloat
 from quantmill.linear import FormLinear, FormLinearFactory
 from quantmill_quanto.config import FLOATS
 from quantmill_quanto.forms import joined, parted
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from quantmill.targeting.types import Target
 
 __all__ = ["QLinear", "QLinearFactory"]
+
+Route = Literal["integers", "floats", "kernel"]
 
 
 class QLinear(FormLinear):
     """A linear whose ``state_dict`` is the layout on disk: weight._data, weight._scale, ...."""
 
-    def __init__(
-        self,
-        form: Form,
-        bias: Tensor | None,
-        codec: Codec[Any],
-        kernels: KernelRegistry,
-        dtype: str = "bfloat16",
-    ) -> None:
-        super().__init__(form, bias, codec, kernels, dtype)
-        self.activations: str | None = codec.config.activations
+    @property
+    def activations(self) -> str | None:
+        """The type of rounded inputs and outputs."""
+        kind: str | None = self._codec.config.activations
+        return kind
 
     def _hold(self, form: Form) -> None:
         assert isinstance(form, Affine | ScaledFloat)
         # Kernels know the plain form: the scales wait here.
         plain, self._scales = parted(form)
         self._active = tuple(_or_none(scale) for scale in self._scales)
-        super()._hold(plain)
+        self._factor: Tensor | None = None
+        self._route: Route = "kernel"
+        before = self._active[0]
+        if before is not None:
+            self._route = _route(plain, self.activations)
+        if before is not None and self._route == "integers":
+            scale: Any = plain.scale
+            both = (before * scale).to(torch.float32)
+            wide = scale.to(torch.float32)
+            self._factor = torch.where(wide == 0, 0.0, both / wide).reshape(-1)
+        if self._route == "floats":
+            self.adopt(plain)
+        else:
+            super()._hold(plain)
 
     def whole(self, form: Form) -> Form:
         """The form with the scales of its activations."""
@@ -56,7 +70,8 @@ class QLinear(FormLinear):
     @property
     def live_bytes(self) -> int:
         """Bytes of the weight as it lives here."""
-        return super().live_bytes + sum(s.nbytes for s in self._scales if s is not None)
+        beside = (*self._scales, self._factor)
+        return super().live_bytes + sum(item.nbytes for item in beside if item is not None)
 
     @property
     def weight_only(self) -> bool:
@@ -66,21 +81,49 @@ class QLinear(FormLinear):
         before, after = self._active
         if self.activations is None or (before is None and after is None):
             return super().forward(x)
-        result = x
-        if before is not None:
-            result = _Rounded.apply(x, before, self.activations)
-        result = self.product(result)
-        if before is not None:
-            result = (result.to(torch.float32) * before.to(torch.float32)).to(x.dtype)
+        result = self.product(x) if before is None else self._rounded_product(x, before)
         if self.bias is not None:
             result = result + self.bias.to(x.dtype)
         if after is not None:
             result = _Rounded.apply(result, after, self.activations) * after.to(x.dtype)
         return result
 
+    def _rounded_product(self, x: Tensor, scale: Tensor) -> Tensor:
+        codes = _Rounded.apply(x, scale, self.activations)
+        if self._factor is not None:
+            # Sums of whole numbers are exact in float32 up to 2**24.
+            return (self.product(codes.to(torch.float32)) * self._factor).to(x.dtype)
+        if self._route == "kernel":
+            return self.product((codes * scale.to(x.dtype)).to(torch.float32)).to(x.dtype)
+        form: Any = self.plain()
+        if isinstance(form, Affine) and form.codes.bits < 8:
+            return nn.functional.linear(codes * scale.to(x.dtype), _dequantized(form, x.dtype))
+        weight = replace(form, scale=scale * form.scale).dequantize(x.dtype)
+        return nn.functional.linear(codes, weight)
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self.activations is None else f"{text}, activations={self.activations}"
+
+
+def _route(form: Affine | ScaledFloat, activations: str | None) -> Route:
+    """How a product with rounded inputs is computed."""
+    if not isinstance(form, Affine):
+        return "floats"
+    if form.codes.bits == 8:
+        return "integers" if activations == "int8" else "floats"
+    by_kernel = form.codes.bits == 4 and form.grouping == Group(128)
+    return "kernel" if by_kernel and form.dtype == torch.bfloat16 else "floats"
+
+
+def _dequantized(form: Affine, dtype: torch.dtype) -> Tensor:
+    """A weight of fewer than 8 bits, each step rounded to the dtype of scales."""
+    values: tuple[Any, Any] = form.scale, form.offset
+    scale, offset = (form.grouping.expand(value, form.shape) for value in values)
+    codes = form.codes.unpack()
+    if form.offset_kind == "zero":
+        return ((codes.to(torch.int8) - offset.to(torch.int8)) * scale).to(dtype)
+    return (codes * scale + offset).to(dtype)
 
 
 def _or_none(scale: Tensor | None) -> Tensor | None:
@@ -116,6 +159,22 @@ class QLinearFactory(FormLinearFactory):
         return QLinear(form, bias, self.codec, self.kernels, self.dtype)
 
     def resident_bytes(self, form: Form) -> int:
+        plain, beside, route = self._parts(form)
+        if route == "integers":
+            beside += 4 * plain.shape[0]
+        return (plain.nbytes if route == "floats" else super().resident_bytes(plain)) + beside
+
+    def forward_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        plain, _, route = self._parts(form)
+        if route == "floats":
+            return prod(plain.shape) * dtype.itemsize
+        return super().forward_bytes(plain, dtype)
+
+    def _parts(self, form: Form) -> tuple[Affine | ScaledFloat, int, Route]:
+        """The plain form, the bytes of the scales of activations, how they are computed with."""
         assert isinstance(form, Affine | ScaledFloat)
         plain, scales = parted(form)
-        return super().resident_bytes(plain) + sum(s.nbytes for s in scales if s is not None)
+        active = self.codec.config.activations
+        rounds = active is not None and _or_none(scales[0]) is not None
+        held = sum(scale.nbytes for scale in scales if scale is not None)
+        return plain, held, _route(plain, active) if rounds else "kernel"
