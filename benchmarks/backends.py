@@ -4,10 +4,11 @@
     python benchmarks/backends.py load WORK [--only NAME ...] [--peer] [--rounds 1] [--json]
 
 ``kl``: the same model (``models/novella``) and the same config; each library quantizes every linear
-of the blocks itself, and both results are judged as float weights: only quantization counts,
-mean KL per token to the float model over held-out windows. ``load``: a fabricated Llama of 1.1B
-parameters, quantized while loading; seconds and peak memory after the imports, each run in a
-process of its own, beside transformers where it can (HQQ: its own library).
+of the blocks itself (``quantizers.py``), and both results are judged as float weights: mean KL per
+token to the float model over held-out windows. Where activations are rounded, both round them.
+``load``: a fabricated Llama of 1.1B parameters, quantized while loading; seconds and peak memory
+after the imports, each run in a process of its own, beside transformers where it can (HQQ: its own
+library).
 """
 
 from __future__ import annotations
@@ -17,173 +18,28 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from calibrated import MODEL, compared, divergences, log_probabilities, windows
 from fabricate import fabricate
-from torch import Tensor, nn
+from quantizers import CASES, Case
+from torch import nn
 
 import quantmill
 
-Quantizer = Callable[[Tensor], Tensor]
-"""A library's own rounding: a weight ``[out, in]`` to the float weight that it stands for."""
 
-
-def torchao(name: str, **fields: Any) -> Quantizer:
-    def run(weight: Tensor) -> Tensor:
-        import torchao.quantization as ao
-        from torchao.core.config import config_from_dict
-
-        from quantmill_torchao.recipes import described
-
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-        layer.weight.data = weight.clone()
-        ao.quantize_(layer, config_from_dict(described(name, fields)))
-        made: Any = layer.weight
-        result: Tensor = made.dequantize()
-        return result
-
-    return run
-
-
-def hqq(bits: int, axis: int = 1) -> Quantizer:
-    def run(weight: Tensor) -> Tensor:
-        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-        layer.weight.data = weight.clone()
-        config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
-        made = HQQLinear(layer, config, compute_dtype=torch.bfloat16, device="cpu")
-        result: Tensor = made.dequantize()
-        return result.reshape(weight.shape)
-
-    return run
-
-
-def quanto(name: str) -> Quantizer:
-    def run(weight: Tensor) -> Tensor:
-        from optimum import quanto as library
-
-        model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
-        model[0].weight = nn.Parameter(weight.clone())
-        library.quantize(model, weights=getattr(library, name))
-        library.freeze(model)
-        made: Any = model[0].weight
-        result: Tensor = made.dequantize()
-        return result
-
-    return run
-
-
-def compressed(**fields: Any) -> Quantizer:
-    def run(weight: Tensor) -> Tensor:
-        from compressed_tensors.quantization import QuantizationArgs
-        from compressed_tensors.quantization.lifecycle.forward import fake_quantize
-        from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-
-        args = QuantizationArgs(**fields)
-        rows, columns = weight.shape
-        tall, wide = args.block_structure or (1, args.group_size or columns)
-        tiles = weight.reshape(rows // tall, tall, columns // wide, wide)
-        low, high = tiles.amin(dim=(1, 3)), tiles.amax(dim=(1, 3))
-        whole = generate_gparam(low.min(), high.max()) if args.strategy == "tensor_group" else None
-        scale, zero = calculate_qparams(low, high, args, global_scale=whole)
-        result: Tensor = fake_quantize(weight, scale, zero, args, global_scale=whole)
-        return result
-
-    return run
-
-
-def fp8_blocks(scales: str) -> Quantizer:
-    def run(weight: Tensor) -> Tensor:
-        from transformers import FineGrainedFP8Config
-        from transformers.integrations.finegrained_fp8 import Fp8Quantize
-
-        config = FineGrainedFP8Config(weight_block_size=(64, 64), scale_fmt=scales)
-        made: Any = Fp8Quantize(SimpleNamespace(quantization_config=config))
-        found = made.convert({"a.weight": weight})
-        scale = found["a.weight_scale_inv"].float()
-        wide = scale.repeat_interleave(64, 0).repeat_interleave(64, 1)
-        result: Tensor = found["a.weight"].float() * wide
-        return result
-
-    return run
-
-
-_FP4 = {"num_bits": 4, "type": "float"}
-CASES: dict[str, tuple[str, Quantizer]] = {
-    "fp8 blocks 64x64": ("fp8-block:weight_block_size=[64,64]", fp8_blocks("float")),
-    "fp8 blocks 64x64 ue8m0": ("fp8-block-ue8m0:weight_block_size=[64,64]", fp8_blocks("ue8m0")),
-    "fp8 rows": ("fp8-row", compressed(num_bits=8, type="float", strategy="channel")),
-    "torchao int8": ("torchao-int8wo", torchao("Int8WeightOnlyConfig")),
-    "torchao float8": ("torchao-float8wo", torchao("Float8WeightOnlyConfig")),
-    "torchao intx 4-bit g64": (
-        "torchao-intx4wo:granularity=PerGroup(64)",
-        torchao("IntxWeightOnlyConfig", weight_dtype="int4", granularity="PerGroup(64)"),
-    ),
-    "torchao intx 4-bit g64 asym": (
-        "torchao-intx4wo:granularity=PerGroup(64),mapping_type=ASYMMETRIC",
-        torchao(
-            "IntxWeightOnlyConfig",
-            weight_dtype="int4",
-            granularity="PerGroup(64)",
-            mapping_type="ASYMMETRIC",
-        ),
-    ),
-    "hqq 8-bit": ("hqq-8", hqq(8)),
-    "hqq 4-bit": ("hqq-4", hqq(4)),
-    "hqq 4-bit axis 0": ("hqq-4:axis=0", hqq(4, 0)),
-    "hqq 3-bit": ("hqq-3", hqq(3)),
-    "hqq 2-bit": ("hqq-2", hqq(2)),
-    "quanto int8": ("quanto-int8", quanto("qint8")),
-    "quanto float8": ("quanto-float8", quanto("qfloat8_e4m3fn")),
-    "quanto int4": ("quanto-int4", quanto("qint4")),
-    "quanto int2": ("quanto-int2", quanto("qint2")),
-    "ct int8": ("ct-int8", compressed(num_bits=8, strategy="channel")),
-    "ct int4 g64": (
-        "ct-int4:group_size=64",
-        compressed(num_bits=4, strategy="group", group_size=64),
-    ),
-    "ct int4 g64 asym": (
-        "ct-int4-asym:group_size=64",
-        compressed(num_bits=4, strategy="group", group_size=64, symmetric=False),
-    ),
-    "ct fp8": ("ct-fp8", compressed(num_bits=8, type="float", strategy="channel")),
-    "ct fp8 blocks 64x64": (
-        "ct-fp8:strategy=block,block_structure=[64,64]",
-        compressed(num_bits=8, type="float", strategy="block", block_structure=[64, 64]),
-    ),
-    "ct nvfp4": (
-        "ct-nvfp4",
-        compressed(
-            **_FP4,
-            strategy="tensor_group",
-            group_size=16,
-            scale_dtype=torch.float8_e4m3fn,
-            zp_dtype=torch.float8_e4m3fn,
-        ),
-    ),
-    "ct mxfp4": (
-        "ct-mxfp4",
-        compressed(
-            **_FP4, strategy="group", group_size=32, scale_dtype=torch.uint8, zp_dtype=torch.uint8
-        ),
-    ),
-}
-"""Name to our METHOD and the library's own."""
-
-
-def peer_model(run: Quantizer) -> Any:
-    """The model with the library's weights."""
+def peer_model(case: Case) -> Any:
+    """The model with the library's weights, and its rounding of inputs where that is asked for."""
     model: Any = quantmill.load(MODEL)
+    rounding = case.inputs
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and ".layers." in f".{name}":
             with torch.no_grad():
-                module.weight = nn.Parameter(run(module.weight.detach()).to(torch.bfloat16))
+                module.weight = nn.Parameter(case.weight(module.weight.detach()).to(torch.bfloat16))
+            if rounding is not None:
+                module.register_forward_pre_hook(lambda _, args: (rounding(args[0]),))
     return model
 
 
@@ -194,11 +50,12 @@ def table(options: argparse.Namespace) -> list[dict[str, Any]]:
     reference = [log_probabilities(model, row.unsqueeze(0))[0] for row in held]
     results = []
     for name in options.only or CASES:
-        method, run = CASES[name]
-        ours = divergences(quantmill.load(MODEL, method, dequantize=True), held, reference)
-        row: dict[str, Any] = {"case": name, "method": method, "kl": ours.mean().item()}
+        case = CASES[name]
+        mine: Any = quantmill.load(MODEL, case.method, dequantize=case.inputs is None)
+        ours = divergences(mine, held, reference)
+        row: dict[str, Any] = {"case": name, "method": case.method, "kl": ours.mean().item()}
         try:
-            theirs = divergences(peer_model(run), held, reference)
+            theirs = divergences(peer_model(case), held, reference)
         except (ImportError, NotImplementedError, RuntimeError) as error:
             row["peer"] = f"{type(error).__name__}: {str(error)[:80]}"
         else:
