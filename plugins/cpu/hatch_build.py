@@ -99,7 +99,8 @@ def compile_library(
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     flags = list(FLAGS)
     sources: list[tuple[str, str, list[str]]] = [  # object, file, its flags
-        (name, name, []) for name in ("quantize", "panels", "pool", "operator", "ggml")
+        (name, name, [])
+        for name in ("quantize", "panels", "pool", "operator", "ggml", "moments", "columns")
     ]
     x86 = sysconfig.get_platform().endswith("x86_64")
     newer, macros = _newer(compiler) if x86 and only is None else ({}, [])
@@ -108,12 +109,15 @@ def compile_library(
         name = [f"-DQM_LEVEL={level}"]
         sources += [
             (f"kernels_{level}", "kernels", [*LEVELS[level], *name]),
+            (f"columns_{level}", "columns_tile", [*LEVELS[level], *name]),
             (f"ggml_{level}", "ggml_types", [*LEVELS[level], *name]),
             (f"rows_{level}", "ggml_rows", [*MATMUL_LEVELS[level], *MATMUL, *name]),
             (f"fp32_{level}", "matmul_fp32", [*MATMUL_LEVELS[level], *MATMUL, *name]),
         ]
     sources += [(name, name, MATMUL) for name in ("matmul", "matmul_weight")]
     sources += [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
+    if "matmul_bf16" in newer:
+        sources.append(("moments_bf16", "moments_bf16", newer["matmul_bf16"]))
     with tempfile.TemporaryDirectory() as scratch:
         jobs, objects = [], []
         for made, file, extra in sources:

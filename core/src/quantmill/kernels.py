@@ -30,6 +30,24 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
     ``rows`` of the result, those beyond the tokens are zeros. Returns the codes ``[rows, in]`` and
     float32 scales ``[rows, ceil(in / size)]``, of which the rows are neighbours in memory. The
     scale is the largest magnitude over the codes' largest number, and 1e-12 over it at least.
+``moments`` of the form ``tensor``
+    ``fn(x, *, out)``: add ``x.T @ x`` of ``x [tokens, columns]`` to float32 ``out [columns,
+    columns]``, on and above its diagonal; what is below it has no meaning.
+``compensate`` for ``affine``: round a panel of at most 128 columns one after the other
+    ``fn(panel, local, groups, spans, scales, zeros, codes, *, top, symmetric, exponent)``: columns
+    are rows of memory. ``panel`` float32 ``[n, out]`` holds the weight, then each column's error
+    over its diagonal entry of ``local [n, n]``, the upper triangular factor of the inverse
+    moments; errors go on to the columns after it, times ``local``. ``groups`` says which row of
+    ``scales`` and ``zeros`` (float32 ``[groups, out]``) a column takes; where ``spans`` is not 0,
+    that many columns from there on, as they are by then, choose theirs: the range of least
+    ``sum |error| ** exponent`` of 24 from the full one down by 3%, with 0 the full one. ``codes``
+    uint8 ``[n, out]`` from 0 to ``top`` are written.
+``descend`` for ``affine``: choose codes again, each for the others as they are
+    ``fn(panel, local, groups, spans, scales, zeros, steps, *, top)``: ``panel`` float32 ``[n, out]``
+    holds moments times what the rounded weight lacks, and then what was added to each weight;
+    ``local`` is the panel's square of the moments, ``steps`` float32 ``[n, out]`` are codes minus
+    zero points, changed in place. Where ``spans`` is not 0 that many columns end a group, whose
+    scale is chosen again for its codes (among those of float16, and above half of what it is).
 ``dequantize``
     ``fn(form, dtype)``, result ``[*form.shape]``.
 """

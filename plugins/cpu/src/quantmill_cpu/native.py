@@ -73,6 +73,12 @@ def library() -> ctypes.CDLL:
             small,
             [small, pointer, size, size, pointer, pointer, size, pointer, pointer, small],
         ),
+        "qm_moments": (small, [pointer, size, size, pointer, small]),
+        "qm_compensate": (
+            small,
+            [size, size, small, small, ctypes.c_float, *[pointer] * 7, small],
+        ),
+        "qm_descend": (small, [size, size, small, *[pointer] * 7, small]),
         "qm_read": (size, [pointer, size, small]),
         "qm_matmul_levels": (text, []),
         "qm_matmul_level": (text, []),

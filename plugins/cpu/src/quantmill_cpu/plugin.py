@@ -122,6 +122,27 @@ def quantmill_kernels() -> Sequence[Kernel]:
             cost=0.02,
             available=_AVAILABLE,
         ),
+        Kernel(
+            name="cpu-moments",
+            operation="moments",
+            form="tensor",
+            implementation="quantmill_cpu.calibrate:moments",
+            dtypes=("bfloat16",),
+            cost=0.4,
+            available="quantmill_cpu.calibrate:no_moments",
+        ),
+        *(
+            Kernel(
+                name=f"cpu-{operation}",
+                operation=operation,
+                form="affine",
+                implementation=f"quantmill_cpu.calibrate:{operation}",
+                dtypes=("float32",),
+                cost=0.1,
+                available=_AVAILABLE,
+            )
+            for operation in ("compensate", "descend")
+        ),
         _blocks("cpu-matmul-ggml", tuple(TYPES), "float32"),
         _blocks("cpu-matmul-ggml-half", _WITHOUT_FORM, "bfloat16", "float16"),
         *_matmuls(

@@ -1,0 +1,140 @@
+"""What calibration computes, as kernels of the registry; signatures in :mod:`quantmill.kernels`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantmill_cpu.buffers import address
+from quantmill_cpu.native import library, matmul_level, unavailable
+
+__all__ = ["compensate", "descend", "moments", "no_moments"]
+
+_DOTS = ("avx512bf16", "amx")
+
+
+def no_moments() -> str | None:
+    """Why :func:`moments` can't be used on this machine, or None."""
+    reason = unavailable()
+    if reason is None and matmul_level() not in _DOTS:
+        reason = "the processor has no dot products of bfloat16, or they are not to be used"
+    return reason
+
+
+def moments(x: Tensor, *, out: Tensor) -> None:
+    """Add ``x.T @ x`` of bfloat16 ``x [tokens, columns]`` to float32 ``out [columns, columns]``, on
+    and above its diagonal; what is below it has no meaning.
+
+    Raises:
+        ValueError: a tensor is of the wrong dtype, device, size or layout.
+        MemoryError: there is none for a copy of a thousand tokens.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x must be [tokens, columns], not {list(x.shape)}")
+    tokens, columns = x.shape
+    failed = library().qm_moments(
+        address(x, torch.bfloat16, tokens * columns, "x"),
+        tokens,
+        columns,
+        address(out, torch.float32, columns * columns, "out"),
+        torch.get_num_threads(),
+    )
+    if failed == -1:
+        raise MemoryError(f"no memory for {columns} columns")
+    if failed:
+        raise ValueError(no_moments())
+
+
+def compensate(
+    panel: Tensor,
+    local: Tensor,
+    groups: Sequence[int],
+    spans: Sequence[int],
+    scales: Tensor,
+    zeros: Tensor,
+    codes: Tensor,
+    *,
+    top: int,
+    symmetric: bool,
+    exponent: float,
+) -> None:
+    """Round a panel of at most 128 columns; see :mod:`quantmill.kernels`.
+
+    Raises:
+        ValueError: a tensor is of the wrong dtype, device, size or layout, or the panel too wide.
+    """
+    count, rows = _checked(panel, groups, spans, scales)
+    failed = library().qm_compensate(
+        count,
+        rows,
+        top,
+        symmetric,
+        exponent,
+        _numbers(groups),
+        _numbers(spans),
+        address(scales, torch.float32, scales.numel(), "scales"),
+        address(zeros, torch.float32, scales.numel(), "zeros"),
+        address(local, torch.float32, count * count, "local"),
+        address(panel, torch.float32, count * rows, "panel"),
+        address(codes, torch.uint8, count * rows, "codes"),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise ValueError(f"a panel has at most 128 columns, not {count}")
+
+
+def descend(
+    panel: Tensor,
+    local: Tensor,
+    groups: Sequence[int],
+    spans: Sequence[int],
+    scales: Tensor,
+    zeros: Tensor,
+    steps: Tensor,
+    *,
+    top: int,
+) -> None:
+    """Choose the codes of a panel of at most 128 columns again; see :mod:`quantmill.kernels`.
+
+    Raises:
+        ValueError: a tensor is of the wrong dtype, device, size or layout, or the panel too wide.
+    """
+    count, rows = _checked(panel, groups, spans, scales)
+    failed = library().qm_descend(
+        count,
+        rows,
+        top,
+        _numbers(groups),
+        _numbers(spans),
+        address(scales, torch.float32, scales.numel(), "scales"),
+        address(zeros, torch.float32, scales.numel(), "zeros"),
+        address(local, torch.float32, count * count, "local"),
+        address(panel, torch.float32, count * rows, "panel"),
+        address(steps, torch.float32, count * rows, "steps"),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise ValueError(f"a panel has at most 128 columns, not {count}")
+
+
+def _checked(
+    panel: Tensor, groups: Sequence[int], spans: Sequence[int], scales: Tensor
+) -> tuple[int, int]:
+    """Columns and rows; the library reads groups and spans without looking."""
+    if panel.ndim != 2 or scales.ndim != 2 or scales.shape[1] != panel.shape[1]:
+        raise ValueError("panel must be [columns, rows], scales and zeros [groups, rows]")
+    count, rows = panel.shape
+    if len(groups) != count or len(spans) != count:
+        raise ValueError(f"groups and spans must have {count} numbers, one per column")
+    if count and not 0 <= min(groups) <= max(groups) < scales.shape[0]:
+        raise ValueError(f"groups must be 0 to {scales.shape[0] - 1}")
+    if count and not 0 <= min(spans) <= max(spans) <= count:
+        raise ValueError(f"spans must be 0 to {count}")
+    return count, rows
+
+
+def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(values))(*values)
