@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from quantmill.host import default_host
 from quantmill.kernels import KernelRegistry
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.solver import Problem, gptq
@@ -42,3 +43,29 @@ def test_the_error_falls_with_every_pass(options: dict[str, object]) -> None:
     assert errors[0] > 1.001 * errors[1] > errors[2]
     if config.static_groups:
         assert torch.equal(scales[0], scales[2])
+
+
+@pytest.mark.parametrize(
+    ("width", "options"),
+    [
+        (128, {"bits": 4}),
+        (40, {"bits": 2, "sym": False}),
+        (320, {"bits": 3, "refinements": 2}),
+        (64, {"bits": 4, "desc_act": True, "static_groups": True}),
+    ],
+)
+def test_kernels_give_what_the_reference_gives(width: int, options: dict[str, object]) -> None:
+    kernels = KernelRegistry.of(default_host())
+    if kernels.choose("descend", "affine", {}, device="cpu", dtype="float32") is None:
+        pytest.skip("there is no kernel")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 320, generator=generator)
+    inputs = torch.randn(500, 320, generator=generator) @ torch.randn(320, 320, generator=generator)
+    config = GptqConfig.from_user({"group_size": width, **options})
+    problem = Problem(inputs.t() @ inputs / len(inputs), config, width, "layer.weight")
+    (form, loss), (exact, wanted) = (
+        gptq(weight, problem, config, registry) for registry in (kernels, KernelRegistry([]))
+    )
+    # Sums over columns differ in their order, and a tie may fall to the other side.
+    differing = (form.dequantize() != exact.dequantize()).float().mean()
+    assert differing < 0.02 and abs(loss - wanted) < 0.01 * wanted

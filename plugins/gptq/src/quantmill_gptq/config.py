@@ -189,6 +189,12 @@ class GptqConfig(MethodConfig):
         """The largest code."""
         return int(2**self.bits - 1)
 
+    @property
+    def grid(self) -> tuple[int, bool, float]:
+        """The largest code, whether zero is the middle one, and the exponent that ranges are
+        chosen by."""
+        return self.maximum, self.sym, self.mse
+
     def summary(self) -> str:
         size = "per row" if self.group_size == -1 else f"groups of {self.group_size}"
         kind = "symmetric" if self.sym else "asymmetric"

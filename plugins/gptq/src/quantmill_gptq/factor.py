@@ -17,8 +17,9 @@ _LEAF = 256
 
 def inverse_factor(
     hessian: Tensor, damp: float, increment: float, name: str
-) -> tuple[Tensor, float]:
-    """The upper Cholesky factor ``U`` of the inverse, ``inv(H) = U.T @ U``, and the damping used.
+) -> tuple[Tensor, Tensor, float]:
+    """The upper Cholesky factor ``U`` of the inverse, ``inv(H) = U.T @ U``, its inverse ``V``, of
+    which ``H = V @ V.T``, and the damping used.
 
     Columns of zero energy must have a one on the diagonal already. The damping grows until the
     damped Hessian is positive definite.
@@ -35,9 +36,10 @@ def inverse_factor(
         damped.diagonal().add_(damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
-            upper = _inverted(lower.flip(0, 1))
+            root = lower.flip(0, 1)
+            upper = _inverted(root)
             if bool(torch.isfinite(upper).all()):
-                return upper.to(torch.float32), damp
+                return upper.to(torch.float32), root.to(torch.float32), damp
         damp += max(increment, 0.01)
     raise QuantmillError(
         SINGULAR(

@@ -25,22 +25,27 @@ class Grid:
     zero: Tensor
 
 
-def fit(values: Tensor, config: GptqConfig) -> tuple[Tensor, Tensor]:
+def fit(values: Tensor, top: int, symmetric: bool, exponent: float) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each row of ``values`` ``[out, n]``, float32 ``[out]`` each.
 
-    With ``mse`` the range is shrunk, row by row, to the one of least ``sum |error| ** mse``.
+    Args:
+        values: float32.
+        top: the largest code.
+        symmetric: the zero point is the middle code.
+        exponent: the range is shrunk, row by row, to the one of least ``sum |error| ** exponent``;
+            with 0 it is the full one.
     """
     low = values.amin(dim=1).clamp(max=0)
     high = values.amax(dim=1).clamp(min=0)
-    best = _scale(low, high, config)
-    if config.mse == 0:
+    best = _scale(low, high, top, symmetric)
+    if exponent == 0:
         return best
     scale, zero = best
-    least = _error(values, scale, zero, config)
+    least = _error(values, scale, zero, top, exponent)
     for step in range(1, _SHRINKS):
         share = 1 - step * (1 - _LEAST) / _SHRINKS
-        tried, middle = _scale(low * share, high * share, config)
-        error = _error(values, tried, middle, config)
+        tried, middle = _scale(low * share, high * share, top, symmetric)
+        error = _error(values, tried, middle, top, exponent)
         better = error < least
         least = torch.where(better, error, least)
         scale = torch.where(better, tried, scale)
@@ -53,34 +58,29 @@ def stored(scale: Tensor) -> Tensor:
     return scale.to(torch.float16).to(torch.float32).clamp(min=2.0**-24)
 
 
-def _scale(low: Tensor, high: Tensor, config: GptqConfig) -> tuple[Tensor, Tensor]:
-    top = float(config.maximum)
-    if config.sym:
-        # The middle code is zero; the range reaches as far down as up.
-        half = torch.maximum(high, -low)
-        scale = 2 * half / top
-    else:
-        scale = (high - low) / top
+def _scale(low: Tensor, high: Tensor, top: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    # With the middle code for zero the range reaches as far down as up.
+    scale = 2 * torch.maximum(high, -low) / top if symmetric else (high - low) / top
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # Codes are chosen for the scale that is stored.
     scale = stored(scale)
-    if config.sym:
-        return scale, torch.full_like(scale, (config.maximum + 1) / 2)
+    if symmetric:
+        return scale, torch.full_like(scale, (top + 1) / 2)
     return scale, torch.round(-low / scale).clamp(0, top)
 
 
-def _error(values: Tensor, scale: Tensor, zero: Tensor, config: GptqConfig) -> Tensor:
+def _error(values: Tensor, scale: Tensor, zero: Tensor, top: int, exponent: float) -> Tensor:
     wide, middle = scale.unsqueeze(1), zero.unsqueeze(1)
-    error = (values / wide).add_(middle).round_().clamp_(0, config.maximum)
+    error = (values / wide).add_(middle).round_().clamp_(0, top)
     error.sub_(middle).mul_(wide).sub_(values)
-    if config.mse == 2.0:
+    if exponent == 2.0:
         return error.square_().sum(dim=1)
-    return error.abs_().pow_(config.mse).sum(dim=1)
+    return error.abs_().pow_(exponent).sum(dim=1)
 
 
 def grid_of(weight: Tensor, width: int, config: GptqConfig) -> Grid:
     """The grid of consecutive groups of ``width`` columns of a float32 ``[out, in]``."""
-    pairs = [fit(part, config) for part in weight.split(width, dim=1)]
+    pairs = [fit(part, *config.grid) for part in weight.split(width, dim=1)]
     return Grid(
         torch.stack([scale for scale, _ in pairs], dim=1),
         torch.stack([zero for _, zero in pairs], dim=1),

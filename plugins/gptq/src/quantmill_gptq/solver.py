@@ -2,8 +2,8 @@
 
 A weight ``W [out, in]`` is rounded column by column; the error of a column is spread over the
 columns not yet rounded, so that the output on the calibration inputs changes least. Columns are
-worked in panels of 128 with lazy updates of the rest: within a panel vectors, between panels one
-matrix product.
+worked in panels of up to 128 with lazy updates of the rest: within a panel vectors, between panels
+one matrix product.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from torch import Tensor
 from quantmill.calibration.loss import relative_loss
 from quantmill.forms import Affine
 from quantmill.kernels import KernelRegistry
+from quantmill_gptq.columns import compensate, panels_of, preferred
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.factor import inverse_factor
-from quantmill_gptq.refine import refined
+from quantmill_gptq.refine import refine, slope_of
 from quantmill_gptq.rounding import Grid, fit, grid_of, make_form
 
 __all__ = ["Problem", "gptq"]
-
-_PANEL = 128
 
 
 class Problem:
@@ -55,9 +54,10 @@ class Problem:
             self.index = group if fixed or self.back is None else self.owner[self.back]
         self.hessian = moments
         """Float32 ``[in, in]`` in that order, a one where a column is dead."""
-        self.factor, self.damping = inverse_factor(
+        self.factor, self.root, self.damping = inverse_factor(
             moments, config.damp_percent, config.damp_auto_increment, name
         )
+        self.panels = panels_of(self.owner.tolist(), not config.static_groups)
 
     @staticmethod
     def key(config: GptqConfig, width: int) -> tuple[object, ...]:
@@ -80,15 +80,33 @@ def gptq(
     work = weight.to(torch.float32, copy=True)
     work[:, problem.dead] = 0.0
     static = grid_of(work, width, config) if config.static_groups else None
-    if problem.order is not None:
-        work = work[:, problem.order]
-    codes, grid = _sweep(work, problem.factor, problem.owner, static, width, config)
+    # Columns are rows here: what a step touches lies together.
+    turned = work.t() if problem.order is None else work.t()[problem.order]
+    turned = turned.contiguous()
+    codes, scales, zeros = _sweep(turned, problem, static, config, kernels)
     if config.refinements:
-        codes, grid = refined(
-            work, codes, grid, problem.hessian, problem.damping, problem.owner, config
-        )
+        owner = problem.owner
+        steps = codes.to(torch.float32).sub_(zeros[owner])
+        slope = slope_of(turned, problem.root, problem.panels)
+        for number in range(config.refinements):
+            if number:
+                slope = _slope(work, steps, scales, problem)
+            refine(
+                steps,
+                scales,
+                zeros,
+                slope,
+                problem.hessian,
+                problem.damping,
+                problem.panels,
+                config.maximum,
+                kernels,
+            )
+        codes = steps.add_(zeros[owner]).to(torch.uint8)
     if problem.back is not None:
-        codes = codes[:, problem.back]
+        codes = codes[problem.back]
+    codes = codes.t().contiguous()
+    grid = Grid(scales.t().contiguous(), zeros.t().contiguous())
     index = None if problem.index is None else problem.index.to(torch.int32)
     form = make_form(codes, grid, width, config, weight.dtype, index)
     return form, relative_loss(weight, form, problem.square)
@@ -112,72 +130,52 @@ def _order(moments: Tensor, width: int, config: GptqConfig) -> Tensor | None:
 
 
 def _sweep(
-    work: Tensor,
-    factor: Tensor,
-    owner: Tensor,
-    static: Grid | None,
-    width: int,
-    config: GptqConfig,
-) -> tuple[Tensor, Grid]:
-    """Round all columns in order; ``owner`` is the group of each. Codes uint8 ``[out, in]``."""
-    rows, columns = work.shape
-    top = float(config.maximum)
-    groups = -(-columns // width)
-    scales = torch.ones(groups, rows, device=work.device)
-    zeros = torch.zeros(groups, rows, device=work.device)
-    if static is not None:
-        scales, zeros = static.scale.t().contiguous(), static.zero.t().contiguous()
-    # Columns are rows here: what a step touches lies together.
-    turned = work.t().contiguous()
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=work.device)
-    owners: list[int] = owner.tolist()
-    seen: set[int] = set()
-    members: dict[int, list[int]] = {}
-    for position, number in enumerate(owners):
-        members.setdefault(number, []).append(position)
-    for start in range(0, columns, _PANEL):
-        stop = min(columns, start + _PANEL)
-        panel = turned[start:stop].clone()
-        errors = torch.empty_like(panel)
-        local = factor[start:stop, start:stop]
-        for step in range(stop - start):
-            number = owners[start + step]
-            if static is None and number not in seen:
-                seen.add(number)
-                current = _current(turned, panel, errors, factor, members[number], start, step)
-                scale, zero = fit(current, config)
-                scales[number], zeros[number] = scale, zero
-            scale, zero = scales[number], zeros[number]
-            column = panel[step]
-            code = torch.round(column / scale).add_(zero).clamp_(0, top)
-            codes[start + step] = code
-            error = (column - (code - zero) * scale) / local[step, step]
-            errors[step] = error
-            if step + 1 < stop - start:
-                panel[step + 1 :].addr_(local[step, step + 1 :], error, alpha=-1.0)
-        if stop < columns:
-            turned[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1.0)
-    return codes.t().contiguous(), Grid(scales.t().contiguous(), zeros.t().contiguous())
-
-
-def _current(
     turned: Tensor,
-    panel: Tensor,
-    errors: Tensor,
-    factor: Tensor,
-    members: list[int],
-    start: int,
-    step: int,
-) -> Tensor:
-    """A group's columns as they are at this step, ``[out, n]``, lazy updates applied."""
-    size = panel.shape[0]
-    inside = [m - start for m in members if start <= m < start + size]
-    beyond = [m for m in members if m >= start + size]
-    parts = [panel[inside]]
-    if beyond:
-        later = turned[beyond]
-        if step:
-            index = torch.tensor(beyond, device=turned.device)
-            later = later - factor[start : start + step][:, index].t() @ errors[:step]
-        parts.append(later)
-    return torch.cat(parts).t()
+    problem: Problem,
+    static: Grid | None,
+    config: GptqConfig,
+    kernels: KernelRegistry,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round all columns in order: codes uint8 ``[in, out]``, scales and zero points ``[groups,
+    out]``. ``turned``, the weight ``[in, out]``, becomes each column's error over its diagonal
+    entry of the factor."""
+    columns, rows = turned.shape
+    groups = -(-columns // problem.width)
+    if static is None:
+        scales = torch.ones(groups, rows, device=turned.device)
+        zeros = torch.zeros(groups, rows, device=turned.device)
+    else:
+        scales, zeros = static.scale.t().contiguous(), static.zero.t().contiguous()
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=turned.device)
+    top, symmetric, exponent = config.grid
+    rounded = preferred("compensate", compensate, kernels, turned.device)
+    for panel in problem.panels:
+        start, stop = panel.start, panel.stop
+        if panel.wide is not None and panel.wide[0] == start:
+            number, values = panel.groups[0], turned[start : panel.wide[1]].t()
+            scales[number], zeros[number] = fit(values, top, symmetric, exponent)
+        rounded(
+            turned[start:stop],
+            problem.factor[start:stop, start:stop].contiguous(),
+            panel.groups,
+            panel.begins,
+            scales,
+            zeros,
+            codes[start:stop],
+            top=top,
+            symmetric=symmetric,
+            exponent=exponent,
+        )
+        if stop < columns:
+            later = problem.factor[start:stop, stop:].t()
+            turned[stop:].addmm_(later, turned[start:stop], alpha=-1.0)
+    return codes, scales, zeros
+
+
+def _slope(work: Tensor, steps: Tensor, scales: Tensor, problem: Problem) -> Tensor:
+    """Damped moments times what the rounded weight lacks, ``[in, out]``."""
+    missing = work.t() if problem.order is None else work.t()[problem.order]
+    missing = missing - steps * scales[problem.owner]
+    slope = problem.hessian @ missing
+    extra = float(problem.damping * problem.hessian.diagonal().mean())
+    return slope.add_(missing, alpha=extra)
