@@ -186,7 +186,9 @@ def test_8_bit_activations_compute_what_torchao_computes(kind: str) -> None:
     theirs = nn.functional.linear(x, to_tensor(form))
     with torch.inference_mode():
         ours = module(x)
-    assert (ours.float() - theirs.float()).norm() < 0.01 * theirs.float().norm()
+    # Its intx weight is rounded to 16 bits, ours is not; the codes of inputs are the same.
+    bound = 0.005 if kind == "intx-dynamic" else 1e-4
+    assert (ours.float() - theirs.float()).norm() < bound * theirs.float().norm()
     plain = nn.functional.linear(x.float(), form.dequantize(torch.float32))
     assert not torch.equal(ours.float(), plain)
 
@@ -203,7 +205,7 @@ def test_8_bit_activations_compute_what_torchao_computes(kind: str) -> None:
 )
 def test_rounded_inputs_are_near(inputs: Inputs) -> None:
     x = random(4, 64) * 0.1
-    codes, scale = rounded_inputs(x, inputs)
+    codes, scale, _ = rounded_inputs(x, inputs)
     off = ((codes.float() * scale) - x.float()).norm() / x.float().norm()
     assert 0 < off < (0.03 if inputs.kind == "float8" else 0.015)
 

@@ -2,7 +2,8 @@
 
 Rounded inputs are integers or 8-bit floats times a scale per row or for all. Both are exact in the
 16-bit formats, so a product with them is a kernel's product of the weight, times the scale. On a
-CUDA device torchao's own tensor computes it in 8 bits.
+CUDA device torchao's own tensor computes it in 8 bits; elsewhere results are rounded where it
+rounds them, for the codes of the next layer follow from the last bits.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class TorchaoLinear(FormLinear):
         self.inputs = None if note is None else inputs_of(note)
         self._kept = _kept(form)
         self._native: Tensor | None = None
+        self._rows = _row_scales(form, self.inputs)
         super()._hold(_with(form, dict.fromkeys(self._kept)))
         device = next(iter(form.tensors().values())).device
         if device.type == "cuda" and self.inputs and form.layout.tensor in _NATIVE:
@@ -69,7 +71,8 @@ class TorchaoLinear(FormLinear):
     @property
     def live_bytes(self) -> int:
         """Bytes of the weight as it lives here."""
-        return super().live_bytes + sum(item.nbytes for item in self._kept.values())
+        held = sum(item.nbytes for item in self._kept.values())
+        return super().live_bytes + held + (0 if self._rows is None else self._rows.nbytes)
 
     @property
     def weight_only(self) -> bool:
@@ -84,15 +87,30 @@ class TorchaoLinear(FormLinear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self._native is not None and not (x.requires_grad and torch.is_grad_enabled()):
             return nn.functional.linear(x, self._native, bias)
-        codes, scale = _Rounded.apply(
+        codes, scale, zero = _Rounded.apply(
             x,
             self.inputs,
             self._kept.get("act_quant_scale"),
             self._kept.get("act_quant_zero_point"),
         )
+        if self._rows is not None:
+            result = self._by_rows(codes, scale, zero)
+            return (result if bias is None else result + bias).to(x.dtype)
         # The product of whole numbers first: the scale of a row comes out of its sum.
         result = (self.product(codes) * scale).to(x.dtype)
         return result if bias is None else result + bias
+
+    def _by_rows(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """A product with integers, in float32: rounded before the weight's scales follow."""
+        assert self._rows is not None
+        sums = self.product(codes.to(torch.float32)) / self._rows
+        if zero is None:
+            return (sums * scale).to(codes.dtype) * self._rows
+        # There the zero point of inputs is taken off last.
+        ones = codes.new_ones(1, codes.shape[-1], dtype=torch.float32)
+        off = zero * (self.product(ones) / self._rows).round()
+        whole = ((sums + off) * scale).to(codes.dtype)
+        return (whole - (off * scale).to(codes.dtype)) * self._rows
 
 
 class _Rounded(torch.autograd.Function):
@@ -101,11 +119,11 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, inputs: Inputs, scale: Tensor | None, zero: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        codes, scale = rounded_inputs(x, inputs, scale, zero)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        codes, scale, zero = rounded_inputs(x, inputs, scale, zero)
         ctx.save_for_backward(scale)
-        ctx.mark_non_differentiable(scale)
-        return codes, scale
+        ctx.mark_non_differentiable(*(item for item in (scale, zero) if item is not None))
+        return codes, scale, zero
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -115,7 +133,7 @@ class _Rounded(torch.autograd.Function):
 
 def rounded_inputs(
     x: Tensor, inputs: Inputs, scale: Tensor | None = None, zero: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inputs as ``codes * scale``.
 
     Args:
@@ -125,8 +143,8 @@ def rounded_inputs(
         zero: its zero point, if it has one.
 
     Returns:
-        Codes (whole numbers or 8-bit floats, less their zero point) in the dtype of ``x``, and
-        float32 scales that broadcast against a product with them.
+        Codes (whole numbers or 8-bit floats, less their zero point) in the dtype of ``x``, float32
+        scales that broadcast against a product with them, and the zero point if there is one.
     """
     work = x.to(torch.float32)
     shape = x.shape
@@ -143,33 +161,53 @@ def rounded_inputs(
                 most = most.clamp(inputs.low, inputs.high)
             scale = most / top
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        codes = (work / scale).clamp_(-top, top).to(kind).to(torch.float32)
+        codes, zero = (work / scale).clamp_(-top, top).to(kind).to(torch.float32), None
     else:
-        least, most_code = (-64.0, 63.0) if inputs.reduced else (-128.0, 127.0)
-        if scale is None:
-            low = work.amin(dims, keepdim=True).clamp(max=0)
-            high = work.amax(dims, keepdim=True).clamp(min=0)
-            tiny = torch.finfo(torch.float32).eps
-            if inputs.symmetric:
-                scale = torch.maximum(-low, high) / ((most_code - least) / 2)
-            else:
-                scale = (high - low).to(x.dtype).to(torch.float32) / (most_code - least)
-            # torchao divides in the dtype of the inputs; with another scale codes would differ.
-            scale = scale.to(x.dtype).to(torch.float32).clamp(min=tiny)
-            if not inputs.symmetric:
-                zero = (least - torch.round(low / scale)).clamp(least, most_code)
-        else:
-            scale = scale.to(torch.float32)
-            zero = None if zero is None or inputs.symmetric else zero.to(torch.float32)
-        codes = torch.round(work / scale)
-        codes = codes if zero is None else codes + zero
-        codes = codes.clamp(least, most_code)
-        codes = codes if zero is None else codes - zero
+        codes, scale, zero = _whole(x, inputs, scale, zero)
     if inputs.grain.kind == "block":
         # Scales within a row can't be taken out of its sum.
         whole = (codes * scale).flatten(-2)[..., : shape[-1]]
-        return whole.to(x.dtype), torch.ones((), device=x.device)
-    return codes.to(x.dtype), scale
+        return whole.to(x.dtype), torch.ones((), device=x.device), None
+    return codes.to(x.dtype), scale, zero
+
+
+def _whole(
+    x: Tensor, inputs: Inputs, scale: Tensor | None, zero: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers in float32, less their zero point; their scale and the zero point, as torchao
+    computes them."""
+    least, most = (-64.0, 63.0) if inputs.reduced else (-128.0, 127.0)
+    if scale is None:
+        dims = tuple(range(x.ndim)) if inputs.grain.kind == "tensor" else (-1,)
+        low = x.amin(dims, keepdim=True).clamp(max=0)
+        high = x.amax(dims, keepdim=True).clamp(min=0)
+        tiny = torch.finfo(x.dtype).smallest_normal if inputs.narrow else torch.finfo().eps
+        if inputs.symmetric:
+            scale = (torch.maximum(-low, high) / ((most - least) / 2)).clamp(min=tiny)
+        else:
+            scale = ((high - low) / (most - least)).clamp(min=tiny)
+            zero = (least - torch.round(low / scale)).clamp(least, most)
+    elif inputs.symmetric:
+        zero = None
+    if not inputs.narrow:
+        scale = scale.to(torch.float32)
+    codes = torch.round(x * (1.0 / scale)).to(torch.float32)
+    scale = scale.to(torch.float32)
+    if zero is None:
+        return codes.clamp(least, most), scale, None
+    zero = zero.to(torch.float32)
+    return (codes + zero).clamp(least, most) - zero, scale, zero
+
+
+def _row_scales(form: AoAffine | AoFloat, inputs: Inputs | None) -> Tensor | None:
+    """A scale per row of an int8 weight, or one, where inputs are integers; None elsewhere."""
+    if inputs is None or inputs.kind != "int8" or form.layout.tensor != "Int8Tensor":
+        return None
+    scale: Any = form.scale
+    if scale.numel() not in (1, form.shape[0]):
+        return None
+    found = scale.to(torch.float32).reshape(-1)
+    return torch.where(found == 0, torch.ones_like(found), found)
 
 
 def _with(form: Form, kept: Mapping[str, Any]) -> Form:
@@ -193,4 +231,8 @@ class TorchaoLinearFactory(FormLinearFactory):
         form = stored_form(form, self.config)
         kept = _kept(form)
         plain = _with(form, dict.fromkeys(kept))
-        return super().resident_bytes(plain) + sum(item.nbytes for item in kept.values())
+        assert isinstance(form, AoAffine | AoFloat)
+        note = parse(form.layout.note)
+        rows = _row_scales(form, None if note is None else inputs_of(note))
+        beside = [*kept.values(), *([] if rows is None else [rows])]
+        return super().resident_bytes(plain) + sum(item.nbytes for item in beside)

@@ -141,7 +141,7 @@ def inputs_of(note: Mapping[str, Any]) -> Inputs | None:
     if note["_type"] == "IntxUnpackedToInt8Tensor":
         said = data.get("activation_quantization")
         if said in (None, _PER_TOKEN):
-            return Inputs("int8", symmetric=False) if said else None
+            return Inputs("int8", symmetric=False, narrow=True) if said else None
         raise ValueError(f"activation_quantization {said!r} is not known")
     if note["_type"] == "Int4Tensor":
         eight = plain_dtype(data.get("activation_dtype")) == "float8_e4m3fn"

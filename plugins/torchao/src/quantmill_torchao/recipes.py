@@ -161,6 +161,8 @@ class Inputs:
     low: float | None = None
     high: float | None = None
     dtype: str = "float8_e4m3fn"
+    narrow: bool = False
+    """Codes are computed in the dtype of the inputs, not in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +341,7 @@ def _intx(data: Mapping[str, Any], prefix: str, inputs: Inputs | None) -> Recipe
 
 def _intx_dynamic(data: Mapping[str, Any]) -> Recipe:
     _name(data["act_mapping_type"], "act_mapping_type", ("ASYMMETRIC",))
-    return _intx(data, "weight_", Inputs("int8", symmetric=False))
+    return _intx(data, "weight_", Inputs("int8", symmetric=False, narrow=True))
 
 
 def _int4(data: Mapping[str, Any], inputs: Inputs | None = None) -> Recipe:
