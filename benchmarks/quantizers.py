@@ -31,7 +31,7 @@ def torchao(name: str, **fields: Any) -> Quantizer:
         import torchao.quantization as ao
         from torchao.core.config import config_from_dict
 
-        from quantmill_torchao.recipes import described
+        from quantmill_torchao.classes import described
 
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
         layer.weight.data = weight.clone()

@@ -16,8 +16,9 @@ from quantmill.findings import FindingsError, QuantmillError
 from quantmill.host import default_host
 from quantmill.stages.select import parse_method
 from quantmill.testing import write_tiny_llama
+from quantmill_torchao.classes import CONFIGS, described
 from quantmill_torchao.config import TorchaoConfig
-from quantmill_torchao.recipes import CONFIGS, described, read
+from quantmill_torchao.recipes import read
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -13,7 +13,8 @@ from quantmill.config import MethodConfig
 from quantmill.findings import FindingsError
 from quantmill.targeting.dialects import from_torchao_fqn, from_transformers_skip
 from quantmill.targeting.types import Rule
-from quantmill_torchao.recipes import CONFIGS, FQN, Recipe, described, read
+from quantmill_torchao.classes import CONFIGS, FQN, described
+from quantmill_torchao.recipes import Recipe, read
 
 __all__ = ["TorchaoConfig", "from_object", "rules"]
 
