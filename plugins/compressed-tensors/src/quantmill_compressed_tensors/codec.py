@@ -23,7 +23,7 @@ a zero point is missing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +44,7 @@ from quantmill.forms import (
 )
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.config import CompressedConfig
+from quantmill_compressed_tensors.damage import refuse, sound
 from quantmill_compressed_tensors.foreign import fit, stored_form
 from quantmill_compressed_tensors.forms import (
     Layout,
@@ -61,30 +62,15 @@ from quantmill_compressed_tensors.fp4 import (
     restyled,
 )
 from quantmill_compressed_tensors.schemes import Args
-from quantmill_compressed_tensors.words import pack_rows, row_words, unpack_rows, widths
+from quantmill_compressed_tensors.words import pack_rows, unpack_rows, widths
+from quantmill_compressed_tensors.zeros import Seen, zero_layout, zeros_in, zeros_out
 
 __all__ = ["CompressedCodec"]
 
-BAD_TENSORS = declare("QM-CT-001", "A quantized weight's tensors contradict each other")
 UNREAD = declare("QM-CT-005", "A weight is packed in a way that is not read")
-BAD_SCALE = declare("QM-CT-004", "A scale of a quantized weight is no scale")
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Dtype and shape of a tensor, in a header or in memory."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def _refuse(target: Target, cause: str) -> QuantmillError:
-    return QuantmillError(
-        BAD_TENSORS(target.name, cause, "the checkpoint is damaged: get it again")
-    )
 
 
 class CompressedCodec(Codec[CompressedConfig]):
@@ -124,7 +110,7 @@ class CompressedCodec(Codec[CompressedConfig]):
             )
         if isinstance(form, StoredAffine):
             if layout.zeros != "none":
-                found["weight_zero_point"] = _zeros_out(form)
+                found["weight_zero_point"] = zeros_out(form)
             if form.group_index is not None:
                 found["weight_g_idx"] = form.group_index
             elif layout.unordered:
@@ -138,13 +124,13 @@ class CompressedCodec(Codec[CompressedConfig]):
         return found
 
     def decode(self, tensors: Mapping[str, Tensor], target: Target, dtype: torch.dtype) -> Form:
-        seen = {name: _Seen(item.dtype, tuple(item.shape)) for name, item in tensors.items()}
+        seen = {name: Seen(item.dtype, tuple(item.shape)) for name, item in tensors.items()}
         style = self._style(seen, target)
         if style:
             return decode_fp4(tensors, style, target, dtype)
         skeleton = self._measure(seen, target, dtype)
         if skeleton is None:
-            raise _refuse(target, f"it has only {', '.join(sorted(seen)) or 'nothing'}")
+            raise refuse(target, f"it has only {', '.join(sorted(seen)) or 'nothing'}")
         grouping, layout = skeleton.grouping, skeleton.layout
         scale = tensors["weight_scale"].reshape(grouping.scale_shape(skeleton.shape))
         scale = scale.view(E8M0) if layout.exponents else scale
@@ -153,17 +139,13 @@ class CompressedCodec(Codec[CompressedConfig]):
         }
         if isinstance(skeleton, StoredFloat):
             if "weight_zero_point" in tensors and bool(tensors["weight_zero_point"].float().any()):
-                raise _refuse(target, "it has zero points other than 0 for FP8 values")
-            return _sound(
-                replace(skeleton, values=tensors["weight"], scale=scale, **inputs), target
-            )
+                raise refuse(target, "it has zero points other than 0 for FP8 values")
+            return sound(replace(skeleton, values=tensors["weight"], scale=scale, **inputs), target)
         bits, (rows, columns) = skeleton.codes.bits, skeleton.shape
         if layout.packed:
             said = tensors["weight_shape"].tolist()
             if said != [rows, columns]:
-                raise _refuse(
-                    target, f"weight_shape says {said}, the model wants {[rows, columns]}"
-                )
+                raise refuse(target, f"weight_shape says {said}, the model wants {[rows, columns]}")
             codes = unpack_rows(tensors["weight_packed"], bits, columns)
         else:
             codes = Codes(tensors["weight"], 8, (rows, columns), "i8")
@@ -172,12 +154,12 @@ class CompressedCodec(Codec[CompressedConfig]):
             skeleton,
             codes=codes,
             scale=scale,
-            offset=_zeros_in(tensors.get("weight_zero_point"), skeleton, scale.device),
+            offset=zeros_in(tensors.get("weight_zero_point"), skeleton, scale.device),
             group_index=order,
             layout=replace(layout, unordered="weight_g_idx" in tensors and order is None),
             **inputs,
         )
-        return _sound(form, target)
+        return sound(form, target)
 
     @classmethod
     def fit(cls, form: Form, target: Target, wanted: Mapping[str, Any]) -> Fit:
@@ -187,8 +169,7 @@ class CompressedCodec(Codec[CompressedConfig]):
         self, headers: Mapping[str, TensorHeader], target: Target, dtype: torch.dtype
     ) -> Form | None:
         seen = {
-            name: _Seen(torch_dtype(item.dtype), tuple(item.shape))
-            for name, item in headers.items()
+            name: Seen(torch_dtype(item.dtype), tuple(item.shape)) for name, item in headers.items()
         }
         style = self._style(seen, target)
         if style:
@@ -204,7 +185,7 @@ class CompressedCodec(Codec[CompressedConfig]):
         }
         return replace(form, **inputs)
 
-    def _style(self, seen: Mapping[str, _Seen], target: Target) -> str:
+    def _style(self, seen: Mapping[str, Seen], target: Target) -> str:
         """The format of 4-bit floats that the tensors are in, or nothing."""
         packed = seen.get("weight_packed")
         if packed is None or packed.dtype not in (torch.uint8, torch.int8):
@@ -222,12 +203,12 @@ class CompressedCodec(Codec[CompressedConfig]):
         size = args.group_size if args is not None else None
         inputs = group.input_activations if group is not None else None
         if inputs is not None and inputs.is_nvfp4 and "input_global_scale" not in seen:
-            raise _refuse(target, "input_global_scale is missing, and its activations are NVFP4")
+            raise refuse(target, "input_global_scale is missing, and its activations are NVFP4")
         tensor = "weight_global_scale" in seen or size == 16
         return "nvfp4-pack-quantized" if tensor else "mxfp4-pack-quantized"
 
     def _measure(
-        self, seen: Mapping[str, _Seen], target: Target, dtype: torch.dtype
+        self, seen: Mapping[str, Seen], target: Target, dtype: torch.dtype
     ) -> StoredAffine | StoredFloat | None:
         """The form on the meta device; None when the weight is a float one or there is none."""
         weight, packed = seen.get("weight"), seen.get("weight_packed")
@@ -239,25 +220,25 @@ class CompressedCodec(Codec[CompressedConfig]):
         args = group.weights if group is not None and group.weights is not None else None
         scale = seen.get("weight_scale")
         if scale is None:
-            raise _refuse(target, "weight_scale is missing")
+            raise refuse(target, "weight_scale is missing")
         narrow = weight is not None and weight.dtype in FLOAT8
         exponents = narrow and scale.dtype in (torch.uint8, E8M0)
         if scale.dtype not in SCALES and not exponents:
-            raise _refuse(target, f"weight_scale is {scale.dtype}, not a float")
+            raise refuse(target, f"weight_scale is {scale.dtype}, not a float")
         inputs = group.input_activations if group is not None else None
         if inputs is not None and not inputs.dynamic and "input_scale" not in seen:
-            raise _refuse(target, "input_scale is missing, and its activations have stored scales")
+            raise refuse(target, "input_scale is missing, and its activations have stored scales")
         shape = (target.out_features, target.in_features)
         grouping = self._grouping(scale.shape, shape, args, target)
         zeros = seen.get("weight_zero_point")
         if zeros is None and args is not None and args.type == "int" and not args.symmetric:
-            raise _refuse(target, "weight_zero_point is missing, and its group is asymmetric")
+            raise refuse(target, "weight_zero_point is missing, and its group is asymmetric")
         if packed is not None:
             bits = self._bits(packed, seen, shape, args, target)
             if isinstance(grouping, Channel) and "weight_g_idx" in seen:
                 grouping = Group(shape[1])  # the index counts groups
             layout = replace(
-                _zero_layout(zeros, bits, grouping, shape, target),
+                zero_layout(zeros, bits, grouping, shape, target),
                 packed=True,
                 scale_shape=scale.shape,
                 shape_dtype=seen["weight_shape"].dtype,
@@ -273,13 +254,13 @@ class CompressedCodec(Codec[CompressedConfig]):
             )
         assert weight is not None
         if weight.shape != shape:
-            raise _refuse(target, f"weight is {list(weight.shape)}, the model wants {list(shape)}")
+            raise refuse(target, f"weight is {list(weight.shape)}, the model wants {list(shape)}")
         if weight.dtype in FLOAT8:
             layout = Layout(False, scale.shape, exponents=exponents)
             kind = E8M0 if exponents else scale.dtype
             return abstract_float(shape, weight.dtype, grouping, layout, kind, dtype)
         if zeros is not None and (zeros.dtype != torch.int8 or zeros.shape != scale.shape):
-            raise _refuse(
+            raise refuse(
                 target,
                 f"weight_zero_point is {zeros.dtype} {list(zeros.shape)}, not int8"
                 f" {list(scale.shape)}",
@@ -293,20 +274,20 @@ class CompressedCodec(Codec[CompressedConfig]):
 
     def _bits(
         self,
-        packed: _Seen,
-        seen: Mapping[str, _Seen],
+        packed: Seen,
+        seen: Mapping[str, Seen],
         shape: tuple[int, int],
         args: Args | None,
         target: Target,
     ) -> int:
         if packed.dtype != torch.int32:
-            raise _refuse(target, f"weight_packed is {packed.dtype}, not int32")
+            raise refuse(target, f"weight_packed is {packed.dtype}, not int32")
         said = seen.get("weight_shape")
         if said is None or said.shape != (2,):
-            raise _refuse(target, "weight_shape is missing or does not hold two numbers")
+            raise refuse(target, "weight_shape is missing or does not hold two numbers")
         fitting = widths(shape[1], packed.shape[1]) if len(packed.shape) == 2 else []
         if not fitting or packed.shape[0] != shape[0]:
-            raise _refuse(
+            raise refuse(
                 target,
                 f"weight_packed is {list(packed.shape)}, the model wants {shape[0]} rows of"
                 f" {shape[1]} codes",
@@ -314,7 +295,7 @@ class CompressedCodec(Codec[CompressedConfig]):
         if args is not None and args.num_bits in fitting:
             return args.num_bits
         if len(fitting) > 1:
-            raise _refuse(target, f"its rows may hold {fitting} bits, and no group says which")
+            raise refuse(target, f"its rows may hold {fitting} bits, and no group says which")
         return fitting[0]
 
     def _grouping(
@@ -338,12 +319,12 @@ class CompressedCodec(Codec[CompressedConfig]):
             size = (args.group_size or columns) if args and said else columns // scale[1]
             if -(-columns // size) == scale[1]:
                 return Group(size)
-            raise _refuse(
+            raise refuse(
                 target,
                 f"weight_scale is {list(scale)} for a weight of {list(shape)}, and its group is"
                 f" {args.words if args else 'none'}",
             )
-        raise _refuse(target, f"weight_scale is {list(scale)} for a weight of {list(shape)}")
+        raise refuse(target, f"weight_scale is {list(scale)} for a weight of {list(shape)}")
 
     def _order(self, index: Tensor | None, form: StoredAffine, target: Target) -> Tensor | None:
         """The group of each input column, or None where the file has none or says -1."""
@@ -351,7 +332,7 @@ class CompressedCodec(Codec[CompressedConfig]):
             return None
         columns, grouping = form.shape[1], form.grouping
         if index.shape != (columns,) or index.dtype != torch.int32:
-            raise _refuse(
+            raise refuse(
                 target, f"weight_g_idx is {index.dtype} {list(index.shape)}, not int32 [{columns}]"
             )
         low, high = int(index.min()), int(index.max())
@@ -359,86 +340,7 @@ class CompressedCodec(Codec[CompressedConfig]):
             return None
         groups = grouping.scale_shape(form.shape)[1] if isinstance(grouping, Group) else 0
         if low < 0 or high >= groups:
-            raise _refuse(
+            raise refuse(
                 target, f"weight_g_idx names groups {low} to {high}, and there are {groups}"
             )
         return index
-
-
-def _sound(form: StoredAffine | StoredFloat, target: Target) -> Form:
-    """The form, unless its scales can't be those of any weight."""
-    scale = form.scale
-    assert isinstance(scale, Tensor)
-    scale = scale.to(torch.float32) if scale.element_size() == 1 else scale
-    bad = ~(torch.isfinite(scale) & (scale >= 0))
-    if bool(bad.any()):
-        index = int(torch.argmax(bad.reshape(-1).to(torch.uint8)).item())
-        raise _bad_scale(target, f"{float(scale.reshape(-1)[index])} at element {index}")
-    zero = scale == 0
-    # A scale of zero is what some writers give to rows of zeros: nothing else may be under it.
-    if bool(zero.any()) and bool(replace(form, scale=zero.to(scale.dtype)).dequantize().any()):
-        raise _bad_scale(target, "0 for weights that are not")
-    return form
-
-
-def _bad_scale(target: Target, what: str) -> QuantmillError:
-    return QuantmillError(
-        BAD_SCALE(
-            target.name,
-            f"weight_scale is {what}, and a scale is finite and positive",
-            "the checkpoint is damaged: get it again",
-        )
-    )
-
-
-def _zero_layout(
-    zeros: _Seen | None, bits: int, grouping: Grouping, shape: tuple[int, int], target: Target
-) -> Layout:
-    """Where the zero points of packed codes lie."""
-    if zeros is None:
-        return Layout()
-    size = grouping.scale_shape(shape)
-    if isinstance(grouping, Group | Channel) and zeros.dtype == torch.int32:
-        if zeros.shape == (row_words(shape[0], bits), *(size[1:] or (1,))):
-            return Layout(zeros="packed")
-    elif (
-        isinstance(grouping, PerTensor) and zeros.dtype == torch.int8 and zeros.shape in ((), (1,))
-    ):
-        return Layout(zeros="plain", zeros_shape=zeros.shape)
-    raise _refuse(
-        target,
-        f"weight_zero_point is {zeros.dtype} {list(zeros.shape)} for scales {list(size)} of"
-        f" {bits} bits",
-    )
-
-
-def _zeros_in(zeros: Tensor | None, form: StoredAffine, device: torch.device) -> Tensor | None:
-    """The zero points of a form from ``weight_zero_point``."""
-    size, layout = form.grouping.scale_shape(form.shape), form.layout
-    if not layout.packed:
-        return None if zeros is None else zeros.reshape(size)
-    bits = form.codes.bits
-    middle = 2 ** (bits - 1)
-    if zeros is None:
-        return torch.full(size, middle, dtype=torch.uint8, device=device)
-    if layout.zeros == "plain":
-        return (zeros.to(torch.int16) + middle).to(torch.uint8).reshape(size)
-    streams = zeros.t().contiguous()
-    return unpack_rows(streams, bits, form.shape[0]).unpack().t().reshape(size).contiguous()
-
-
-def _zeros_out(form: StoredAffine) -> Tensor:
-    """``weight_zero_point`` of a form that has one."""
-    zeros, layout = form.offset, form.layout
-    assert isinstance(zeros, Tensor)
-    if layout.zeros == "packed":
-        zeros = zeros.reshape(form.shape[0], -1)
-        if zeros.is_meta:
-            words = row_words(form.shape[0], form.codes.bits)
-            return torch.empty(words, zeros.shape[1], dtype=torch.int32, device="meta")
-        codes = Codes.pack(zeros.t().contiguous(), form.codes.bits, "dense")
-        return pack_rows(codes).t().contiguous()
-    assert layout.zeros_shape is not None
-    if layout.packed:
-        zeros = (zeros.to(torch.int16) - 2 ** (form.codes.bits - 1)).to(torch.int8)
-    return zeros.reshape(layout.zeros_shape)
