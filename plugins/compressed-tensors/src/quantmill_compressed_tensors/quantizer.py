@@ -188,7 +188,11 @@ def _integer_rows(
         zero = torch.round((least - low / scale.to(torch.float32)).clamp(least, most))
     _put(form.scale, start, form.grouping, scale)
     wide = form.grouping.expand(scale.to(torch.float32), shape)
-    codes = work.div_(wide).round_()
+    scaled = work.div_(wide)
+    if args.symmetric and args.num_bits < 4:
+        # The lowest weight of a group lies between two codes, and its rounded scale would decide.
+        scaled.masked_fill_(scaled <= (least + 0.5) * (1 - 2**-8), least)
+    codes = scaled.round_()
     if not args.symmetric:
         codes.add_(form.grouping.expand(zero, shape))
     codes = codes.clamp_(least, most)

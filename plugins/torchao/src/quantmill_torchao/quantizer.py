@@ -151,7 +151,11 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
         if recipe.mapping == "ASYMMETRIC":
             zero = (least - torch.round(low / wide)).clamp(least, most)
         _put(form, form.scale, start, scale)
-        codes = tiles.mul_(1.0 / wide).round_()
+        scaled = tiles.mul_(1.0 / wide)
+        if recipe.mapping == "SYMMETRIC" and 1 < bits < 4:
+            # The lowest weight of a group lies between two codes: its rounded scale would decide.
+            scaled.masked_fill_(scaled <= (least + 0.5) * (1 - 2**-8), least)
+        codes = scaled.round_()
         if zero is not None:
             codes = codes.add_(zero)
         codes = codes.clamp_(least, most).reshape(-1, form.shape[1])
