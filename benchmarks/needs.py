@@ -30,7 +30,9 @@ CHILD = r"""
 import gc, json, shutil, sys
 from pathlib import Path
 import torch, quantmill
+from quantmill.api import make_job, prepare
 from quantmill.fitting import FLOAT
+from quantmill.memory import needs
 from quantmill.testing.linears import held_bytes
 from quantmill.testing.memory import PeakMemory, read_weights
 work, method, context = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -39,7 +41,13 @@ name = None if method == FLOAT else method
 able = None if name is None else quantmill.default_host().methods[
     quantmill.default_host().presets[name][0].name].capabilities
 suffix = ".gguf" if method.startswith("gguf") else ""
-found, totals = {}, {}
+found, said = {}, {}
+
+def estimate(key, place, how, count):
+    job = make_job(place, how, planning=True)
+    wanted = needs(prepare(job, allow_float=True), job.architecture.settings, context=count)
+    said[key], said[f"{key} weights"] = wanted.loading, wanted.weights
+    said[f"{key} running"] = wanted.running
 
 def forward(model, count):
     ids = torch.arange(count)[None] % 200
@@ -58,7 +66,8 @@ def go(source, count, vocabulary):
         with PeakMemory() as peak:
             report = quantmill.quantize(source, out, name, **data)
         if not able.calibrated:
-            found["quantizing"], totals["quantizing"] = peak.bytes, report.plan.totals
+            found["quantizing"] = peak.bytes
+            said["quantizing"] = report.plan.totals["quantizing_bytes"]
         del report
     ways = {"loading": (source, name)} if name is None or able.on_the_fly else {}
     ways |= {"stored": (out, None)} if name is not None else {}
@@ -66,8 +75,7 @@ def go(source, count, vocabulary):
         gc.collect()
         with PeakMemory() as peak:
             model = quantmill.load(place, how)
-        if how is None and name is not None:
-            totals[key] = quantmill.plan(place).totals
+        estimate(key, place, how, count)
         found[key] = peak.bytes + read_weights(model)
         found[f"{key} weights"] = held_bytes(model)
         base = peak.start
@@ -82,8 +90,7 @@ def go(source, count, vocabulary):
 
 go(work / "tiny", 8, 256)
 go(work / "model", context, 4096)
-(item,) = quantmill.fits(work / "model", 1 << 50, methods=[method], context=context)
-print(json.dumps({"found": found, "totals": totals, "needs": item.needs and item.needs.to_dict()}))
+print(json.dumps({"found": found, "said": said}))
 """
 
 
@@ -109,23 +116,11 @@ def measure(work: Path, method: str, context: int) -> dict[str, Any]:
     if done.returncode:
         return {"method": method, "error": done.stderr.strip()[-1000:]}
     given = json.loads(done.stdout.splitlines()[-1])
-    found, totals, needs = given["found"], given["totals"], given["needs"]
-    said: dict[str, int] = {}
-    for key in ("loading", "stored"):
-        if key in found:
-            own = totals.get(key)
-            peak, weights = needs["loading"], needs["weights"]
-            if own is not None:
-                peak, weights = own["peak_bytes"], own["bytes_memory"]
-            said[key], said[f"{key} weights"] = peak, weights
-            said[f"{key} running"] = needs["running"] - needs["weights"] + weights
-    if "quantizing" in totals:
-        said["quantizing"] = totals["quantizing"]["quantizing_bytes"]
+    found, said = given["found"], given["said"]
     return {
         "method": method,
         **{key: value / found[key] for key, value in said.items()},
         "bytes": {key: [value, found[key]] for key, value in said.items()},
-        "needs": needs,
     }
 
 

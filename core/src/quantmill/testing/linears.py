@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantmill.backend import Codec, LinearFactory, Quantizer
 from quantmill.config import MethodConfig
+from quantmill.embedding import FormWeight
 from quantmill.job import Job, Selection
 from quantmill.kernels import KernelRegistry, Prepared
 from quantmill.registrations import Capabilities
@@ -54,6 +55,8 @@ def held_tensors(module: nn.Module) -> Iterator[Tensor]:
         if id(item) in seen or isinstance(item, _SHARED):
             continue
         seen.add(id(item))
+        if isinstance(item, FormWeight):
+            continue  # Made where it is used: its form is the module's own.
         if isinstance(item, Tensor) and not item.is_meta:
             yield item
         if isinstance(item, dict):

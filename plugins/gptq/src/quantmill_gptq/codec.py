@@ -51,15 +51,18 @@ def abstract_form(
     ordered: bool,
     scale: torch.dtype,
     dtype: torch.dtype,
+    *,
+    same: bool = False,
 ) -> Affine:
-    """An affine form on the meta device."""
+    """An affine form on the meta device; ``same``: all its zero points are one number."""
     shape = (target.out_features, target.in_features)
     meta = torch.device("meta")
+    zeros = torch.empty(1 if same else (shape[0], groups), dtype=torch.uint8, device=meta)
     return Affine(
         Codes.empty(shape, bits, "dense", meta),
         torch.empty(shape[0], groups, dtype=scale, device=meta),
         Group(size),
-        torch.empty(shape[0], groups, dtype=torch.uint8, device=meta),
+        zeros.expand(shape[0], groups),
         "zero",
         torch.empty(shape[1], dtype=torch.int32, device=meta) if ordered else None,
         dtype=dtype,
@@ -188,7 +191,8 @@ class GptqCodec(Codec[GptqConfig]):
         scale = torch.bfloat16 if headers["scales"].dtype == "BF16" else torch.float16
         if headers["scales"].dtype == "F32":
             scale = torch.float32
-        return abstract_form(target, bits, size, groups, self.config.desc_act, scale, dtype)
+        ordered, same = self.config.desc_act, self.config.sym
+        return abstract_form(target, bits, size, groups, ordered, scale, dtype, same=same)
 
     def _measure(
         self, shapes: Mapping[str, tuple[int, ...]], target: Target

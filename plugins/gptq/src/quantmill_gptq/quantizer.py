@@ -37,6 +37,7 @@ class GptqQuantizer(Quantizer[GptqConfig]):
             config.desc_act,
             torch.float16,
             dtype,
+            same=config.sym,
         )
 
     def check(self, target: Target) -> Iterator[Finding]:

@@ -95,7 +95,10 @@ class AffineType(BlockType):
             return Affine(codes, scale, grouping, dtype=dtype)
         # The core's form has a zero point per group, where ggml has one number for all.
         shape = (rows, columns // grouping.size)
-        zero = torch.full(shape, self.zero, dtype=torch.uint8, device=raw.device)
+        if raw.is_meta:  # Without data, only this says that all are one.
+            zero = torch.empty(1, dtype=torch.uint8, device="meta").expand(shape)
+        else:
+            zero = torch.full(shape, self.zero, dtype=torch.uint8, device=raw.device)
         return Affine(codes, scale, grouping, zero, "zero", dtype=dtype)
 
     def _nested(self, scale: Tensor, steps: Tensor | None, rows: int) -> FormValue:
