@@ -8,9 +8,9 @@ into a folder, loads the float checkpoint with the method where it can, loads th
 imports and a run of a tiny model came before.
 
 `weights` is what plan says the model holds by what it holds; `loading`, `stored`, `running` and
-`quantizing` (not of calibrated methods: plan makes no estimate) are the estimated peaks by the
-measured ones. Weights that are mapped from the file count as read, whichever of its pages the
-system has in memory. The allocator is told to give freed memory back at once
+`quantizing` are the estimated peaks by the measured ones; calibrated methods quantize with 16
+windows of 128 tokens. Weights that are mapped from the file count as read, whichever of its pages
+the system has in memory. The allocator is told to give freed memory back at once
 (`MALLOC_MMAP_THRESHOLD_`): what it keeps for later use is no need.
 """
 
@@ -62,12 +62,14 @@ def go(source, count, vocabulary):
     out = work / f"made-{method}{suffix}"
     gc.collect()
     if name is not None:
-        data = {"calibration": tokens(vocabulary)} if able.calibrated else {}
+        rows = tokens(vocabulary)
+        data = {}
+        if able.calibrated:
+            data = {"calibration": rows, "samples": rows.shape[0], "length": rows.shape[1]}
         with PeakMemory() as peak:
             report = quantmill.quantize(source, out, name, **data)
-        if not able.calibrated:
-            found["quantizing"] = peak.bytes
-            said["quantizing"] = report.plan.totals["quantizing_bytes"]
+        found["quantizing"] = peak.bytes
+        said["quantizing"] = report.plan.totals["quantizing_bytes"]
         del report
     ways = {"loading": (source, name)} if name is None or able.on_the_fly else {}
     ways |= {"stored": (out, None)} if name is not None else {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import quantmill
+from quantmill.api import make_job, prepare
 from quantmill.calibration.carry_out import resume_folder
 from quantmill.findings import QuantmillError
 from quantmill.testing import write_tiny_llama
@@ -33,6 +34,19 @@ def tokens() -> Tensor:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_tiny_llama(tmp_path / "float", hidden=96, inner=160, layers=3, heads=4)
+
+
+def test_a_plan_counts_what_calibrating_holds(folder: Path) -> None:
+    def peak(method: str, **options: Any) -> int:
+        plan = prepare(make_job(folder, method, planning=True, **options))
+        found: int = plan.totals["quantizing_bytes"]
+        return found
+
+    few, many = (peak("gptq-4:group_size=32", samples=n, length=64) for n in (100, 1100))
+    # Hidden states of bfloat16: of a window where it waits, and twelve like it within a block.
+    assert many - few == 1000 * 64 * 96 * 2 * 13
+    assert peak("gptq-4:group_size=32", samples=100, length=64) > 40 * 160**2
+    assert peak("hqq-4:group_size=32", samples=100) == peak("hqq-4:group_size=32", samples=1100)
 
 
 def _logits(model: Any, tokens: Tensor) -> Tensor:

@@ -144,6 +144,13 @@ class BlockCalibrator(ABC, Generic[ConfigT]):
         """Give every target of ``block`` its form with :meth:`Block.put`. The engine has seen to
         it that all their weights are finite."""
 
+    def working_bytes(self, targets: Sequence[Target]) -> int:
+        """Memory used while quantizing a block of ``targets``, beyond its weights, its inputs and
+        what it computes of them: here a float32 matrix of the widest input's moments and some
+        copies of the largest weight."""
+        widest = max(target.in_features for target in targets)
+        return 4 * widest**2 + 12 * max(target.weights for target in targets)
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:

@@ -64,12 +64,14 @@ class Plan:
     findings: Findings = field(default_factory=Findings)
     buffer_bytes: int = 0
     """Buffers of the streaming loader."""
+    calibrating_bytes: int = 0
+    """What calibrating takes at once; zero where nothing is calibrated."""
 
     @property
     def totals(self) -> dict[str, Any]:
         """Sums over the modules; ``bits_per_weight`` is over the quantized ones, on disk.
         ``peak_bytes`` is that of loading, with all weights in memory; ``quantizing_bytes`` that of
-        writing a checkpoint without calibration, which holds one module at a time."""
+        writing a checkpoint, which holds one module at a time, or what calibration holds."""
         quantized = [item for item in self.modules if item.action == "quantize"]
         weights = sum(item.parameters for item in quantized)
         memory = sum(item.bytes_memory for item in self.modules)
@@ -82,7 +84,8 @@ class Plan:
             "bytes_after": sum(item.bytes_after for item in self.modules),
             "bytes_memory": memory,
             "peak_bytes": memory + working + self.buffer_bytes + OVERHEAD_BYTES,
-            "quantizing_bytes": held + self.buffer_bytes + OVERHEAD_BYTES,
+            "quantizing_bytes": max(held + self.buffer_bytes, self.calibrating_bytes)
+            + OVERHEAD_BYTES,
             "bits_per_weight": bits,
             "quantized": len(quantized),
             "kept": sum(1 for item in self.modules if item.action == "keep"),

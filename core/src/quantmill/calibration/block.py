@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantmill.processes import Processes
     from quantmill.targeting.types import Target
 
-__all__ = ["Block", "Observer"]
+__all__ = ["STAGED_BYTES", "Block", "Observer", "staged_bytes"]
 
 NAN_ACTIVATION = declare("QM-CALIB-010", "An activation is NaN or infinite while calibrating")
 
@@ -32,6 +32,12 @@ STAGED_BYTES = 2 << 30
 _KEPT = 12
 """Tensors of the size of the hidden states that a paused batch holds, roughly: residual, norm,
 queries, keys, values, rotated copies, a wide MLP's two halves."""
+
+
+def staged_bytes(hidden: int) -> int:
+    """What all batches hold while they pause within a block, from the bytes of its inputs."""
+    return hidden * _KEPT
+
 
 Observer = Callable[[Tensor, int], None]
 """Gets the input ``[tokens, in]`` of a linear and the number of its batch, in order of batches.
@@ -276,7 +282,7 @@ class Block:
             made[number].free()
 
         hidden = self._replay.hidden or self._replay.first_inputs()
-        kept = sum(tensor.numel() * tensor.element_size() for tensor in hidden) * _KEPT
+        kept = staged_bytes(sum(tensor.numel() * tensor.element_size() for tensor in hidden))
         if kept > STAGED_BYTES or self.module is self.model:
             for number, group in enumerate(groups):
                 self.observe({group[0].name: made[number].add})

@@ -105,8 +105,18 @@ def make_plan(job: Job, decided: Mapping[str, Decision] | None = None) -> Plan:
             modules=plans,
             findings=job.findings,
             buffer_bytes=buffer_bytes(job),
+            calibrating_bytes=_calibrating(job, plans, planner.dtype.itemsize),
         )
         return job.plan
+
+
+def _calibrating(job: Job, modules: list[ModulePlan], itemsize: int) -> int:
+    if job.prequantized or not any(item.method.calibrator for item in job.selections.values()):
+        return 0
+    from quantmill.calibration.needs import calibrating_bytes
+
+    assert job.architecture is not None
+    return calibrating_bytes(job, modules, job.architecture.settings, itemsize)
 
 
 def buffer_bytes(job: Job) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from quantmill.backend import BlockCalibrator
 from quantmill.calibration.block import Block
 from quantmill.calibration.moments import Moments
@@ -9,6 +11,7 @@ from quantmill.config import group_width
 from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_gptq.config import GptqConfig
+from quantmill_gptq.factor import EXACT
 from quantmill_gptq.rounding import grid_of, rounded
 from quantmill_gptq.solver import Problem, gptq
 
@@ -26,6 +29,12 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
         for group, moments in zip(groups, block.moments(groups), strict=True):
             self._quantize(block, group, moments)
             moments.free()
+
+    def working_bytes(self, targets: Sequence[Target]) -> int:
+        # The moments, the same in order, and the factor with what it is made of in float64; then
+        # the weight in float32, turned, its codes, and the passes over them.
+        widest = max(target.in_features for target in targets)
+        return (40 if widest <= EXACT else 24) * widest**2 + 24 * max(t.weights for t in targets)
 
     def _quantize(self, block: Block, group: list[Target], moments: Moments) -> None:
         problems: dict[tuple[object, ...], Problem] = {}

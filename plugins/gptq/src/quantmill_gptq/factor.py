@@ -7,10 +7,10 @@ from torch import Tensor
 
 from quantmill.findings import QuantmillError, declare
 
-__all__ = ["inverse_factor"]
+__all__ = ["EXACT", "inverse_factor"]
 
 SINGULAR = declare("QM-GPTQ-003", "A Hessian stays singular whatever the damping")
-_EXACT = 4096
+EXACT = 4096
 """Widest Hessian that is factored in float64."""
 _LEAF = 256
 
@@ -28,7 +28,7 @@ def inverse_factor(
         QuantmillError: the damping reached 1 and H is still not positive definite.
     """
     mean = hessian.diagonal().mean()
-    dtype = torch.float64 if hessian.shape[0] <= _EXACT else torch.float32
+    dtype = torch.float64 if hessian.shape[0] <= EXACT else torch.float32
     while damp < 1.0:
         # Backwards, for H = V @ V.T with V upper: then U is the inverse of V, and neither the
         # inverse of H nor a second factorisation is needed.

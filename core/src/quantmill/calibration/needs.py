@@ -1,0 +1,64 @@
+"""What calibration will take, from a plan: the memory of :class:`quantmill.calibration.engine.Run`.
+
+In memory at once are the modules outside the blocks, one block, its inputs for all windows, what
+the windows have computed where they pause in a block, and what its calibrator works with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantmill.calibration.block import STAGED_BYTES, staged_bytes
+from quantmill.memory import Sizes
+from quantmill.registrations import resolve
+
+if TYPE_CHECKING:
+    from quantmill.backend import BlockCalibrator
+    from quantmill.job import Job
+    from quantmill.planning import ModulePlan
+    from quantmill.targeting.types import Target
+
+__all__ = ["calibrating_bytes"]
+
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
+
+
+def calibrating_bytes(
+    job: Job, modules: Sequence[ModulePlan], settings: Mapping[str, Any], itemsize: int
+) -> int:
+    """The peak of calibrating as planned, in bytes; zero where nothing is calibrated.
+
+    ``itemsize`` is that of the float model's dtype. Windows are taken to be as many and as long
+    as the options say, which data can fall short of.
+    """
+    targets: dict[str, dict[str, list[Target]]] = {}
+    sizes: dict[str, int] = {}
+    for entry in modules:
+        found = _BLOCK.match(entry.name)
+        block = "" if found is None else found[1]
+        sizes[block] = sizes.get(block, 0) + entry.parameters * itemsize
+        if entry.action == "quantize" and entry.target is not None:
+            label = entry.method or next(iter(job.selections))
+            if job.selections[label].method.calibrator is not None:
+                targets.setdefault(block, {}).setdefault(label, []).append(entry.target)
+    if not targets:
+        return 0
+    working = 0
+    for members in targets.values():
+        for label, own in members.items():
+            selection = job.selections[label]
+            assert selection.method.calibrator is not None
+            calibrator: BlockCalibrator[Any] = resolve(selection.method.calibrator)(
+                selection.config, device=torch.device(job.device), kernels=job.kernels
+            )
+            working = max(working, calibrator.working_bytes(own))
+    tokens = job.options.samples * job.options.length
+    hidden = tokens * Sizes.of(settings).hidden * itemsize
+    staged = staged_bytes(hidden)
+    inputs = hidden + (staged if staged <= STAGED_BYTES else hidden)
+    outside = sizes.pop("", 0)
+    return outside + max(sizes.values(), default=0) + inputs + working
