@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
@@ -21,9 +19,10 @@ import torch
 from torch import Tensor
 
 from quantmill.api import make_job, prepare, quantize
-from quantmill.budget.allocate import allocate
 from quantmill.budget.choices import Budget, Choices, joined_method
-from quantmill.budget.sensitivity import Pair, Sensitivity, correlation, scales
+from quantmill.budget.report import BudgetReport
+from quantmill.budget.sensitivity import Pair, Sensitivity, correlation
+from quantmill.budget.solution import WINDOWS, solve
 from quantmill.calibration.carry_out import calibration_data
 from quantmill.checkpoint.containers import container_for
 from quantmill.checkpoint.writer import check_new
@@ -37,71 +36,8 @@ from quantmill.targeting.types import Target
 if TYPE_CHECKING:
     from quantmill.checkpoint.reader import TensorReader
     from quantmill.config import MethodConfig
-    from quantmill.stages.write import WriteReport
 
 __all__ = ["BudgetReport", "BudgetSearch", "quantize_to_budget"]
-
-_WINDOWS = 4
-"""On which pairs are measured."""
-
-
-@dataclass(slots=True)
-class BudgetReport:
-    """What was chosen, what it is expected to cost, and what was written."""
-
-    budget: float
-    """Bits per weight that were allowed."""
-    bits: float
-    """Bits per weight of the targets that were chosen."""
-    bytes: int
-    """Of the targets."""
-    chosen: dict[str, str]
-    """Target to method."""
-    estimated: float
-    """KL divergence per token of the mixture: the sum of the targets' estimates."""
-    uniform: dict[str, tuple[float, float]]
-    """Each method alone: bits per weight and estimated KL divergence."""
-    sensitivity: dict[str, dict[str, float]]
-    """Estimated KL divergence by target and method."""
-    measured: list[tuple[str, str, float, float]]
-    """Target, method, estimated and measured KL divergence."""
-    correlation: float | None
-    """Of their logarithms."""
-    seconds: dict[str, float]
-    """Of each step."""
-    method: dict[str, Any]
-    """METHOD that makes it again."""
-    written: WriteReport | None = None
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Targets by method."""
-        return dict(Counter(self.chosen.values()))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return {
-            "budget": self.budget,
-            "bits_per_weight": self.bits,
-            "bytes": self.bytes,
-            "counts": self.counts,
-            "estimated_kl": self.estimated,
-            "uniform": {
-                label: {"bits_per_weight": bits, "estimated_kl": cost}
-                for label, (bits, cost) in self.uniform.items()
-            },
-            "measured": [
-                {"target": name, "method": label, "estimated_kl": a, "measured_kl": b}
-                for name, label, a, b in self.measured
-            ],
-            "correlation": self.correlation,
-            "seconds": self.seconds,
-            "chosen": self.chosen,
-            "sensitivity": self.sensitivity,
-            "method": self.method,
-            "written": None if self.written is None else self.written.to_dict(),
-        }
 
 
 def quantize_to_budget(
@@ -112,7 +48,8 @@ def quantize_to_budget(
     *,
     calibration: Any,
     measure: int = 24,
-    search_samples: int = 16,
+    search_samples: int = 32,
+    remeasure: int = 64,
     progress: Progress | None = None,
     host: Host | None = None,
     max_shard_bytes: int | None = None,
@@ -127,7 +64,10 @@ def quantize_to_budget(
         methods: METHODs to choose from for each target, as short names with options.
         calibration: text for the search, and for calibrated methods.
         measure: pairs of target and method whose KL divergence is measured, to judge the estimate.
-        search_samples: calibration windows that the search runs on.
+        search_samples: windows of the calibration text that the search runs on. Where there are
+            twice as many, the methods are not calibrated on these until the mixture is made.
+        remeasure: targets whose cost is measured again beside the errors of all others, the
+            costliest first.
         progress: told about blocks and bytes.
         host: of plugins.
         max_shard_bytes: as for :func:`quantmill.quantize`.
@@ -138,12 +78,19 @@ def quantize_to_budget(
     """
     wanted = Budget.of(budget)
     search = BudgetSearch(
-        source, Path(output), methods, calibration, host=host, progress=progress, **options
+        source,
+        Path(output),
+        methods,
+        calibration,
+        search_samples=search_samples,
+        host=host,
+        progress=progress,
+        **options,
     )
     search.choices.bytes_within(wanted)
     with search:
-        search.run(measure, search_samples)
-        return search.write(wanted, Path(output), max_shard_bytes)
+        search.run(measure)
+        return search.write(wanted, Path(output), max_shard_bytes, remeasure)
 
 
 class BudgetSearch:
@@ -156,6 +103,7 @@ class BudgetSearch:
         methods: Sequence[str],
         calibration: Any,
         *,
+        search_samples: int = 32,
         host: Host | None = None,
         progress: Progress | None = None,
         **options: Any,
@@ -170,6 +118,7 @@ class BudgetSearch:
         self.work = output.absolute().parent / f".{output.name}.quantmill-budget"
         self.seconds: dict[str, float] = {}
         self.found: Sensitivity | None = None
+        self.stack = ExitStack()
         if container_for(output, self.host) is None:
             check_new(output)
             self.suffix = ""
@@ -188,6 +137,7 @@ class BudgetSearch:
             raise FindingsError(problems)
         self.choices = Choices.of(plans)
         self.data = calibration_data(self.jobs[0])
+        self.windows, self.learned = _split(self.data.tokens, search_samples)
 
     def _job(self, label: str) -> Job:
         options = {**self.options, "calibration": self.calibration, "output": str(self.output)}
@@ -216,6 +166,7 @@ class BudgetSearch:
             "source": self.headers.source.identity(),
             "methods": self.methods,
             "calibration": self.data.digest,
+            "windows": self.windows.shape[0],
             "options": {name: str(value) for name, value in sorted(self.options.items())},
         }
         note = self.work / "about.json"
@@ -227,16 +178,19 @@ class BudgetSearch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.stack.close()
         # An interrupt is worth going on from; anything else fails again.
         if kind is None or issubclass(kind, Exception):
             shutil.rmtree(self.work, ignore_errors=True)
 
-    def run(self, measure: int = 24, samples: int = 16) -> None:
+    def run(self, measure: int = 24) -> None:
         """Every method alone, then estimates for all pairs and measurements of some."""
         self._quantize_each()
-        self.found = self._sensitivity(measure, samples)
+        self.found = self._sensitivity(measure)
 
     def _quantize_each(self) -> None:
+        samples, length = self.learned.shape
+        options = {**self.options, "samples": samples, "length": length}
         for number, label in enumerate(self.methods):
             start = perf_counter()
             folder = self._made(number)
@@ -245,20 +199,18 @@ class BudgetSearch:
                     self.headers,
                     folder,
                     label,
-                    calibration=self.calibration,
+                    calibration=self.learned,
                     progress=named_progress(self.progress, label),
                     host=self.host,
-                    **self.options,
+                    **options,
                 )
             self.seconds[f"quantize {label}"] = perf_counter() - start
 
     def _made(self, number: int) -> Path:
         return self.work / f"method-{number}{self.suffix}"
 
-    def _sensitivity(self, measure: int, samples: int) -> Sensitivity:
+    def _sensitivity(self, measure: int) -> Sensitivity:
         start = perf_counter()
-        rows = self.data.tokens
-        picked = torch.linspace(0, rows.shape[0] - 1, min(samples, rows.shape[0])).round().long()
         device = self.options.get("device", "cpu")
         # Gradients of likelihoods are small numbers: float32 where that costs no speed.
         job = make_job(
@@ -273,26 +225,25 @@ class BudgetSearch:
             },
         )
         prepare(job)
-        with ExitStack() as stack:
-            stored = {
-                label: _Stored(stack, self._made(number), self.host, device)
-                for number, label in enumerate(self.methods)
-            }
+        stored = {
+            label: _Stored(self.stack, self._made(number), self.host, device)
+            for number, label in enumerate(self.methods)
+        }
 
-            def weight(target: Target, label: str) -> Tensor:
-                return stored[label].weight(target)
+        def weight(target: Target, label: str) -> Tensor:
+            return stored[label].weight(target)
 
-            found = Sensitivity(
-                job,
-                [rows[index : index + 1] for index in picked.tolist()],
-                self.choices.targets,
-                self.methods,
-                weight,
-                self.work,
-                seed=int(self.options.get("seed", 0)),
-                tell=named_progress(self.progress, "sensitivity"),
-            )
-            found.run(self._pairs(measure), _WINDOWS)
+        found = Sensitivity(
+            job,
+            list(self.windows.split(1)),
+            self.choices.targets,
+            self.methods,
+            weight,
+            self.work,
+            seed=int(self.options.get("seed", 0)),
+            tell=named_progress(self.progress, "sensitivity"),
+        )
+        found.run(self._pairs(measure), WINDOWS)
         self.seconds["sensitivity"] = perf_counter() - start
         return found
 
@@ -312,7 +263,11 @@ class BudgetSearch:
         return list(dict.fromkeys(every))
 
     def write(
-        self, budget: Budget, output: Path, max_shard_bytes: int | None = None
+        self,
+        budget: Budget,
+        output: Path,
+        max_shard_bytes: int | None = None,
+        remeasure: int = 64,
     ) -> BudgetReport:
         """Allocate within a budget, and write the mixture.
 
@@ -321,15 +276,12 @@ class BudgetSearch:
         """
         start, choices, found = perf_counter(), self.choices, self.found
         assert found is not None
-        scale = scales(found.estimated, found.measured)
+        scale = found.scales()
         costs = [
-            [
-                found.estimated[target.name, label] * scale.get(label, 1.0)
-                for label in choices.labels
-            ]
+            [found.estimated[target.name, label] * scale[label] for label in choices.labels]
             for target in choices.targets
         ]
-        chosen = allocate(choices.sizes, costs, choices.bytes_within(budget))
+        chosen, divergence = solve(choices, found, costs, choices.bytes_within(budget), remeasure)
         seconds = {**self.seconds, "allocation": perf_counter() - start}
         size = sum(row[index] for row, index in zip(choices.sizes, chosen, strict=True))
         pairs = [
@@ -344,7 +296,7 @@ class BudgetSearch:
                 target.name: choices.labels[index]
                 for target, index in zip(choices.targets, chosen, strict=True)
             },
-            estimated=sum(row[index] for row, index in zip(costs, chosen, strict=True)),
+            estimated=divergence,
             uniform={
                 label: (choices.bits(choices.uniform(label)), sum(row[index] for row in costs))
                 for index, label in enumerate(choices.labels)
@@ -372,6 +324,18 @@ class BudgetSearch:
         seconds["the mixture"] = perf_counter() - start
         report.findings = list(report.written.plan.findings)
         return report
+
+
+def _split(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Windows to search on and windows to calibrate on: apart, unless they are too few.
+
+    A calibrated method errs less on what it was calibrated on, not everywhere by the same share.
+    """
+    picked = torch.linspace(0, rows.shape[0] - 1, min(count, rows.shape[0])).round().long()
+    left = torch.ones(rows.shape[0], dtype=torch.bool)
+    left[picked] = False
+    apart = int(left.sum()) >= picked.numel()
+    return rows[picked], rows[left] if apart else rows
 
 
 class _Stored:

@@ -7,9 +7,10 @@ information takes the place of the Hessian. Changes at different tokens are take
 ``x`` and ``g`` of all targets come from one forward and one backward pass of the float model, block
 by block; a choice then costs one product with its error.
 
-**The measurement.** Some pairs of target and choice are put into the float model one at a time, and
-the KL divergence of its output is measured. The estimate is judged by their correlation, and each
-method's estimates are scaled to what was measured of it.
+**The measurement.** Each choice is put into all targets at once, and the KL divergence of the
+model's output is measured: the choice's estimates are scaled to sum up to that, for large errors go
+beyond second order. Some pairs of target and choice are put into the float model one at a time, and
+the estimate is judged by their correlation.
 
 Source: the Fisher information as the second derivative of KL divergence, S. Amari, *Natural
 Gradient Works Efficiently in Learning*, 1998.
@@ -18,7 +19,7 @@ Gradient Works Efficiently in Learning*, 1998.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +28,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantmill.budget.lanes import (
+    Lane,
+    Lanes,
+    Weight,
+    call_block,
+    hidden_of,
+    logits_of,
+    with_hidden,
+)
 from quantmill.job import Job
 from quantmill.stages.quantize import open_reader
 from quantmill.streaming import StreamedModel
 from quantmill.targeting.types import Target
 
-__all__ = ["Pair", "Sensitivity", "correlation", "scales"]
+__all__ = ["Pair", "Sensitivity", "correlation"]
 
 Pair = tuple[str, str]
 """A target's name and the label of a choice."""
-Weight = Callable[[Target, str], Tensor]
-"""The float32 weight ``[out, in]`` that a choice gives a target."""
 Tell = Callable[[int, int, str], None]
+
+
+_LANES_BYTES = 1 << 30
+"""Most bytes of hidden states of the lanes of one pass."""
 
 
 @dataclass(slots=True)
@@ -81,79 +93,68 @@ class Sensitivity:
         self.tokens = sum(batch.numel() for batch in batches)
         self.estimated: dict[Pair, float] = {}
         self.measured: dict[Pair, float] = {}
+        self.alone: dict[str, float] = {}
+        """KL divergence per token with one choice for all targets."""
 
     def run(self, measure: Sequence[Pair], windows: int) -> None:
-        """Estimate all pairs, and measure some on the first ``windows`` batches."""
+        """Estimate all pairs, and measure some, and each choice alone, on the first ``windows``
+        batches."""
         with open_reader(self.job.headers, self.job.device) as reader:
             model = StreamedModel(self.job, reader, self.batches, plain=True)
             model.model.requires_grad_(False)
-            hidden = self._forward(model, list(measure), windows)
+            hidden = self._forward(model, self._lanes([], 0), "forward", 2, store=True)
             self._backward(model, hidden)
+        pairs = {pair: Lane({pair[0]: pair[1]}) for pair in measure}
+        alone = {label: Lane(dict.fromkeys(self.targets, label)) for label in self.labels}
+        self.measure([*pairs.values(), *alone.values()], windows)
+        self.measured = {pair: lane.divergence for pair, lane in pairs.items()}
+        self.alone = {label: lane.divergence for label, lane in alone.items()}
+
+    def measure(self, lanes: Sequence[Lane], windows: int, base: Lane | None = None) -> None:
+        """Measure lanes on the first ``windows`` batches, in as many passes as memory asks for;
+        one that they follow runs in each pass."""
+        windows = min(windows, len(self.batches))
+        batches, shared = self.batches[:windows], [] if base is None else [base]
+        done = 0
+        while done < len(lanes):
+            with open_reader(self.job.headers, self.job.device) as reader:
+                model = StreamedModel(self.job, reader, batches, plain=True)
+                size = sum(state.nbytes for state in model.replay.first_inputs())
+                part = lanes[done : done + max(1, _LANES_BYTES // max(1, size))]
+                self._forward(model, self._lanes([*shared, *part], windows), "mixtures", 1)
+            done += len(part)
+
+    def scales(self) -> dict[str, float]:
+        """What to multiply a choice's estimates by: measured over estimated, of it alone."""
+        found = {}
+        for label, value in self.alone.items():
+            estimated = sum(self.estimated[name, label] for name in self.targets)
+            found[label] = value / estimated if estimated > 0 and value > 0 else 1.0
+        return found
+
+    def _lanes(self, lanes: Sequence[Lane], windows: int) -> Lanes:
+        return Lanes(lanes, self.targets, self.weight, windows)
 
     def _say(self, done: int, total: int, what: str) -> None:
         if self.tell is not None:
             self.tell(done, total, what)
 
-    def _forward(self, model: StreamedModel, measure: list[Pair], windows: int) -> list[Tensor]:
-        """Keeps the inputs of every block on the disk; carries measured pairs along."""
-        replay, few = model.replay, range(min(windows, len(self.batches)))
-        carried: dict[Pair, list[Tensor]] = {}
+    def _forward(
+        self, model: StreamedModel, lanes: Lanes, what: str, passes: int, *, store: bool = False
+    ) -> list[Tensor]:
+        """The float model's hidden states after the last block, with lanes carried along. What
+        each block was called with is stored on the disk where the backward pass wants it."""
+        replay, total = model.replay, passes * model.count
         for index in range(model.count):
-            self._say(index, 2 * model.count, f"forward, block {index}")
+            self._say(index, total, f"{what}, block {index}")
             with model.block(index) as block, torch.no_grad():
                 calls = list(replay.calls(index))
-                inside = f"{model.inner}{index}."
-                outputs = [block(*args, **kwargs) for args, kwargs in calls]
-                for states in carried.values():
-                    states[:] = [_call(block, _with(calls[n], states[n])) for n in few]
-                for pair in [item for item in measure if item[0].startswith(inside)]:
-                    with self._changed(model.model, pair):
-                        carried[pair] = [_call(block, calls[n]) for n in few]
-                self._store(index, [_hidden_of(call) for call in calls])
-                replay.take(index, outputs)
-        last = replay.hidden
-        for pair, states in carried.items():
-            self.measured[pair] = self._divergence(model, last, states, few)
-        outside = [item for item in measure if item not in carried]
-        for pair in outside:
-            with self._changed(model.model, pair):
-                changed = [_logits(replay.output(n, last[n])) for n in few]
-            self.measured[pair] = self._mean_kl(
-                ((_logits(replay.output(n, last[n])), changed[n]) for n in few), few
-            )
-        return last
-
-    def _divergence(
-        self, model: StreamedModel, last: list[Tensor], states: list[Tensor], few: range
-    ) -> float:
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for number in few:
-                with torch.no_grad():
-                    yield (
-                        _logits(model.replay.output(number, last[number])),
-                        _logits(model.replay.output(number, states[number])),
-                    )
-
-        return self._mean_kl(pairs(), few)
-
-    def _mean_kl(self, pairs: Iterator[tuple[Tensor, Tensor]], few: range) -> float:
-        total = 0.0
-        for exact, changed in pairs:
-            log_p, log_q = exact.float().log_softmax(-1), changed.float().log_softmax(-1)
-            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-        return total / sum(self.batches[number].numel() for number in few)
-
-    @contextmanager
-    def _changed(self, model: nn.Module, pair: Pair) -> Iterator[None]:
-        target = self.targets[pair[0]]
-        weight = model.get_submodule(target.name).get_parameter(target.parameter)
-        before = weight.data
-        made = self.weight(target, pair[1])
-        weight.data = (made.t() if target.transposed else made).to(before.dtype).contiguous()
-        try:
-            yield
-        finally:
-            weight.data = before
+                lanes.block(model.model, block, f"{model.inner}{index}.", calls)
+                if store:
+                    self._store(index, [hidden_of(call) for call in calls])
+                replay.take(index, [block(*args, **kwargs) for args, kwargs in calls])
+        lanes.end(model, replay.hidden)
+        return replay.hidden
 
     def _backward(self, model: StreamedModel, last: list[Tensor]) -> None:
         """Gradients from the output back to the first block."""
@@ -171,9 +172,9 @@ class Sensitivity:
                 model.replay.hidden = self._stored(index, len(last))
                 with self._observed(model.model, names) as seen:
                     for number, call in enumerate(list(model.replay.calls(index))):
-                        leaf = _hidden_of(call).detach().requires_grad_(True)
+                        leaf = hidden_of(call).detach().requires_grad_(True)
                         with torch.enable_grad():
-                            _call(block, _with(call, leaf)).backward(gradients[number])  # type: ignore[no-untyped-call]
+                            call_block(block, with_hidden(call, leaf)).backward(gradients[number])  # type: ignore[no-untyped-call]
                         assert leaf.grad is not None
                         gradients[number] = leaf.grad
                 self._estimate(model.model, seen)
@@ -183,7 +184,7 @@ class Sensitivity:
         """The gradient at the last block's output, for tokens that the model draws."""
         leaf = hidden.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = _logits(model.replay.output(number, leaf)).float()
+            logits = logits_of(model.replay.output(number, leaf)).float()
             flat = logits.reshape(-1, logits.shape[-1])
             drawn = torch.multinomial(
                 flat.detach().softmax(-1).cpu(), 1, generator=self.generator
@@ -254,44 +255,3 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     if len(pairs) < 3:
         return None
     return float(torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).t())[0, 1])
-
-
-def scales(estimated: Mapping[Pair, float], measured: Mapping[Pair, float]) -> dict[str, float]:
-    """What to multiply a method's estimates by: the geometric mean of measured over estimated, for
-    methods with at least two measured pairs. Large errors go beyond second order."""
-    ratios: dict[str, list[float]] = {}
-    for pair, value in measured.items():
-        if value > 0 and estimated[pair] > 0:
-            ratios.setdefault(pair[1], []).append(math.log(value / estimated[pair]))
-    return {
-        label: math.exp(sum(items) / len(items))
-        for label, items in ratios.items()
-        if len(items) > 1
-    }
-
-
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
-
-
-def _call(block: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    args, kwargs = call
-    output = block(*args, **kwargs)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-def _hidden_of(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    args, kwargs = call
-    found: Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
-
-
-def _with(
-    call: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = call
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
