@@ -14,6 +14,7 @@ from quantmill.calibration.mixture import in_order_of_experts, shrunk
 from quantmill.calibration.moments import Moments, lanes_of
 from quantmill.calibration.staged import run_staged
 from quantmill.findings import QuantmillError, declare
+from quantmill.stages.calibrating import STAGED_BYTES, staged_bytes
 
 if TYPE_CHECKING:
     from quantmill.calibration.replay import Replay
@@ -23,21 +24,9 @@ if TYPE_CHECKING:
     from quantmill.processes import Processes
     from quantmill.targeting.types import Target
 
-__all__ = ["STAGED_BYTES", "Block", "Observer", "staged_bytes"]
+__all__ = ["Block", "Observer"]
 
 NAN_ACTIVATION = declare("QM-CALIB-010", "An activation is NaN or infinite while calibrating")
-
-STAGED_BYTES = 2 << 30
-"""Most memory for intermediate results of all batches in one block."""
-_KEPT = 12
-"""Tensors of the size of the hidden states that a paused batch holds, roughly: residual, norm,
-queries, keys, values, rotated copies, a wide MLP's two halves."""
-
-
-def staged_bytes(hidden: int) -> int:
-    """What all batches hold while they pause within a block, from the bytes of its inputs."""
-    return hidden * _KEPT
-
 
 Observer = Callable[[Tensor, int], None]
 """Gets the input ``[tokens, in]`` of a linear and the number of its batch, in order of batches.

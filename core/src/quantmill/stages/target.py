@@ -113,7 +113,7 @@ def make_plan(job: Job, decided: Mapping[str, Decision] | None = None) -> Plan:
 def _calibrating(job: Job, modules: list[ModulePlan], itemsize: int) -> int:
     if job.prequantized or not any(item.method.calibrator for item in job.selections.values()):
         return 0
-    from quantmill.calibration.needs import calibrating_bytes
+    from quantmill.stages.calibrating import calibrating_bytes
 
     assert job.architecture is not None
     return calibrating_bytes(job, modules, job.architecture.settings, itemsize)

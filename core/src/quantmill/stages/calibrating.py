@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from quantmill.calibration.block import STAGED_BYTES, staged_bytes
 from quantmill.memory import Sizes
 from quantmill.registrations import resolve
 
@@ -22,9 +21,20 @@ if TYPE_CHECKING:
     from quantmill.planning import ModulePlan
     from quantmill.targeting.types import Target
 
-__all__ = ["calibrating_bytes"]
+__all__ = ["STAGED_BYTES", "calibrating_bytes", "staged_bytes"]
+
+STAGED_BYTES: Final = 2 << 30
+"""Most memory for intermediate results of all batches in one block."""
+_KEPT: Final = 12
+"""Tensors of the size of the hidden states that a paused batch holds, roughly: residual, norm,
+queries, keys, values, rotated copies, a wide MLP's two halves."""
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
+
+
+def staged_bytes(hidden: int) -> int:
+    """What all batches hold while they pause within a block, from the bytes of its inputs."""
+    return hidden * _KEPT
 
 
 def calibrating_bytes(
