@@ -235,7 +235,7 @@ class BudgetSearch:
 
         found = Sensitivity(
             job,
-            list(self.windows.split(1)),
+            [self.windows[n : n + 1] for n in range(self.windows.shape[0])],
             self.choices.targets,
             self.methods,
             weight,
