@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -44,14 +45,10 @@ def type_of(form: Form) -> str:
     """
     if isinstance(form, RawForm):
         return form.type_name
-    if len(form.shape) == 2:
-        known = _signature(form)
-        for name, kind in TYPES.items():
-            if name in PLAIN or form.shape[1] % kind.info.block:
-                continue
-            raw = torch.empty(1, kind.info.size, dtype=torch.uint8, device="meta")
-            if _signature(kind.form(raw)) == known:
-                return name
+    known = _signature(form)
+    for name in _types_by_signature().get(known, ()):
+        if len(form.shape) == 2 and form.shape[1] % TYPES[name].info.block == 0:
+            return name
     raise QuantmillError(
         codes.NO_BLOCKS("weight", f"no type of ggml has a form like {known!r:.200}", "convert it")
     )
@@ -71,6 +68,17 @@ def _signature(form: Form) -> tuple[object, ...]:
         if isinstance(inner, Form):
             facts.append((name, *sorted((k, str(v)) for k, v in inner.traits().items())))
     return tuple(facts)
+
+
+@cache
+def _types_by_signature() -> dict[tuple[object, ...], list[str]]:
+    """Names of the types whose forms look alike, in the order of the types."""
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name, kind in TYPES.items():
+        if name not in PLAIN:
+            raw = torch.empty(1, kind.info.size, dtype=torch.uint8, device="meta")
+            found.setdefault(_signature(kind.form(raw)), []).append(name)
+    return found
 
 
 class GgufCodec(Codec[GgufConfig]):
