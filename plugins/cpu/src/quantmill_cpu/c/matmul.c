@@ -171,98 +171,138 @@ static void scratch_give(char *memory, size_t bytes) {
     if (bytes > KEEP || !scratch_kept) free(memory);
 }
 
-/* ---- The job ----------------------------------------------------------------------------------- */
+/* ---- Jobs --------------------------------------------------------------------------------------
+ * Up to QM_BATCH rows of x against one weight are a job. Those of many weights run beside each
+ * other: threads wait for each other once for all, and not at the end of each. */
+
+#define JOBS 64
+#define TOGETHER (8 << 20) /* bytes of activations beyond which no more jobs are taken in */
 
 typedef struct {
     QmJob job;
     const QmWay *way;
-    int64_t pairs, rows_each;
-    int threads, halvings;
+    char *act;
+    size_t act_bytes, sum_bytes, step_bytes; /* of all rows */
 } Work;
 
+typedef struct {
+    Work *works;
+    int64_t count, pairs, loads; /* pairs of panels in a job; pieces of its rows */
+    int64_t rows_each;
+    int threads, halvings;
+    char *workspace;
+    size_t workspace_bytes; /* of each worker, for any of the jobs */
+} All;
+
 static void load_piece(void *argument, int64_t index, int worker) {
-    const Work *w = argument;
-    int64_t first = index * w->rows_each, last = first + w->rows_each;
+    const All *all = argument;
+    const Work *w = &all->works[index / all->loads];
+    const int64_t first = index % all->loads * all->rows_each;
+    int64_t last = first + all->rows_each;
     if (last > w->job.batch) last = w->job.batch;
-    w->way->load(&w->job, first, last, w->job.workspace + (size_t)worker * w->job.workspace_bytes);
+    if (first < last)
+        w->way->load(&w->job, first, last, all->workspace + (size_t)worker * all->workspace_bytes);
 }
 
 /* Pairs are taken in pieces that get smaller: for each thread one of half its share, one of a
  * quarter, and so on. Long pieces are read fast, and short ones let all threads end together. */
-static int64_t first_pair(const Work *w, int64_t piece) {
-    int64_t halved = piece / w->threads, turn = piece % w->threads;
-    if (halved > w->halvings) return w->pairs;
-    int64_t left = w->pairs >> halved;
-    int64_t level = halved == w->halvings ? left : left - (w->pairs >> (halved + 1));
-    return w->pairs - left + level * turn / w->threads;
+static int64_t first_pair(const All *all, int64_t piece) {
+    const int64_t pairs = all->pairs * all->count;
+    int64_t halved = piece / all->threads, turn = piece % all->threads;
+    if (halved > all->halvings) return pairs;
+    int64_t left = pairs >> halved;
+    int64_t level = halved == all->halvings ? left : left - (pairs >> (halved + 1));
+    return pairs - left + level * turn / all->threads;
 }
 
 static void run_piece(void *argument, int64_t index, int worker) {
-    const Work *w = argument;
-    const int64_t end = first_pair(w, index + 1);
-    for (int64_t p = first_pair(w, index); p < end; p++)
-        w->way->run(&w->job, p, w->job.workspace + (size_t)worker * w->job.workspace_bytes);
+    const All *all = argument;
+    const int64_t end = first_pair(all, index + 1);
+    for (int64_t p = first_pair(all, index); p < end; p++) {
+        const Work *w = &all->works[p / all->pairs];
+        w->way->run(&w->job, p % all->pairs,
+                    all->workspace + (size_t)worker * all->workspace_bytes);
+    }
 }
 
-static int run_batch(Work *work, int threads) {
+/* A job of at most QM_BATCH rows of a weight. Where its activations will be is not known yet. */
+static void prepare(Work *work, const void *weight, const void *x, const void *bias, void *y,
+                    int dtype, int64_t rows, int64_t batch) {
     QmJob *job = &work->job;
-    const QmWay *way = work->way;
-    job->split = way->split(job->dtype);
-    const int64_t multiple = way->multiple, real = job->batch * job->split;
+    *work = (Work){0};
+    qm_weight_of(job, weight);
+    job->dtype = dtype;
+    job->x = x;
+    job->bias = bias;
+    job->y = y;
+    /* How it is computed depends on all rows of the call, not only on its own. */
+    work->way = choose_way(job, rows);
+    job->batch = rows;
+    work->way->settle(job);
+    job->batch = batch;
+    const int constant = job->shift / job->unit + job->base != 0.0f && !job->zero_folded;
+    job->zeros_needed = !job->scaled && (constant || job->offset_kind == QM_OFFSET_ZERO);
+    job->sums_needed = job->zeros_needed || (!job->scaled && (job->plus != 0.0f ||
+                                             job->offset_kind == QM_OFFSET_MINIMUM));
+    job->split = work->way->split(dtype);
+    const int64_t multiple = work->way->multiple, real = batch * job->split;
     job->act_rows = (real + multiple - 1) / multiple * multiple;
     job->stride = (job->units + 2) * QM_UNIT; /* a tile may begin in the last unit */
-    QmWorkspace unused;
-    job->workspace_bytes = qm_workspace(job, NULL, &unused);
-    const size_t rows = (size_t)job->act_rows;
-    size_t row = (size_t)(job->stride * way->element), sum = (size_t)job->groups * 4;
-    size_t step = (size_t)(job->groups * job->runs) * 4;
-    size_t act = qm_part(rows * row), sums = qm_part(rows * sum), steps = qm_part(rows * step);
-    size_t bytes = act + sums + 3 * steps + (size_t)threads * job->workspace_bytes;
-    char *memory = scratch_take(bytes);
+    const size_t each = (size_t)job->act_rows;
+    work->act_bytes = qm_part(each * (size_t)(job->stride * work->way->element));
+    work->sum_bytes = qm_part(each * (size_t)job->groups * 4);
+    work->step_bytes = qm_part(each * (size_t)(job->groups * job->runs) * 4);
+}
+
+static size_t bytes_of(const Work *w) { return w->act_bytes + w->sum_bytes + 3 * w->step_bytes; }
+
+/* Jobs with weights of one shape. */
+static int run_all(Work *works, int64_t count, int threads) {
+    const QmJob *first = &works[0].job;
+    All all = {.works = works, .count = count, .threads = threads};
+    size_t bytes = 0;
+    int64_t most = 0, rows = 0;
+    for (int64_t i = 0; i < count; i++) {
+        QmWorkspace unused;
+        const size_t own = qm_workspace(&works[i].job, NULL, &unused);
+        if (own > all.workspace_bytes) all.workspace_bytes = own;
+        if (works[i].job.batch > most) most = works[i].job.batch;
+        rows += works[i].job.batch;
+        bytes += bytes_of(&works[i]);
+    }
+    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
+    if (threads < 1 || first->rows * first->columns * rows < SMALL) threads = 1;
+    all.threads = threads;
+    bytes += (size_t)threads * all.workspace_bytes;
+    char *memory = scratch_take(bytes), *at = memory;
     if (!memory) return -1;
-    job->act = memory;
-    job->sums = (float *)(void *)(memory + act);
-    job->steps = (float *)(void *)(memory + act + sums);
-    job->starts = (int32_t *)(void *)(memory + act + sums + steps);
-    job->workspace = memory + act + sums + 3 * steps;
-    work->rows_each = 65536 / (job->columns + 1) + 1;
-    qm_parallel(load_piece, work, (job->batch + work->rows_each - 1) / work->rows_each, threads);
-    work->pairs = (job->panels + 1) / 2;
-    work->threads = threads;
-    work->halvings = 0;
-    int64_t smallest = work->pairs * job->panel_bytes * 2 / threads;
-    for (; work->halvings < HALVINGS && smallest > 2 * PIECE; smallest /= 2) work->halvings++;
-    qm_parallel(run_piece, work, (int64_t)threads * (work->halvings + 1), threads);
+    for (int64_t i = 0; i < count; i++) {
+        Work *w = &works[i];
+        w->job.act = at;
+        w->job.sums = (float *)(void *)(at + w->act_bytes);
+        w->job.steps = (float *)(void *)(at + w->act_bytes + w->sum_bytes);
+        w->job.starts = (int32_t *)(void *)(at + w->act_bytes + w->sum_bytes + w->step_bytes);
+        at += bytes_of(w);
+    }
+    all.workspace = at;
+    all.rows_each = 65536 / (first->columns + 1) + 1;
+    all.loads = (most + all.rows_each - 1) / all.rows_each;
+    qm_parallel(load_piece, &all, count * all.loads, threads);
+    all.pairs = (first->panels + 1) / 2;
+    int64_t smallest = count * all.pairs * first->panel_bytes * 2 / threads;
+    for (; all.halvings < HALVINGS && smallest > 2 * PIECE; smallest /= 2) all.halvings++;
+    qm_parallel(run_piece, &all, (int64_t)threads * (all.halvings + 1), threads);
     scratch_give(memory, bytes);
     return 0;
 }
 
 QM_API int qm_matmul(const void *weight, const void *x, const void *bias, void *y, int dtype,
                      int64_t batch, int threads) {
+    const int64_t end = batch;
+    const int64_t *spec = weight;
     if ((uintptr_t)weight % 64) return -2;
-    Work work = {0};
-    QmJob *job = &work.job;
-    const int size = dtype == QM_F32 ? 4 : 2;
-    qm_weight_of(job, weight);
-    if (job->rows == 0 || batch == 0) return 0;
-    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
-    if (threads < 1 || job->rows * job->columns * batch < SMALL) threads = 1;
-    job->dtype = dtype;
-    job->bias = bias;
-    work.way = choose_way(job, batch);
-    job->batch = batch;
-    work.way->settle(job);
-    const int constant = job->shift / job->unit + job->base != 0.0f && !job->zero_folded;
-    job->zeros_needed = !job->scaled && (constant || job->offset_kind == QM_OFFSET_ZERO);
-    job->sums_needed = job->zeros_needed || (!job->scaled && (job->plus != 0.0f ||
-                                             job->offset_kind == QM_OFFSET_MINIMUM));
-    for (int64_t done = 0; done < batch; done += QM_BATCH) {
-        job->batch = batch - done < QM_BATCH ? batch - done : QM_BATCH;
-        job->x = (const uint8_t *)x + done * job->columns * size;
-        job->y = (uint8_t *)y + done * job->rows * size;
-        if (run_batch(&work, threads) != 0) return -1;
-    }
-    return 0;
+    if (batch == 0 || spec[QM_SPEC_ROWS] == 0) return 0;
+    return qm_matmul_grouped(weight, 0, 1, &end, x, bias, y, dtype, batch, threads);
 }
 
 QM_API int qm_matmul_grouped(const void *weights, int64_t each, int64_t count, const int64_t *ends,
@@ -273,16 +313,25 @@ QM_API int qm_matmul_grouped(const void *weights, int64_t each, int64_t count, c
     const int64_t *spec = weights;
     const int64_t size = dtype == QM_F32 ? 4 : 2;
     const int64_t in = spec[QM_SPEC_COLUMNS] * size, out = spec[QM_SPEC_ROWS] * size;
-    int64_t start = 0;
+    Work works[JOBS];
+    int64_t start = 0, made = 0;
+    size_t bytes = 0;
     for (int64_t i = 0; i < count; i++) {
-        int64_t end = ends[i] < batch ? ends[i] : batch;
-        if (end <= start) continue;
-        int failed = qm_matmul((const char *)weights + i * each, (const char *)x + start * in,
-                               bias ? (const char *)bias + i * out : NULL, (char *)y + start * out,
-                               dtype, end - start, threads);
-        if (failed) return failed;
-        start = end;
+        const int64_t end = ends[i] < batch ? ends[i] : batch, rows = end - start;
+        for (; start < end; ) {
+            const int64_t some = end - start < QM_BATCH ? end - start : QM_BATCH;
+            prepare(&works[made], (const char *)weights + i * each, (const char *)x + start * in,
+                    bias ? (const char *)bias + i * out : NULL, (char *)y + start * out, dtype,
+                    rows, some);
+            start += some;
+            bytes += bytes_of(&works[made++]);
+            if (made < JOBS && bytes < TOGETHER) continue;
+            if (run_all(works, made, threads) != 0) return -1;
+            made = 0;
+            bytes = 0;
+        }
     }
+    if (made && run_all(works, made, threads) != 0) return -1;
     memset((char *)y + start * out, 0, (size_t)((batch - start) * out));
     return 0;
 }

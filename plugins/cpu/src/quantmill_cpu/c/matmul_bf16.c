@@ -58,9 +58,9 @@ static void qm_block(const QmJob *job, const QmStep *step) {
 }
 
 #define ROWS(b, kind, n) \
-    case n: qm_few(job, panel, w, b, kind, n); break;
+    case n: qm_few(job, panel, w, m, b, kind, n); break;
 #define ALL_ROWS(b, kind) \
-    switch (job->act_rows) { \
+    switch (qm_least(job->act_rows - m, QM_FEW)) { \
         ROWS(b, kind, 1) ROWS(b, kind, 2) ROWS(b, kind, 3) ROWS(b, kind, 4) \
     }
 #define CASE(b) \
@@ -69,12 +69,12 @@ static void qm_block(const QmJob *job, const QmStep *step) {
         else ALL_ROWS(b, QM_LOOKUP) \
         break;
 
-/* A pair of panels against at most QM_FEW rows. */
+/* A pair of panels against few rows: each panel is still in the cache when the next of them come. */
 static void few_pair(const QmJob *job, int64_t pair, const QmWorkspace *w) {
     for (int half = 0; half < 2 && pair * 2 + half < job->panels; half++) {
         int64_t panel = pair * 2 + half;
         qm_panel_values(job, panel, w, 0);
-        QM_EACH_WIDTH(CASE)
+        for (int64_t m = 0; m < job->act_rows; m += QM_FEW) QM_EACH_WIDTH(CASE)
         qm_store(job, panel * QM_PANEL, w->total);
     }
 }
@@ -82,7 +82,7 @@ static void few_pair(const QmJob *job, int64_t pair, const QmWorkspace *w) {
 static void settle(QmJob *job) {
     qm_bf16_settle(job, qm_many(job));
     job->natural = !job->scaled && job->numbers != QM_CODE &&
-                   job->batch * qm_bf16_split(job->dtype) <= QM_FEW;
+                   job->batch * qm_bf16_split(job->dtype) <= 2 * QM_FEW;
 }
 
 static void run(const QmJob *job, int64_t pair, char *workspace) {

@@ -169,14 +169,15 @@ QM_INLINE __m512 qm_rows(__m512 first, __m512 second) {
                          _mm512_shuffle_ps(first, second, 0xdd));
 }
 
-/* One panel, all groups. */
-QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int bits,
+/* One panel, all groups, against rows m to m + rows - 1. */
+QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int64_t m, int bits,
                       int numbers, int rows) {
     const QmTable t = qm_table(job);
     const QmAhead next = qm_ahead(job, panel + 1);
     const uint8_t *codes = job->codes + panel * job->panel_bytes;
     const int chains = rows <= 2 ? 4 : 2;
-    const uint16_t *x = job->act;
+    const uint16_t *x = (const uint16_t *)job->act + m * job->stride;
+    const float *sums_of_x = job->sums + m * job->groups;
     const float *scale = w->scale, *zero = w->zero, *minimum = w->minimum;
     __m512 totals[QM_FEW];
 #pragma GCC unroll 4
@@ -214,7 +215,7 @@ QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int
             __m512 sum = qm_rows(sums[r][0], sums[r][1]);
             if (job->zeros_needed)
                 sum = _mm512_fmadd_ps(_mm512_loadu_ps(zero + g * QM_PAIR),
-                                      _mm512_set1_ps(job->sums[r * job->groups + g]), sum);
+                                      _mm512_set1_ps(sums_of_x[r * job->groups + g]), sum);
             totals[r] = _mm512_fmadd_ps(sum, by, totals[r]);
         }
         if (job->offset_kind == QM_OFFSET_MINIMUM) {
@@ -222,12 +223,12 @@ QM_INLINE void qm_few(const QmJob *job, int64_t panel, const QmWorkspace *w, int
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++)
                 totals[r] = _mm512_fmadd_ps(
-                    by, _mm512_set1_ps(job->sums[r * job->groups + g]), totals[r]);
+                    by, _mm512_set1_ps(sums_of_x[r * job->groups + g]), totals[r]);
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-        _mm512_storeu_ps(w->total + r * QM_PAIR, totals[r]);
+        _mm512_storeu_ps(w->total + (m + r) * QM_PAIR, totals[r]);
 }
 
 /* ---- Many rows: decoded once for all -------------------------------------------------------------- */

@@ -85,9 +85,6 @@ typedef struct QmJob {
     float *sums; /* [act_rows, groups] */
     float *steps; /* [act_rows, groups * runs]: what 1 is worth in whole activations */
     int32_t *starts; /* [act_rows, groups * runs, 2]: what sums begin with, of upper and lower bytes */
-
-    char *workspace; /* of worker 0; the others' follow */
-    size_t workspace_bytes;
 } QmJob;
 
 /* Fill in what the job has of a weight. */
