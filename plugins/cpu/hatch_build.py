@@ -44,6 +44,9 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # any level but none.
 SANITIZE_UNROLLED = ["-O1", "-g1"]
 SANITIZE_NEWER = ["-O0", "-g1"]
+# Where few wait for the code, or it is spelt out for the machine: compiling that well takes most of
+# the build.
+PLAIN = ["-O2"]
 # Flags of each instruction set that kernels.c is compiled for, by its name in the library.
 LEVELS = {
     "baseline": [],
@@ -62,7 +65,7 @@ MATMUL_LEVELS = {
 NEWER = {
     "matmul_int8": ("QM_AVX512VNNI", ["-mavx512vbmi", "-mavx512vnni"]),
     "matmul_bf16": ("QM_AVX512BF16", ["-mavx512bf16"]),
-    "matmul_amx": ("QM_AMX", ["-mamx-tile", "-mamx-bf16"]),
+    "matmul_amx": ("QM_AMX", ["-mamx-tile", "-mamx-bf16", *PLAIN]),
 }
 
 
@@ -100,15 +103,19 @@ def compile_library(
     folder = Path(__file__).parent / "src" / "quantmill_cpu" / "c"
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
     flags = list(FLAGS)
-    sources: list[tuple[str, str, list[str]]] = [  # object, file, its flags
+    x86 = sysconfig.get_platform().endswith("x86_64")
+    newer, macros = _newer(compiler) if x86 and only is None else ({}, [])
+    # Object, file, its flags; those that take longest first.
+    sources = [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
+    sources += [
         (name, name, [])
         for name in ("quantize", "panels", "pool", "operator", "ggml", "moments", "columns")
     ]
-    x86 = sysconfig.get_platform().endswith("x86_64")
-    newer, macros = _newer(compiler) if x86 and only is None else ({}, [])
     flags += ["-DQM_X86_LEVELS", *macros] if x86 else []
     for level in LEVELS if x86 else ["baseline"]:
         name = [f"-DQM_LEVEL={level}"]
+        if x86 and level == "baseline":
+            name += PLAIN
         sources += [
             (f"kernels_{level}", "kernels", [*LEVELS[level], *name]),
             (f"columns_{level}", "columns_tile", [*LEVELS[level], *name]),
@@ -117,7 +124,6 @@ def compile_library(
             (f"fp32_{level}", "matmul_fp32", [*MATMUL_LEVELS[level], *MATMUL, *name]),
         ]
     sources += [(name, name, MATMUL) for name in ("matmul", "matmul_weight")]
-    sources += [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
     if "matmul_bf16" in newer:
         sources.append(("moments_bf16", "moments_bf16", newer["matmul_bf16"]))
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,7 +137,7 @@ def compile_library(
             elif looked_at and file.startswith(("matmul", "ggml")):
                 checks = [*SANITIZE, *SANITIZE_UNROLLED]
             jobs.append(
-                [*flags, *checks, *extra, "-c", str(folder / f"{file}.c"), "-o", objects[-1]]
+                [*flags, *extra, *checks, "-c", str(folder / f"{file}.c"), "-o", objects[-1]]
             )
         # Renamed at the end: a process may have the old library mapped.
         temporary = out.with_name(out.name + ".new")
