@@ -190,7 +190,7 @@ class HeaderArchitecture(Architecture):
         return [
             FROM_HEADERS(
                 "model",
-                self._reason or "no model source answered for this folder",
+                self._reason or "no installed model source knows this architecture",
                 "install quantmill-transformers for exact classes, ties and defaults",
             )
         ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantmill.backend import Codec
+from quantmill.checkpoint.containers import container_of
 from quantmill.checkpoint.dtypes import torch_dtype
 from quantmill.checkpoint.files import FolderSource
 from quantmill.checkpoint.manifest import verify as verify_manifest
@@ -22,6 +23,7 @@ from quantmill.conversion.view import Stored, stored_targets
 from quantmill.findings import Finding, Findings, QuantmillError, Severity, declare
 from quantmill.forms import Form
 from quantmill.job import Job
+from quantmill.registrations import resolve
 from quantmill.stages.quantize import codec_of, decode_stored, member_headers, open_reader
 from quantmill.stages.target import as_float, decisions_for
 from quantmill.verification.forms import check_form
@@ -32,7 +34,7 @@ NO_MANIFEST = declare("QM-VERIFY-006", "There is no manifest to compare with", S
 DISAGREES = declare("QM-VERIFY-007", "Tensors and config disagree", Severity.WARNING)
 NOT_FINITE = declare("QM-VERIFY-008", "A float tensor holds NaN or infinity")
 NOT_TIED = declare("QM-VERIFY-009", "A tied weight is stored with other values")
-NO_TOKENIZER = declare("QM-VERIFY-010", "There is no tokenizer beside the weights", Severity.INFO)
+NO_TOKENIZER = declare("QM-VERIFY-010", "There is no tokenizer that can be read", Severity.INFO)
 
 CHECKS: Final = {
     "headers": "shapes, dtypes and names of all tensors",
@@ -112,11 +114,7 @@ def verify_job(job: Job) -> Verification:
             config |= item.data.get("check") == "config"
             found.add("config" if config else "headers", [item])
     _checksums(job, found)
-    if not any(job.headers.source.exists(name) for name in _TOKENIZERS):
-        found.add(
-            "headers",
-            [NO_TOKENIZER("tokenizer", "none of its usual files is there", "add tokenizer.json")],
-        )
+    _tokenizer(job, found)
     if job.plan is None:
         found.seconds = perf_counter() - start
         return found
@@ -127,6 +125,25 @@ def verify_job(job: Job) -> Verification:
         _ties(job, reader, found)
     found.seconds = perf_counter() - start
     return found
+
+
+def _tokenizer(job: Job, found: Verification) -> None:
+    """Whether there is one: beside the weights, or in the file that holds them."""
+    cause, fix = "none of its usual files is there", "add tokenizer.json"
+    path = job.headers.source.describe()
+    container = container_of(path, job.host)
+    if container is None or container.tokenizer is None:
+        there = any(job.headers.source.exists(name) for name in _TOKENIZERS)
+    else:
+        cause = "the file holds none, or no framework that reads it is installed"
+        fix = "convert the model again with its tokenizer"
+        try:
+            there = resolve(container.tokenizer)(Path(path)) is not None
+        except QuantmillError as error:
+            first = next(iter(error.findings))
+            there, cause, fix = False, first.cause, first.fix
+    if not there:
+        found.add("headers", [NO_TOKENIZER("tokenizer", cause, fix)])
 
 
 _TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")

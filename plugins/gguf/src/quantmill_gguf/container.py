@@ -26,6 +26,7 @@ __all__ = ["Array", "GgufFile", "GgufTensor", "open_split", "parse"]
 MAGIC: Final = b"GGUF"
 ALIGNMENT: Final = 32
 """Of tensor data, where the file does not say otherwise."""
+_MOST_ALIGNED: Final = 1 << 20
 MAX_DIMS: Final = 4
 _MAX_ENTRIES: Final = 1 << 15
 """Keys, and tensors, of a file: some ten times what any model has. A small file can claim more of
@@ -293,10 +294,11 @@ def parse(data: Buffer, path: Path) -> GgufFile:
 
 def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
     value = metadata.get("general.alignment", ALIGNMENT)
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_ALIGNED
     if not good or value & (value - 1):
         raise cursor.error(
-            codes.ALIGNMENT, f"general.alignment is {value!r:.60}, not a power of two"
+            codes.ALIGNMENT,
+            f"general.alignment is {value!r:.60}, not a power of two up to {_MOST_ALIGNED}",
         )
     return int(value)
 
