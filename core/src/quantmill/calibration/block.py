@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from quantmill.calibration.heap import LARGE, give_back
 from quantmill.calibration.mixture import in_order_of_experts, shrunk
 from quantmill.calibration.moments import Moments, lanes_of
 from quantmill.calibration.staged import run_staged
@@ -43,6 +44,8 @@ class Share:
     """Tensors that stand for a form."""
     unpack: Callable[[Target, dict[str, Tensor]], Form]
     """The form that they stand for."""
+    orders: dict[Any, list[list[str]]] = field(default_factory=dict)
+    """Local names of targets in the order in which they run, by the structure of a block."""
 
 
 class Block:
@@ -77,7 +80,9 @@ class Block:
         self.changed: dict[str, Tensor] = {}
         """Float parameters that the calibrator changed, by full name."""
         self.finished = False
-        """The inputs of the next block are there already, from :meth:`quantize_in_order`."""
+        """The inputs of the next block are there already, from :meth:`in_order`."""
+        self.wanted = True
+        """Something comes after this block that needs its outputs."""
         self._replay = replay
         self._share = share
 
@@ -267,6 +272,9 @@ class Block:
 
         def reached(number: int) -> None:
             self._join(groups[number], made[number])
+            if made[number].square.nbytes >= LARGE:
+                # Factoring takes several of that size, beside what the batches freed.
+                give_back()
             after(number, made[number])
             made[number].free()
 
@@ -287,8 +295,9 @@ class Block:
             for group, item in zip(groups, made, strict=True)
         ]
         calls = [call(item) for item in self.inputs()]
-        outputs = run_staged(calls, self._replay.numbers, stops, reached)
-        self._replay.take(self.index, outputs)
+        outputs = run_staged(calls, self._replay.numbers, stops, reached, self.wanted)
+        if self.wanted:
+            self._replay.take(self.index, outputs)
         self.finished = True
 
     def _moments(self, group: Sequence[Target], magnitudes: bool) -> Moments:
@@ -319,12 +328,17 @@ class Block:
 
         Experts run in the order of their numbers, whichever of them the first batch reaches.
         """
-        by_name = {target.name: target for target in self.targets}
-        found = self.agree(self._call_order)
-        groups = [[by_name[name] for name in group] for group in found]
+        prefix = f"{self.name}." if self.name else ""
+        by_name = {target.name.removeprefix(prefix): target for target in self.targets}
+        parts = tuple((name, type(part)) for name, part in self.module.named_modules())
+        orders, structure = self._share.orders, (parts, tuple(by_name))
+        if structure not in orders:
+            # Blocks of the same modules run these in the same order.
+            orders[structure] = self.agree(lambda: self._call_order(by_name))
+        groups = [[by_name[name] for name in group] for group in orders[structure]]
         return in_order_of_experts(groups, self.targets)
 
-    def _call_order(self) -> list[list[str]]:
+    def _call_order(self, targets: Mapping[str, Target]) -> list[list[str]]:
         order: list[tuple[int, list[str]]] = []
 
         def hook(name: str) -> Any:
@@ -341,14 +355,14 @@ class Block:
 
         alive: list[Tensor] = []  # an id is only good while its object lives
         with ExitStack() as stack:
-            for target in self.targets:
+            for name, target in targets.items():
                 module = self.model.get_submodule(target.name)
-                handle = module.register_forward_pre_hook(hook(target.name))
+                handle = module.register_forward_pre_hook(hook(name))
                 stack.callback(handle.remove)
             self.run_first()
         found = [list(dict.fromkeys(members)) for _, members in order]
         reached = {name for members in found for name in members}
-        return found + [[t.name] for t in self.targets if t.name not in reached]
+        return found + [[name] for name in targets if name not in reached]
 
     def _join(self, group: Sequence[Target], moments: Moments) -> None:
         """Bring the processes' sums together; refuse NaN and infinity."""

@@ -35,8 +35,8 @@ class CalibrationData:
         data = self.tokens.contiguous().numpy().tobytes()
         return hashlib.sha256(data + str(tuple(self.tokens.shape)).encode()).hexdigest()
 
-    def batches(self, tokens: int = 4096) -> list[Tensor]:
-        """Batches of about that many tokens."""
+    def batches(self, tokens: int = 2048) -> list[Tensor]:
+        """Batches of about that many tokens: enough for products, and few for the caches."""
         size = max(1, tokens // max(1, self.tokens.shape[1]))
         return list(torch.split(self.tokens, size))
 

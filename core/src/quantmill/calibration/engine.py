@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quantmill.backend import BlockCalibrator, NonFiniteWeight
 from quantmill.calibration.block import Block, Share
 from quantmill.calibration.data import CalibrationData, Calls
-from quantmill.calibration.heap import give_back, mapped_apart
+from quantmill.calibration.heap import give_back, one_heap
 from quantmill.calibration.mixture import few_tokens
 from quantmill.calibration.moments import lane_owner, lanes_of
 from quantmill.calibration.overlay import OverlayReader
@@ -57,7 +57,7 @@ def calibrate(
         QuantmillError: the model can't be replayed, a weight or an activation is not finite, or
             ``keep`` holds another job.
     """
-    with open_reader(job.headers) as reader, mapped_apart():
+    with open_reader(job.headers) as reader, one_heap():
         run = Run(job, sink, data, keep, reader)
         try:
             run.run()
@@ -163,7 +163,7 @@ class Run:
                         replay.hidden = [kept[n].to(job.device) for n in replay.numbers]
                 else:
                     self._advance(index, total, name)
-                    forms = self._block(model, replay, calibrators, name, index, inside)
+                    forms = self._block(model, replay, calibrators, name, index, inside, inner)
                 self._send(inside, forms)
                 give_back()
             self._advance(count, total, "outside the blocks")
@@ -232,6 +232,7 @@ class Run:
         name: str,
         index: int,
         inside: list[ModuleInfo],
+        inner: str,
     ) -> dict[str, Form | None]:
         self._load(model, inside)
         module = model.get_submodule(name)
@@ -239,12 +240,13 @@ class Run:
         configs = {target.name: selection.config for target, selection in targets}
         members = [target for target, _ in targets]
         block = Block(index, name, module, members, configs, replay, self.share)
+        block.wanted = index + 1 < len(replay.blocks) or bool(self._outside(inner))
         self._finite(block)
         if block.targets:
             _calibrate(block, replay, calibrators)
             self._complete(block)
         self._take_changes(block)
-        if not block.finished:
+        if block.wanted and not block.finished:
             replay.advance(index, module)
         self._keep(block, replay)
         _drop(module)
@@ -336,11 +338,15 @@ class Run:
             self.job.state.setdefault("losses", {})[name] = about["losses"]
         return forms
 
+    def _outside(self, inner: str) -> list[tuple[Target, Selection]]:
+        """Calibrated targets outside the blocks."""
+        return [pair for name, pair in self.calibrated.items() if not name.startswith(inner)]
+
     def _tail(
         self, replay: Replay, calibrators: _Calibrators, inner: str
     ) -> dict[str, Form | None]:
         """Targets outside the blocks, such as the output head."""
-        outside = [pair for name, pair in self.calibrated.items() if not name.startswith(inner)]
+        outside = self._outside(inner)
         if not outside:
             return {}
         configs = {target.name: selection.config for target, selection in outside}

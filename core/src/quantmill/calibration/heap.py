@@ -1,10 +1,11 @@
-"""Large tensors in memory of their own while a model is calibrated.
+"""The C library's heap while a model is calibrated.
 
-The C library keeps freed memory for later, in one heap per thread; the batches of a block run in
-threads of their own, so that these heaps grow with every block by what fits into none of their
-holes. Allocations that are mapped one by one go back to the system when they are freed: the peak
-is then what is really held, whatever the number of blocks. Elsewhere than with glibc nothing is
-done.
+By default glibc keeps one heap per thread, and the batches of a block run in threads of their own:
+what each frees is lost to the others. Mapping large tensors one by one instead would give them back
+at once, but every intermediate result of every batch would then be paged in anew, which took a fifth
+of the time. So one heap serves all threads, which stays so for as long as the process lives, and
+:func:`give_back` returns what is free in it wherever memory would otherwise run high. Elsewhere
+than with glibc nothing is done.
 """
 
 from __future__ import annotations
@@ -14,32 +15,37 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["give_back", "mapped_apart"]
+__all__ = ["LARGE", "give_back", "one_heap"]
 
-_MMAP_THRESHOLD = -3
-"""``M_MMAP_THRESHOLD`` of ``mallopt(3)``."""
-_LARGE = 1 << 20
-"""Least bytes of an allocation that is mapped; the page faults of smaller ones would be felt."""
-_USUAL = 32 << 20
+# Numbers of mallopt(3).
+_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
+LARGE = 32 << 20
+"""Least bytes of an allocation that is mapped by itself: the most that glibc allows."""
+_KEPT = 1 << 30
+"""Bytes at the end of the heap that wait for the next batch."""
+_USUAL = 2 * LARGE
 """Where glibc's own, moving threshold ends up in a program that frees large blocks."""
 
 
 @contextmanager
-def mapped_apart() -> Iterator[None]:
-    """Map allocations of a MiB or more one by one for a while."""
+def one_heap() -> Iterator[None]:
+    """Let all threads share one heap, and keep what they free for a while."""
     library = _glibc()
     if library is None:
         yield
         return
-    library.mallopt(_MMAP_THRESHOLD, _LARGE)
+    library.mallopt(_ARENA_MAX, 1)
+    library.mallopt(_MMAP_THRESHOLD, LARGE)
+    library.mallopt(_TRIM_THRESHOLD, _KEPT)
     try:
         yield
     finally:
-        library.mallopt(_MMAP_THRESHOLD, _USUAL)
+        library.mallopt(_TRIM_THRESHOLD, _USUAL)
+        give_back()
 
 
 def give_back() -> None:
-    """Return the free pages of all heaps to the system."""
+    """Return the free pages of the heap to the system."""
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)

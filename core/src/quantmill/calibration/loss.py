@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from quantmill.forms import Form
 
-__all__ = ["evenly", "relative_loss"]
+__all__ = ["evenly", "relative_error", "relative_loss"]
 
 _ROWS = 256
 
@@ -26,7 +26,12 @@ def relative_loss(weight: Tensor, form: Form, square: Tensor) -> float:
     """Squared error of the output of ``form`` over the squared output of ``weight [out, in]``, of
     evenly spaced rows, for inputs whose second moments are ``square``, float32 ``[in, in]``."""
     index = evenly(weight.shape[0], weight.device)
-    exact = weight[index].to(torch.float32)
-    error = form.dequantize(torch.float32)[index] - exact
+    return relative_error(weight[index], form.dequantize(torch.float32)[index], square)
+
+
+def relative_error(rows: Tensor, rounded: Tensor, square: Tensor) -> float:
+    """The same of ``rows [n, in]`` and what they were rounded to."""
+    exact = rows.to(torch.float32)
+    error = rounded - exact
     energy = (exact @ square).mul_(exact).sum().clamp(min=1e-30)
     return float((error @ square).mul_(error).sum() / energy)

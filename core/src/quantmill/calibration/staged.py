@@ -79,8 +79,9 @@ def run_staged(
     numbers: Sequence[int],
     stops: Sequence[tuple[nn.Module, Observer]],
     after: Callable[[int], None],
+    to_the_end: bool = True,
 ) -> list[Any]:
-    """Run every call once; outputs in order.
+    """Run every call once; outputs in order, or nothing if calls end at the last stop.
 
     Args:
         calls: one per batch.
@@ -89,6 +90,7 @@ def run_staged(
             ``[tokens, in]`` in every batch before it computes.
         after: ``after(i)`` is called when all batches have been seen at stop ``i``, and may
             change weights: the module there then computes with the new ones.
+        to_the_end: go on after the last stop.
     """
     runs = [_Run(call, number) for call, number in zip(calls, numbers, strict=True)]
     of_thread: dict[int, _Run] = {}
@@ -121,6 +123,8 @@ def run_staged(
                     run.resume()
             after(stop)
             reached = stop
+        if not to_the_end:
+            return []
         for run in runs:
             while run.at is not None:
                 run.resume()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill.calibration.loss import relative_loss
+from quantmill.calibration.loss import evenly, relative_error
 from quantmill.forms import Affine
 from quantmill.kernels import KernelRegistry
 from quantmill_gptq.columns import compensate, panels_of, preferred
@@ -84,9 +84,9 @@ def gptq(
     turned = work.t() if problem.order is None else work.t()[problem.order]
     turned = turned.contiguous()
     codes, scales, zeros = _sweep(turned, problem, static, config, kernels)
+    owner = problem.owner
+    steps = codes.to(torch.float32).sub_(zeros[owner])
     if config.refinements:
-        owner = problem.owner
-        steps = codes.to(torch.float32).sub_(zeros[owner])
         slope = slope_of(turned, problem.root, problem.panels)
         for number in range(config.refinements):
             if number:
@@ -102,14 +102,15 @@ def gptq(
                 config.maximum,
                 kernels,
             )
-        codes = steps.add_(zeros[owner]).to(torch.uint8)
+        codes = (steps + zeros[owner]).to(torch.uint8)
+    index = evenly(weight.shape[0], weight.device)
+    values = steps[:, index] * scales[:, index][owner]
     if problem.back is not None:
-        codes = codes[problem.back]
-    codes = codes.t().contiguous()
+        codes, values = codes[problem.back], values[problem.back]
+    loss = relative_error(weight[index], values.t(), problem.square)
     grid = Grid(scales.t().contiguous(), zeros.t().contiguous())
-    index = None if problem.index is None else problem.index.to(torch.int32)
-    form = make_form(codes, grid, width, config, weight.dtype, index)
-    return form, relative_loss(weight, form, problem.square)
+    order = None if problem.index is None else problem.index.to(torch.int32)
+    return make_form(codes.t().contiguous(), grid, width, config, weight.dtype, order), loss
 
 
 def _order(moments: Tensor, width: int, config: GptqConfig) -> Tensor | None:
