@@ -5,7 +5,9 @@
 Both quantize the same model with the same calibration tokens, and we load and judge both files:
 mean KL per token to the float model over held-out windows, and the paired difference per window.
 ``--wide 2`` times both on two random blocks of width 2048 instead, where start-up weighs little.
-The peer runs in a process of its own, with the interpreter of an environment that has it.
+Each run is a process of its own, the peer's with the interpreter of an environment that has it.
+Times are from the start of the process until its files are written, and beside it without start-up:
+imports, reading the config, building the model.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from fabricate import fabricate
+from safetensors.torch import save_file
 from torch import Tensor
 
 import quantmill
@@ -43,20 +46,51 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "awq g128 asym": ("awq-4", {}),
 }
+OURS = r"""
+import sys, time, torch
+torch.set_num_threads(2)
+import quantmill
+from quantmill.calibration.block import Block
+from quantmill.calibration.engine import Run
+from quantmill.calibration.moments import Moments
+from safetensors.torch import load_file
+source, out, method, tokens = sys.argv[1:5]
+spent, begun = dict.fromkeys(("blocks", "moments", "choosing"), 0.0), []
+
+def timed(owner, name, stage):
+    function = getattr(owner, name)
+    def run(*arguments, **options):
+        start = time.time()
+        begun.append(start)
+        try:
+            return function(*arguments, **options)
+        finally:
+            spent[stage] += time.time() - start
+    setattr(owner, name, run)
+
+timed(Run, "_block", "blocks")
+for name in ("add", "join"):
+    timed(Moments, name, "moments")
+for name in ("make", "spread"):
+    timed(Block, name, "choosing")
+rows = load_file(tokens)["input_ids"]
+quantmill.quantize(source, out, method, calibration=rows, samples=len(rows))
+print("TIMES", begun[0], time.time(), *spent.values())
+"""
 PEER = r"""
 import json, sys, time, torch
 torch.set_num_threads(2)
 source, out, arguments, tokens = sys.argv[1:5]
 from gptqmodel import GPTQModel, QuantizeConfig
-rows = json.load(open(tokens))
+from safetensors.torch import load_file
+rows = load_file(tokens)["input_ids"].tolist()
 model = GPTQModel.load(source, QuantizeConfig(**json.loads(arguments)), device="cpu",
                        dtype=torch.bfloat16)
 data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-start = time.perf_counter()
+start = time.time()
 model.quantize(data, batch_size=8)
-seconds = time.perf_counter() - start
 model.save(out)
-print("SECONDS", seconds)
+print("TIMES", start, time.time())
 """
 
 
@@ -91,55 +125,103 @@ def compared(mine: Tensor, theirs: Tensor) -> dict[str, Any]:
     return {"peer_kl": peer, "ratio": ours / peer, "ratio_95": interval}
 
 
-def ours(source: Path, out: Path, method: str, rows: Tensor) -> float:
+def run(script: str, python: str, source: Path, out: Path, how: str, rows: Tensor) -> list[float]:
+    """Seconds from the start of a process until it has written ``out``, of them after start-up, and
+    what else it tells; nothing if it fails."""
     shutil.rmtree(out, ignore_errors=True)
-    start = time.perf_counter()
-    quantmill.quantize(source, out, method, calibration=rows, samples=len(rows))
-    return time.perf_counter() - start
-
-
-def peer(
-    python: str, source: Path, out: Path, arguments: dict[str, Any], rows: Tensor
-) -> float | None:
-    shutil.rmtree(out, ignore_errors=True)
-    tokens = out.parent / "tokens.json"
-    tokens.write_text(json.dumps(rows.tolist()))
+    tokens = out.parent / "tokens.safetensors"
+    save_file({"input_ids": rows.contiguous()}, tokens)
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
+    start = time.time()
     done = subprocess.run(
-        [python, "-c", PEER, str(source), str(out), json.dumps(arguments), str(tokens)],
+        [python, "-c", script, str(source), str(out), how, str(tokens)],
         capture_output=True,
         text=True,
         env=environment,
+        cwd=out.parent,
         check=False,
     )
     if done.returncode:
         print(done.stderr[-1500:], file=sys.stderr)
-        return None
-    line = next(line for line in done.stdout.splitlines() if line.startswith("SECONDS"))
-    return float(line.split()[1])
+        return []
+    line = next(line for line in done.stdout.splitlines() if line.startswith("TIMES"))
+    begun, ended, *more = (float(word) for word in line.split()[1:])
+    return [ended - start, ended - begun, *more]
 
 
-def wide(options: argparse.Namespace, rows: Tensor) -> None:
+def times(options: argparse.Namespace, source: Path, name: str, rows: Tensor) -> dict[str, Any]:
+    """Quantize with both, and say what it took."""
+    method, arguments = CASES[name]
+    found: dict[str, Any] = {"case": name, "method": method}
+    mine = run(OURS, sys.executable, source, options.work / "ours", method, rows)
+    if not mine:
+        sys.exit(1)
+    found["seconds"], found["seconds_without_start"], blocks, moments, choosing = mine
+    found["stages"] = {
+        "start": mine[0] - mine[1],
+        "forward": blocks - moments - choosing,
+        "moments": moments,
+        "choosing": choosing,
+        "writing": mine[1] - blocks,
+    }
+    if options.peer_python and arguments:
+        how = json.dumps(arguments)
+        theirs = run(PEER, options.peer_python, source, options.work / "peer", how, rows)
+        if theirs:
+            found["peer_seconds"], found["peer_seconds_without_start"] = theirs
+            found["time"] = mine[0] / theirs[0]
+            found["time_without_start"] = mine[1] / theirs[1]
+    return found
+
+
+def told(row: dict[str, Any]) -> str:
+    """A case in lines of text."""
+    line = f"{row['case']:26} {row['seconds']:6.1f} s"
+    if "kl" in row:
+        line += f"  KL {row['kl']:.5f}"
+    if "ratio" in row:
+        low, high = row["ratio_95"]
+        line += f"   peer {row['peer_kl']:.5f}   ratio {row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+    if "time" in row:
+        line += (
+            f"   peer {row['peer_seconds']:6.1f} s   time {row['time']:.3f}"
+            f" ({row['time_without_start']:.3f} without start-up)"
+        )
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["stages"].items())
+    return f"{line}\n    {stages}"
+
+
+def wide(options: argparse.Namespace, rows: Tensor) -> list[dict[str, Any]]:
     """Times on random blocks of width 2048."""
-    source = fabricate(options.work / "wide", "1.1b", options.wide)
+    source = fabricate(options.work / f"wide-{options.wide}", "1.1b", options.wide)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, source / name)
     results = []
     for name in options.only:
-        method, arguments = CASES[name]
-        mine = ours(source, options.work / "ours", method, rows)
-        row = {"case": name, "method": method, "seconds": mine}
-        line = f"{name:26} {mine:6.1f} s"
-        if options.peer_python and arguments:
-            theirs = peer(options.peer_python, source, options.work / "peer", arguments, rows)
-            if theirs is not None:
-                row |= {"peer_seconds": theirs, "ratio": mine / theirs}
-                line += f"   peer {theirs:6.1f} s   ratio {mine / theirs:.3f}"
+        results.append(times(options, source, name, rows))
+        if not options.json:
+            print(told(results[-1]), flush=True)
+    return results
+
+
+def judged(options: argparse.Namespace, calibration: Tensor) -> list[dict[str, Any]]:
+    """Times and divergences on the model of the tree."""
+    held = windows(options.windows, 512, "held.txt")
+    model: Any = quantmill.load(MODEL)
+    reference = [log_probabilities(model, row.unsqueeze(0))[0] for row in held]
+    del model
+    results = []
+    for name in options.only:
+        row = times(options, MODEL, name, calibration)
+        mine = divergences(quantmill.load(options.work / "ours"), held, reference)
+        row["kl"] = mine.mean().item()
+        if "peer_seconds" in row:
+            theirs = divergences(quantmill.load(options.work / "peer"), held, reference)
+            row |= compared(mine, theirs)
         results.append(row)
         if not options.json:
-            print(line, flush=True)
-    if options.json:
-        print(json.dumps(results, indent=2))
+            print(told(row), flush=True)
+    return results
 
 
 def main() -> None:
@@ -155,38 +237,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(2)
     calibration = windows(options.samples, 512, "calib.txt")
-    if options.wide:
-        wide(options, calibration)
-        return
-    held = windows(options.windows, 512, "held.txt")
-    model: Any = quantmill.load(MODEL)
-    reference = [log_probabilities(model, row.unsqueeze(0))[0] for row in held]
-    del model
-    results = []
-    for name in options.only:
-        method, arguments = CASES[name]
-        row: dict[str, Any] = {"case": name, "method": method}
-        row["seconds"] = ours(MODEL, options.work / "ours", method, calibration)
-        mine = divergences(quantmill.load(options.work / "ours"), held, reference)
-        row["kl"] = mine.mean().item()
-        if options.peer_python and arguments:
-            row["peer_seconds"] = peer(
-                options.peer_python, MODEL, options.work / "peer", arguments, calibration
-            )
-            if row["peer_seconds"] is not None:
-                theirs = divergences(quantmill.load(options.work / "peer"), held, reference)
-                row |= compared(mine, theirs)
-        results.append(row)
-        if not options.json:
-            line = f"{name:26} KL {row['kl']:.5f}  {row['seconds']:6.1f} s"
-            if "ratio" in row:
-                low, high = row["ratio_95"]
-                line += (
-                    f"   peer {row['peer_kl']:.5f}  {row['peer_seconds']:6.1f} s"
-                    f"   ratio {row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
-                    f"  time {row['seconds'] / row['peer_seconds']:.3f}"
-                )
-            print(line, flush=True)
+    results = wide(options, calibration) if options.wide else judged(options, calibration)
     if options.json:
         print(json.dumps(results, indent=2))
 
