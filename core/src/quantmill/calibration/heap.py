@@ -2,9 +2,9 @@
 
 By default glibc keeps one heap per thread, and the batches of a block run in threads of their own:
 what each frees is lost to the others. Mapping large tensors one by one instead would give them back
-at once, but every intermediate result of every batch would then be paged in anew, which took a fifth
-of the time. So one heap serves all threads, which stays so for as long as the process lives, and
-:func:`give_back` returns what is free in it wherever memory would otherwise run high. Elsewhere
+at once, but every intermediate result of every batch would then be paged in anew, which took a
+fifth of the time. So one heap serves all threads, which stays so for as long as the process lives,
+and :func:`give_back` returns what is free in it wherever memory would otherwise run high. Elsewhere
 than with glibc nothing is done.
 """
 
