@@ -114,6 +114,24 @@ def test_a_killed_job_goes_on_with_the_same_bytes(
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
 
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_model_of_one_block_needs_none_of_its_outputs(
+    method: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    source = write_tiny_llama(tmp_path / "float", hidden=96, inner=160, layers=1, heads=4)
+    quantmill.quantize(source, tmp_path / "whole", method, calibration=tokens)
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what.startswith("outside"):
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        quantmill.quantize(source, tmp_path / "out", method, calibration=tokens, progress=stop)
+    quantmill.quantize(source, tmp_path / "out", method, calibration=tokens)
+    whole, out = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert whole.read_bytes() == out.read_bytes()
+
+
 def test_a_killed_job_refuses_another_config(folder: Path, tokens: Tensor, tmp_path: Path) -> None:
     def stop(done: int, total: int, what: str) -> None:
         if done == 2:

@@ -158,7 +158,8 @@ class Run:
                 ]
                 if index < self.progress.finished:
                     forms = self._restore(index, name)
-                    if index + 1 == self.progress.finished:
+                    last = index + 1 == self.progress.finished
+                    if last and (index + 1 < count or self._outside(inner)):
                         kept = self.progress.inputs(replay.numbers)
                         replay.hidden = [kept[n].to(job.device) for n in replay.numbers]
                 else:
@@ -315,7 +316,7 @@ class Run:
             "forms": sorted(name for name, form in block.forms.items() if form is not None),
         }
         about["kept"] = sorted(name for name, form in block.forms.items() if form is None)
-        hidden = dict(zip(replay.numbers, replay.hidden, strict=True))
+        hidden = dict(zip(replay.numbers, replay.hidden, strict=True)) if block.wanted else {}
         self.progress.save(block.index, tensors, about, hidden)
 
     def _restore(self, index: int, name: str) -> dict[str, Form | None]:
