@@ -62,6 +62,10 @@ TABLE: Final = "e2m1"
 E8M0 = torch.float8_e8m0fnu
 
 
+_AT_ONCE = 1 << 18
+"""Weights that are rounded at once."""
+
+
 def _table() -> Tensor:
     return torch.tensor([*_VALUES, *(-value for value in _VALUES)], dtype=torch.float32)
 
@@ -297,7 +301,12 @@ def quantize_fp4(form: StoredFp4, weight: WeightSource, device: torch.device) ->
             scale, wide = _scales(most, whole)
             parts.append(scale.view(torch.uint8))
             tiles = work.unflatten(1, (-1, size)).div_(wide.unsqueeze(2))
-            packed = Codes.pack(nearest(tiles), 4, "dense").data
+            found = torch.empty(work.shape, dtype=torch.uint8, device=device)
+            # What the rounding makes on its way stays in the cache.
+            step = max(1, _AT_ONCE // work.shape[1])
+            for part, out in zip(tiles.split(step), found.split(step), strict=True):
+                out.copy_(nearest(part.flatten(1)))
+            packed = Codes.pack(found, 4, "dense").data
             begin = start * form.shape[1] // 2
             form.codes.data[begin : begin + packed.numel()] = packed
     eight = torch.cat(parts)

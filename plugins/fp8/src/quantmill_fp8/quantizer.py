@@ -115,6 +115,9 @@ def block_absmax(work: Tensor, rows: int, columns: int) -> Tensor:
     Returns:
         float32 ``[ceil(n / rows), ceil(in / columns)]``.
     """
+    if rows == 1 and columns == work.shape[1]:
+        low, high = work.aminmax(dim=1, keepdim=True)
+        return torch.maximum(high, low.neg())
     whole = work.shape[0] // rows * rows
     parts = []
     for part in (work[:whole].unflatten(0, (-1, rows)) if whole else None, work[whole:][None]):
