@@ -141,6 +141,7 @@ def test_a_users_mistake_is_named_with_its_place(raw: dict[str, Any], place: str
 def test_what_is_not_computed_is_a_finding(
     tmp_path: Path, change: dict[str, Any], code: str
 ) -> None:
+    pytest.importorskip("quantmill_transformers")
     folder = tmp_path / "copy"
     shutil.copytree(DATA / "ct-pack-int4-g64", folder)
     config = json.loads((folder / "config.json").read_text())

@@ -191,6 +191,7 @@ def errors(folder: Path) -> list[str]:
 
 
 def test_a_map_that_names_absent_modules_is_refused(copy: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
     path = copy / "quanto_qmap.json"
     table = json.loads(path.read_text())
     entry = next(iter(table.values()))
@@ -210,6 +211,7 @@ def test_a_map_that_names_absent_modules_is_refused(copy: Path) -> None:
     ],
 )
 def test_an_entry_of_a_map_that_can_not_be_is_named(copy: Path, entry: Any, code: str) -> None:
+    pytest.importorskip("quantmill_transformers")
     path, name = copy / "quanto_qmap.json", "model.layers.1.mlp.up_proj"
     table = json.loads(path.read_text())
     path.write_text(json.dumps({**table, name: entry}))
@@ -219,6 +221,7 @@ def test_an_entry_of_a_map_that_can_not_be_is_named(copy: Path, entry: Any, code
 
 
 def test_a_map_says_which_activations_there_are(copy: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
     path = copy / "quanto_qmap.json"
     table = json.loads(path.read_text())
     table["model.layers.1.mlp.up_proj"]["activations"] = "qint8"
@@ -236,6 +239,7 @@ def test_activations_without_calibration_are_refused(tmp_path: Path) -> None:
 
 
 def test_asking_for_what_a_file_holds_is_no_contradiction() -> None:
+    pytest.importorskip("quantmill_transformers")
     assert not quantmill.plan(DATA / "quanto-int4", "quanto-int4").findings.errors
     with pytest.raises(FindingsError, match="weights"):
         quantmill.plan(DATA / "quanto-int4", "quanto-int8")
@@ -243,6 +247,7 @@ def test_asking_for_what_a_file_holds_is_no_contradiction() -> None:
 
 @pytest.mark.parametrize(("weights", "kind"), [("int4", "qint4"), ("float8", "qfloat8_e4m3fn")])
 def test_what_is_written_has_the_packages_map(tmp_path: Path, weights: str, kind: str) -> None:
+    pytest.importorskip("quantmill_transformers")
     source = write_tiny_llama(tmp_path / "float")
     quantmill.quantize(source, tmp_path / "out", f"quanto-{weights}", skip=["o_proj", "q_proj"])
     table = json.loads((tmp_path / "out" / "quanto_qmap.json").read_text())
@@ -259,6 +264,7 @@ def test_what_is_written_has_the_packages_map(tmp_path: Path, weights: str, kind
 
 
 def test_a_map_may_give_modules_different_types(copy: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
     from safetensors.torch import save_file
 
     stored = load_file(copy / "model.safetensors")

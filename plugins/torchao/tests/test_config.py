@@ -123,6 +123,7 @@ def test_a_field_of_another_config_is_refused() -> None:
 
 
 def test_options_per_module_are_an_fqn_to_config(tmp_path: Any) -> None:
+    pytest.importorskip("quantmill_transformers")
     source = write_tiny_llama(tmp_path / "float")
     method = {
         "method": "torchao-int8wo",

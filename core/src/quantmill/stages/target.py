@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantmill.architecture import open_architecture
 from quantmill.backend import Codec, Quantizer
-from quantmill.findings import Severity, declare
+from quantmill.findings import QuantmillError, Severity, declare
 from quantmill.job import Job, Request, Selection
 from quantmill.planning import ModulePlan, Plan
 from quantmill.registrations import resolve
@@ -45,6 +45,7 @@ TENSORS_OUTRANK = declare(
 STORED_SKIPPED = declare(
     "QM-TARGET-103", "A module that the user keeps float is quantized in the checkpoint"
 )
+NO_SHAPE = declare("QM-TARGET-106", "The shape of a quantized module is not known")
 STORED_ALONE = declare("QM-TARGET-104", "A quantized weight lacks its scales")
 KIND_NOT_COVERED = declare(
     "QM-TARGET-102", "The method does not take this kind of module", Severity.WARNING, fallback=True
@@ -424,7 +425,15 @@ def _stored_target(module: ModuleInfo) -> Any:
     found = targets_of(module)
     if found:
         return found[0]
-    weight = module.parameters["weight"]
+    weight = module.parameters.get("weight")
+    if weight is None:
+        raise QuantmillError(
+            NO_SHAPE(
+                module.name,
+                "its weight is packed, and no installed framework knows this architecture",
+                'pip install "quantmill[transformers]"',
+            )
+        )
     rows, columns = weight.shape[0], weight.shape[-1]
     transposed = module.kind == "conv1d"
     if transposed:

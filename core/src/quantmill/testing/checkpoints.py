@@ -93,7 +93,7 @@ class CheckpointPromises(Conformance):
         assert again == selection.config.keeping(["lm_head"])
 
     def test_it_can_be_planned_and_inspected_without_a_finding_of_error(
-        self, folder: Path, written: Path
+        self, folder: Path, written: Path, framework: None
     ) -> None:
         assert not errors_of(quantmill.plan(written).findings)
         found = quantmill.inspect(written)
@@ -101,7 +101,9 @@ class CheckpointPromises(Conformance):
         quantized = [item for item in found.modules if item["method"]]
         assert len(quantized) == quantmill.plan(folder, self.method).totals["quantized"] >= 14
 
-    def test_asking_for_the_method_it_has_is_no_contradiction(self, written: Path) -> None:
+    def test_asking_for_the_method_it_has_is_no_contradiction(
+        self, written: Path, framework: None
+    ) -> None:
         assert not errors_of(quantmill.plan(written, self.method).findings)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
