@@ -2,7 +2,7 @@
 
 The expectations are vLLM's (model_executor/layers/quantization): keys that its parsers read and
 refuse to miss, values they accept, tensors that its linear methods create. They are stated here,
-since vLLM can't be installed beside us.
+since vLLM can't be installed beside us; ``benchmarks/interop_vllm.py`` asks vLLM itself.
 """
 
 from __future__ import annotations
@@ -209,3 +209,21 @@ def test_what_vllm_does_not_read_is_told_apart(source: Path, tmp_path: Path) -> 
     quantmill.quantize(source, tmp_path / "out", "fp8-tensor")
     stored = safetensors.load_file(tmp_path / "out" / "model.safetensors")
     assert not any(name.endswith(".weight_scale") for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("fp8-block", "modules_to_not_convert"),
+        ("ct-int4:group_size=32", "ignore"),
+        ("bnb-nf4", "llm_int8_skip_modules"),
+    ],
+)
+def test_a_router_is_named_among_what_is_kept(method: str, key: str, tmp_path: Path) -> None:
+    """vLLM has a linear layer of its config there, and asks for scales unless it is named."""
+    source = testing.write("qwen3-moe", tmp_path / "float")
+    quantmill.quantize(source, tmp_path / "out", method)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"} == set(config[key])
+    again = quantmill.load(tmp_path / "out")
+    assert again.model.layers[0].mlp.gate.weight.dtype == torch.float32

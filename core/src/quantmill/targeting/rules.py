@@ -36,6 +36,7 @@ NOTHING_INCLUDED = declare(
 
 _REPORTED = {"stacked": "stacked expert weights", "conv1d": "transposed linears (Conv1D)"}
 """Kinds whose float weights would surprise; of embeddings, most methods take none."""
+_ROUTER_STAYS = "the router stays float"
 _RANK = {"user": 3, "plugin": 2, "checkpoint": 1}
 
 
@@ -106,6 +107,10 @@ def _one(
             matching.append((pattern, rule))
     name = module.name
     if not targets_of(module):
+        if module.role == "router" and any(len(p.shape) == 2 for p in module.parameters.values()):
+            # Named among what is kept: where readers have a linear layer here, they would
+            # otherwise look for its scales.
+            return Decision(name, "keep", None, _ROUTER_STAYS, "default")
         return Decision(name, "not-a-target", None, f"{module.cls} has no weight matrix", "method")
     if module.kind not in kinds:
         action: Outcome = "keep" if module.kind == "stacked" else "not-a-target"
@@ -134,7 +139,7 @@ def _one(
             return Decision(name, "keep", None, "the output head stays float", "default")
         if module.role == "router":
             # Few weights, and an error here sends tokens to other experts.
-            return Decision(name, "keep", None, "the router stays float", "default")
+            return Decision(name, "keep", None, _ROUTER_STAYS, "default")
         words = "linear layer" if module.kind == "linear" else f"{module.kind} weight"
         return Decision(name, "quantize", None, words, "default", options=options)
     outcome = "keep" if winner.action == "skip" else "quantize"
