@@ -3,8 +3,9 @@
     python benchmarks/interop_vllm.py WORK --peer-python PYTHON
 
 PYTHON is that of an environment with vLLM, ``vllm-bnb-plugin``, ``vllm-gguf-plugin`` and Triton
-(vLLM 0.33 was tried: its wheel imports beside a CPU build of torch). ``vllm_reader.py`` runs there: it makes vLLM's model from each folder's config, loads the
-tensors with vLLM's loaders, and holds what they hold against the folder. Kernels aren't run.
+(vLLM 0.33 was tried: its wheel imports beside a CPU build of torch). ``vllm_reader.py`` runs there:
+it makes vLLM's model from each folder's config, loads the tensors with vLLM's loaders, and holds
+what they hold against the folder. Kernels aren't run.
 
 It fails where vLLM refuses a folder that docs/vllm.md says it reads, or reads one it says it
 doesn't, where a parameter is left unfilled, and where one differs from the folder's tensor.

@@ -1,6 +1,6 @@
-"""vLLM reads folders on a machine without a GPU: the child of ``interop_vllm.py``, run by its Python.
+"""vLLM reads folders on a machine without a GPU: the child of ``interop_vllm.py``.
 
-    PYTHON benchmarks/vllm_reader.py FOLDER...
+    PYTHON benchmarks/vllm_reader.py FOLDER...      PYTHON of an environment with vLLM
 
 vLLM chooses by the GPU and its compiled operators. Neither is needed to parse a config, to make the
 layers and to load their tensors, so a platform that says it is an H200 stands in for the first, and
@@ -17,13 +17,10 @@ import sys
 import tempfile
 import types
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
-
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-warnings.filterwarnings("ignore")
 
 import torch
 from safetensors.torch import load_file
@@ -36,7 +33,7 @@ of experts that have none."""
 
 
 class _Operators:
-    """``torch.ops._C`` without the compiled library: imports ask what it supports, layers its ops."""
+    """``torch.ops._C`` without the compiled library: imports ask what it supports."""
 
     imported = False
 
@@ -53,6 +50,9 @@ class _Operators:
 
 def pretend() -> None:
     """Let vLLM believe that it stands on an H200 with its library in place."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore")
     for name in ("_C_stable_libtorch", "_C", "_moe_C"):
         sys.modules[f"vllm.{name}"] = types.ModuleType(f"vllm.{name}")
     for name in ("vllm_flash_attn", "vllm_flash_attn.flash_attn_interface"):
@@ -136,7 +136,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _join_group_of_one() -> None:
-    """One process in every group; those of a mixture are made only while its config is the current."""
+    """One process in every group; those of experts are made while a mixture's config is set."""
     from vllm.distributed import (
         destroy_model_parallel,
         init_distributed_environment,
@@ -151,7 +151,7 @@ def _join_group_of_one() -> None:
 
 
 def _held(parameters: dict[str, Tensor], folder: Path) -> tuple[int, list[str]]:
-    """How many parameters are the folder's tensors, in parts where vLLM merges; and which aren't."""
+    """How many parameters are the folder's tensors (parts where vLLM merges); which aren't."""
     tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
@@ -200,17 +200,16 @@ def _equal(parameter: Tensor, whole: Tensor) -> bool:
 
 def main() -> None:
     pretend()
-    import vllm.model_executor.layers.quantization
-    import vllm.model_executor.model_loader.default_loader
-
     from vllm.plugins import load_general_plugins
 
+    # Brings everything that asks for compiled operators while it is imported.
+    import_module("vllm.model_executor.model_loader.default_loader")
     load_general_plugins()
     torch.ops._C.imported = torch.ops._moe_C.imported = True  # type: ignore[attr-defined]
     for folder in map(Path, sys.argv[1:]):
         try:
             found = read(folder)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever vLLM says is the finding
             found = {"error": f"{type(error).__name__}: {error}".splitlines()[:3]}
         print(json.dumps({"folder": folder.name, **found}), flush=True)
 

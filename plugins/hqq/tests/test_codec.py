@@ -88,6 +88,7 @@ def test_the_state_dict_is_the_file(name: str) -> None:
 
 
 def test_asking_for_what_a_file_holds_is_no_contradiction() -> None:
+    pytest.importorskip("quantmill_transformers")
     plan = quantmill.plan(DATA / CHECKPOINTS[0], "hqq-4")
     assert not plan.findings.errors
     with pytest.raises(FindingsError, match="nbits"):
@@ -257,6 +258,7 @@ def test_quantized_scales_are_refused() -> None:
 
 
 def test_dynamic_config_names_what_is_quantized(tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
     source = write_tiny_llama(tmp_path / "float")
     dynamic = {"self_attn.q_proj": {"nbits": 4}, "mlp.down_proj": {"nbits": 2, "group_size": 32}}
     quantmill.quantize(source, tmp_path / "out", {"method": "hqq", "dynamic_config": dynamic})

@@ -52,6 +52,7 @@ def folder(path: Path, tree: Any) -> Path:
 
 
 def test_it_is_the_model_of_the_safetensors(tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
     ours = quantmill.load(folder(tmp_path / "package", modules())).state_dict()
     theirs = quantmill.load(DATA).state_dict()
     numbers = {name for name in theirs if name.endswith((".W_q", ".scale", ".zero", ".weight"))}
@@ -61,6 +62,7 @@ def test_it_is_the_model_of_the_safetensors(tmp_path: Path) -> None:
 
 
 def test_it_is_converted_like_any_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
     source = folder(tmp_path / "package", modules())
     quantmill.convert(source, tmp_path / "plain", "bf16")
     assert load_file(tmp_path / "plain" / "model.safetensors")[f"{Q_PROJ}.weight"].ndim == 2
