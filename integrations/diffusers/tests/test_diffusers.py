@@ -356,3 +356,33 @@ def test_nobody_pays_for_diffusers_who_does_not_use_it() -> None:
 def test_the_public_names_are_there() -> None:
     for name in quantmill_diffusers.__all__:
         assert getattr(quantmill_diffusers, name)
+
+
+MEMORY = """
+import sys, warnings
+import quantmill
+from quantmill.testing.memory import PeakMemory
+
+small, large, method = sys.argv[1:]
+quantmill.load(small, method)  # imports
+with PeakMemory() as memory:
+    model = quantmill.load(large, method)
+print(memory.bytes, model.quantmill_job.plan.totals["bytes_memory"])
+"""
+
+
+@pytest.mark.slow
+def test_the_float_weights_are_never_whole_in_memory(small: Small, tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 16, "attention_head_dim": 48, "num_layers": 8}
+    with torch.device("meta"):
+        model = diffusers.DiTTransformer2DModel(**{**COMPONENTS["dit"][1], **sizes})
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.02, 0.02)
+    model.save_pretrained(tmp_path / "large")
+    command = [sys.executable, "-c", MEMORY, str(small("dit")), str(tmp_path / "large"), "bnb-nf4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    above, planned = map(int, done.stdout.split())
+    bound = 1.15 * planned + (64 << 20)
+    assert above <= bound < 2 * sum(item.numel() for item in model.parameters())

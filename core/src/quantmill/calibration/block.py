@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quantmill.calibration.heap import LARGE, give_back
 from quantmill.calibration.mixture import in_order_of_experts, shrunk
 from quantmill.calibration.moments import Moments, lanes_of
 from quantmill.calibration.staged import run_staged
 from quantmill.findings import QuantmillError, declare
+from quantmill.heap import LARGE, give_back
 from quantmill.stages.calibrating import STAGED_BYTES, staged_bytes
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from quantmill.backend import BlockCalibrator, NonFiniteWeight
 from quantmill.calibration.block import Block, Share
 from quantmill.calibration.data import CalibrationData, Calls
-from quantmill.calibration.heap import give_back, one_heap
 from quantmill.calibration.mixture import few_tokens
 from quantmill.calibration.moments import lane_owner, lanes_of
 from quantmill.calibration.overlay import OverlayReader
@@ -31,6 +30,7 @@ from quantmill.checkpoint.reader import TensorReader
 from quantmill.findings import QuantmillError, Severity, declare
 from quantmill.finite import first_non_finite
 from quantmill.forms import Form
+from quantmill.heap import give_back, one_heap
 from quantmill.job import Job, Selection
 from quantmill.registrations import resolve
 from quantmill.stages.quantize import Sink, codec_of, keep_non_finite, open_reader, run_modules

@@ -19,6 +19,7 @@ from quantmill.backend import Codec, LinearFactory, NonFiniteWeight, Quantizer, 
 from quantmill.checkpoint.headers import CheckpointHeaders, TensorHeader
 from quantmill.checkpoint.reader import TensorReader, torch_dtype
 from quantmill.findings import Findings, QuantmillError, Severity, declare
+from quantmill.heap import give_back
 from quantmill.job import Job, Selection
 from quantmill.registrations import resolve
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
@@ -45,6 +46,8 @@ NOT_FINITE_KEPT = declare(
     fallback=True,
 )
 OVERFLOW = declare("QM-WEIGHT-003", "A value does not fit into the asked dtype")
+_HELD = 64 << 20
+"""Bytes read until what their work left free goes back to the system."""
 
 
 class Sink(Protocol):
@@ -219,12 +222,16 @@ def run(job: Job, sink: Sink) -> None:
     architecture = job.architecture
     assert architecture is not None
     total = sum(header.nbytes for header in job.headers.tensors.values())
-    done = 0
+    done = kept = 0
     with job.stage("quantize"), open_reader(job.headers, job.device) as reader:
         for module in run_modules(job, sink, architecture.modules, reader):
             done += _source_bytes(module, job)
+            if done - kept >= _HELD:
+                give_back()
+                kept = done
             job.advance(min(done, total), total, module.name)
         job.advance(total, total, "done")
+    give_back()
 
 
 def open_reader(headers: CheckpointHeaders, device: str = "cpu") -> TensorReader:
