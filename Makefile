@@ -45,7 +45,7 @@ demo: venv ## plan, quantize, evaluate, save and reload a real small Llama
 
 .PHONY: test
 test: venv ## all tests of all packages, and those across them
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: lint
 lint: venv ## ruff and the import contracts
