@@ -228,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--peer-python", help="interpreter of an environment with GPTQModel")
-    parser.add_argument("--only", nargs="*", default=list(CASES))
+    parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--wide", type=int, help="blocks of width 2048 to time, without quality")
