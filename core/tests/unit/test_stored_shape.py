@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quantmill.findings import QuantmillError
-from quantmill.stages.target import _stored_target
+from quantmill.stages.measure import _stored_target
 from quantmill.targeting.types import ModuleInfo, ParameterInfo
 
 

@@ -152,9 +152,10 @@ def explain_module(
     """
     from quantmill.api import make_job
     from quantmill.linear import FormLinearFactory
+    from quantmill.stages.measure import describe_form
     from quantmill.stages.quantize import factory_of
     from quantmill.stages.select import select
-    from quantmill.stages.target import describe_form, make_plan
+    from quantmill.stages.target import make_plan
 
     job = make_job(source, method, device=device, dtype=dtype)
     select(job)

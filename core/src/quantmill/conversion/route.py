@@ -23,9 +23,10 @@ from quantmill.job import Job, Request
 from quantmill.planning import ModulePlan
 from quantmill.registrations import resolve
 from quantmill.stages.configure import configure
+from quantmill.stages.measure import as_float, describe_form, encoded_bytes
 from quantmill.stages.quantize import codec_of, decode_stored, member_headers, open_reader
 from quantmill.stages.select import make_selection
-from quantmill.stages.target import as_float, decisions_for, describe_form, encoded_bytes
+from quantmill.stages.target import decisions_for
 from quantmill.targeting.types import TARGET_KINDS
 
 __all__ = ["EXACT", "Route", "Step", "survey"]

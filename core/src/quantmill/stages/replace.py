@@ -17,7 +17,8 @@ from quantmill.job import Job, Selection
 from quantmill.linear import FormLinear
 from quantmill.stages.attach import attach_form
 from quantmill.stages.origin import Origin
-from quantmill.stages.quantize import codec_of, factory_of, on_device
+from quantmill.stages.quantize import codec_of, factory_of
+from quantmill.stages.weights import on_device
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 
 if TYPE_CHECKING:

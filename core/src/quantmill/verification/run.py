@@ -24,8 +24,9 @@ from quantmill.findings import Finding, Findings, QuantmillError, Severity, decl
 from quantmill.forms import Form
 from quantmill.job import Job
 from quantmill.registrations import resolve
+from quantmill.stages.measure import as_float
 from quantmill.stages.quantize import codec_of, decode_stored, member_headers, open_reader
-from quantmill.stages.target import as_float, decisions_for
+from quantmill.stages.target import decisions_for
 from quantmill.verification.forms import check_form
 
 __all__ = ["CHECKS", "Verification", "verify_job"]
