@@ -1,9 +1,11 @@
 """Our GPTQ and AWQ checkpoints in GPTQModel: the same logits.
 
-    python benchmarks/interop_gptqmodel.py WORK --peer-python PYTHON
+    python benchmarks/interop_gptqmodel.py WORK --peer-python PYTHON [--reader transformers]
 
 The peer lives in an environment of its own, so this is a script and no test of the default run.
-It prints the relative difference of logits for each file, and fails above 0.2%.
+With ``--reader transformers`` it is transformers' own ``from_pretrained`` that reads there, which
+needs optimum beside GPTQModel. It prints the relative difference of logits for each file, and fails
+above 0.2%.
 """
 
 from __future__ import annotations
@@ -56,11 +58,25 @@ with torch.no_grad():
     save_file({"logits": model.model(input_ids=ids).logits.float().contiguous()}, out)
 """
 
+TRANSFORMERS = r"""
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+folder, inputs, out = sys.argv[1:4]
+model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=torch.float32)
+with torch.no_grad():
+    logits = model(input_ids=load_file(inputs)["input_ids"]).logits
+save_file({"logits": logits.float().contiguous()}, out)
+"""
+READERS = {"gptqmodel": PEER, "transformers": TRANSFORMERS}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--reader", choices=list(READERS), default="gptqmodel")
+    parser.add_argument("--only", nargs="*", choices=list(METHODS), default=list(METHODS))
     options = parser.parse_args()
     work = options.work
     shutil.rmtree(work, ignore_errors=True)
@@ -69,7 +85,8 @@ def main() -> None:
     tokens = torch.randint(0, 4096, (16, 64), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": tokens[:2]}, work / "inputs.safetensors")
     failed = False
-    for name, method in METHODS.items():
+    for name in options.only:
+        method = METHODS[name]
         folder = work / name
         quantmill.quantize(source, folder, method, calibration=tokens)
         model: Any = quantmill.load(folder, dtype="float32")
@@ -79,7 +96,7 @@ def main() -> None:
             [
                 options.peer_python,
                 "-c",
-                PEER,
+                READERS[options.reader],
                 str(folder),
                 str(work / "inputs.safetensors"),
                 str(work / "logits.safetensors"),
