@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import quantmill
+
+Script = Callable[[str], ModuleType]
 
 for _package in (
     "awq",
@@ -25,20 +28,12 @@ for _package in (
     pytest.importorskip(f"quantmill_{_package}")
 pytest.importorskip("quantmill_transformers")
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "conversion_matrix.py"
 IDS = torch.arange(24).reshape(1, 24)
 
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("conversion_matrix", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def tool(script: Script) -> Any:
+    return script("tools/conversion_matrix.py")
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +18,7 @@ from quantmill.host import default_host
 from quantmill.registrations import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
+Script = Callable[[str], ModuleType]
 PACKAGES = (
     "quantmill",
     "quantmill_bnb",
@@ -37,26 +38,17 @@ print(json.dumps({c.code: [c.severity.value, c.title, c.fallback] for c in CODES
 """
 
 
-def load(name: str) -> ModuleType:
-    """A module of tools/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def pages() -> ModuleType:
+def pages(script: Script) -> ModuleType:
     """The code that generates the reference pages."""
     pytest.importorskip("mkdocs")
-    return load("mkdocs_hooks")
+    return script("tools/mkdocs_hooks.py")
 
 
 @pytest.mark.parametrize("name", [None, *sorted(COMMANDS)])
-def test_the_page_of_the_command_line_holds_each_help(name: str | None) -> None:
+def test_the_page_of_the_command_line_holds_each_help(script: Script, name: str | None) -> None:
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert load("cli_help").help_of(name) in page, "renew it: python tools/cli_help.py"
+    assert script("tools/cli_help.py").help_of(name) in page, "renew it: python tools/cli_help.py"
 
 
 def test_every_code_is_in_the_findings(pages: ModuleType) -> None:
@@ -92,9 +84,9 @@ def test_every_hook_is_documented(pages: ModuleType) -> None:
     assert len(headings) == len(re.findall(r"^# --- ", source, re.MULTILINE)) >= 9
 
 
-def test_every_field_of_every_method_is_in_the_reference() -> None:
+def test_every_field_of_every_method_is_in_the_reference(script: Script) -> None:
     page = (ROOT / "docs" / "reference" / "configs.md").read_text(encoding="utf-8")
-    tool = load("config_reference")
+    tool = script("tools/config_reference.py")
     assert tool.page() == page, "renew it: python tools/config_reference.py"
     for name, method in default_host().methods.items():
         section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]

@@ -144,8 +144,11 @@ import sys
 import quantmill
 from quantmill.testing.memory import PeakMemory
 
+few, source, output, method = sys.argv[1:]
+options = {"allow_requantize": True, "max_shard_bytes": 8 << 20}
+quantmill.convert(few, f"{output}-first", method, **options)  # imports
 with PeakMemory() as memory:
-    quantmill.convert(*sys.argv[1:], allow_requantize=True, max_shard_bytes=8 << 20)
+    quantmill.convert(source, output, method, **options)
 print(memory.bytes)
 """
 
@@ -154,13 +157,14 @@ def test_a_conversion_takes_no_more_memory_for_more_shards(
     folders: dict[int, Path], tmp_path: Path
 ) -> None:
     above = {}
+    few = tmp_path / "from-4"
     for layers, folder in folders.items():
         source = tmp_path / f"from-{layers}"
         quantmill.quantize(folder, source, "bnb-nf4", max_shard_bytes=8 * MIB)
         assert len(list(source.glob("*.safetensors"))) > layers // 3
-        words = [str(source), str(tmp_path / f"to-{layers}"), "bnb-fp4"]
+        words = [str(few), str(source), str(tmp_path / f"to-{layers}"), "bnb-fp4"]
         command = [sys.executable, "-c", CONVERT, *words]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         above[layers] = int(done.stdout.splitlines()[-1])
     # Twelve layers more are 168 MiB of floats and 48 MiB of NF4.
-    assert above[16] <= above[4] + 48 * MIB, above
+    assert above[16] <= above[4] + 16 * MIB, above

@@ -8,12 +8,14 @@ how it is measured. A method of every backend is measured where ``QUANTMILL_ALL_
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+Script = Callable[[str], ModuleType]
 
 for _package in ("bnb", "compressed_tensors", "gguf", "transformers"):
     pytest.importorskip(f"quantmill_{_package}")
@@ -21,7 +23,6 @@ _native = pytest.importorskip("quantmill_cpu.native")
 if (_why := _native.unavailable()) is not None:
     pytest.skip(f"estimates are those with native kernels: {_why}", allow_module_level=True)
 pytestmark = pytest.mark.slow
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "needs.py"
 FEW = ("bnb-nf4", "ct-int4")
 OTHERS = (
     *("float", "bnb-int8", "gptq-4", "awq-4", "fp8-block", "fp8-row", "gguf-q4_0", "gguf-q4_k_m"),
@@ -34,12 +35,8 @@ SMALL = 20 << 20
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_needs", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(script: Script) -> ModuleType:
+    return script("benchmarks/needs.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "plan.py"
+Script = Callable[[str], ModuleType]
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_plan", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(script: Script) -> ModuleType:
+    return script("benchmarks/plan.py")
 
 
 @pytest.mark.parametrize(("name", "weights"), [("70b", 70_553_706_496), ("405b", 405_853_388_800)])

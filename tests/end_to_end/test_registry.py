@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,16 +15,9 @@ from quantmill.host import default_host
 from quantmill.testing import write_tiny_llama
 from quantmill_transformers.registry import KEYS, REFUSED, SAME
 
+Script = Callable[[str], ModuleType]
+
 ROOT = Path(__file__).parents[2]
-
-
-def page() -> ModuleType:
-    """The generator of the documentation's table."""
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "tools" / "mkdocs_hooks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_keys_are_those_of_the_installed_transformers() -> None:
@@ -44,9 +37,10 @@ def test_each_key_is_read_or_refused_and_not_both() -> None:
         assert (SAME.get(key, key) in read) != (key in REFUSED), key
 
 
-def test_the_documented_table_has_every_key() -> None:
+def test_the_documented_table_has_every_key(script: Script) -> None:
     pytest.importorskip("mkdocs")
-    rows = [line for line in page().registry_page().splitlines() if line.startswith("| `")]
+    page = script("tools/mkdocs_hooks.py").registry_page()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == sorted(KEYS)
 
 

@@ -359,7 +359,7 @@ def test_the_public_names_are_there() -> None:
 
 
 MEMORY = """
-import sys, warnings
+import sys
 import quantmill
 from quantmill.testing.memory import PeakMemory
 
