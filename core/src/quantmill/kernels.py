@@ -43,8 +43,8 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
     ``sum |error| ** exponent`` of 24 from the full one down by 3%, with 0 the full one. ``codes``
     uint8 ``[n, out]`` from 0 to ``top`` are written.
 ``descend`` for ``affine``: choose codes again, each for the others as they are
-    holds moments times what the rounded weight lacks, then what was added to each weight;
-    holds moments times what the rounded weight lacks, and then what was added to each weight;
+    ``fn(panel, local, groups, spans, scales, zeros, steps, *, top)``: ``panel`` float32 ``[n,
+    out]`` holds moments times what the rounded weight lacks, then what was added to each weight;
     ``local`` is the panel's square of the moments, ``steps`` float32 ``[n, out]`` are codes minus
     zero points, changed in place. Where ``spans`` is not 0 that many columns end a group, whose
     scale is chosen again for its codes (among those of float16, and above half of what it is).

@@ -32,7 +32,7 @@ from quantmill.finite import first_non_finite
 from quantmill.forms import Form
 from quantmill.heap import give_back, one_heap
 from quantmill.job import Job, Selection
-from quantmill.registrations import resolve
+from quantmill.stages.calibrating import calibrator_of
 from quantmill.stages.quantize import Sink, codec_of, keep_non_finite, open_reader, run_modules
 from quantmill.targeting.types import ModuleInfo, Target
 
@@ -124,13 +124,7 @@ class Run:
             reference = selection.method.calibrator
             assert reference is not None
             if reference not in found:
-                made = resolve(reference)(
-                    selection.config,
-                    device=torch.device(self.job.device),
-                    kernels=self.job.kernels,
-                    seed=self.job.options.seed,
-                )
-                found[reference] = (made, set())
+                found[reference] = (calibrator_of(self.job, selection), set())
             found[reference][1].add(name)
         return list(found.values())
 

@@ -12,12 +12,25 @@ from torch import Tensor
 from quantmill.forms.affine import Affine
 from quantmill.forms.codes import Codes
 
-__all__ = ["join_rows", "whole_bytes"]
+__all__ = ["join_rows", "take_lowest", "whole_bytes"]
 
 
 def whole_bytes(columns: int, bits: int) -> int:
     """Rows of so many codes after which a byte of the ``dense`` packing ends."""
     return 8 // gcd(8, columns * bits)
+
+
+def take_lowest(scaled: Tensor, least: float) -> None:
+    """Set values to ``least`` that lie between it and the next code but for a scale's rounding.
+
+    A symmetric scale that is the range over its whole length puts the lowest weight of a group
+    right between its two lowest codes: which one it takes would be the rounded scale's decision.
+
+    Args:
+        scaled: weights over their scale, float32; changed in place.
+        least: the lowest code.
+    """
+    scaled.masked_fill_(scaled <= (least + 0.5) * (1 - 2**-8), least)
 
 
 def join_rows(parts: Iterable[tuple[int, Affine]], rows: int) -> Affine:

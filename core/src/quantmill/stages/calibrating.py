@@ -17,11 +17,11 @@ from quantmill.registrations import resolve
 
 if TYPE_CHECKING:
     from quantmill.backend import BlockCalibrator
-    from quantmill.job import Job
+    from quantmill.job import Job, Selection
     from quantmill.planning import ModulePlan
     from quantmill.targeting.types import Target
 
-__all__ = ["STAGED_BYTES", "calibrating_bytes", "staged_bytes"]
+__all__ = ["STAGED_BYTES", "calibrating_bytes", "calibrator_of", "staged_bytes"]
 
 STAGED_BYTES: Final = 2 << 30
 """Most memory for intermediate results of all batches in one block."""
@@ -35,6 +35,18 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 def staged_bytes(hidden: int) -> int:
     """What all batches hold while they pause within a block, from the bytes of its inputs."""
     return hidden * _KEPT
+
+
+def calibrator_of(job: Job, selection: Selection) -> BlockCalibrator[Any]:
+    """A new calibrator of a method that calibrates."""
+    assert selection.method.calibrator is not None
+    made: BlockCalibrator[Any] = resolve(selection.method.calibrator)(
+        selection.config,
+        device=torch.device(job.device),
+        kernels=job.kernels,
+        seed=job.options.seed,
+    )
+    return made
 
 
 def calibrating_bytes(
@@ -57,15 +69,13 @@ def calibrating_bytes(
                 targets.setdefault(block, {}).setdefault(label, []).append(entry.target)
     if not targets:
         return 0
-    working = 0
-    for members in targets.values():
-        for label, own in members.items():
-            selection = job.selections[label]
-            assert selection.method.calibrator is not None
-            calibrator: BlockCalibrator[Any] = resolve(selection.method.calibrator)(
-                selection.config, device=torch.device(job.device), kernels=job.kernels
-            )
-            working = max(working, calibrator.working_bytes(own))
+    labels = {label for members in targets.values() for label in members}
+    calibrators = {label: calibrator_of(job, job.selections[label]) for label in labels}
+    working = max(
+        calibrators[label].working_bytes(own)
+        for members in targets.values()
+        for label, own in members.items()
+    )
     tokens = job.options.samples * job.options.length
     hidden = tokens * Sizes.of(settings).hidden * itemsize
     staged = staged_bytes(hidden)

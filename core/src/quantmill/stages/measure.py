@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from quantmill.backend import Codec, Quantizer
+from quantmill.checkpoint.dtypes import torch_dtype
 from quantmill.findings import QuantmillError, Severity, declare
 from quantmill.job import Job, Selection
 from quantmill.planning import ModulePlan
@@ -17,6 +21,7 @@ from quantmill.targeting.types import (
     Decision,
     ModuleInfo,
     ParameterInfo,
+    Target,
     targets_of,
 )
 
@@ -66,10 +71,7 @@ class ModulePlanner:
     """Entries of a plan: for each module and decision the form it gets, and bytes."""
 
     def __init__(self, job: Job) -> None:
-        import torch
-
         self.job = job
-        self.torch = torch
         self.main: Selection | None = next(iter(job.selections.values()), None)
         architecture = job.architecture
         assert architecture is not None
@@ -164,8 +166,6 @@ class ModulePlanner:
     def _source_dtype(self, target: Any) -> Any:
         if self.target_cast:
             return self.dtype
-        from quantmill.checkpoint.reader import torch_dtype
-
         return torch_dtype(target.module.parameters[target.parameter].dtype)
 
     def _stored(self, module: ModuleInfo, decision: Decision) -> ModulePlan | None:
@@ -260,7 +260,7 @@ class ModulePlanner:
         for parameter in module.parameters.values():
             if parameter.name in tied or not parameter.sources:
                 continue
-            elements = _numel(parameter.shape)
+            elements = prod(parameter.shape)
             count += elements
             before += _bytes(parameter)
             stored, size = self._written(module, parameter)
@@ -296,13 +296,11 @@ class ModulePlanner:
 
     def _live_itemsize(self, module: ModuleInfo, parameter: ParameterInfo) -> int:
         if parameter.dtype not in ("F32", "F16", "BF16", "F64"):
-            return _itemsize(parameter.dtype)
+            return torch_dtype(parameter.dtype).itemsize
         return 4 if module.keep_float else self.dtype.itemsize
 
 
-def _stored_target(module: ModuleInfo) -> Any:
-    from quantmill.targeting.types import Target
-
+def _stored_target(module: ModuleInfo) -> Target:
     found = targets_of(module)
     if found:
         return found[0]
@@ -341,20 +339,7 @@ def encoded_bytes(codec: Codec[Any], form: Form) -> int:
     return sum(t.numel() * t.element_size() for t in codec.encode(form).values())
 
 
-def _numel(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _itemsize(dtype: str) -> int:
-    from quantmill.checkpoint.reader import torch_dtype
-
-    return int(torch_dtype(dtype).itemsize)
-
-
 def _bytes(parameter: ParameterInfo) -> int:
     if not parameter.sources:
         return 0
-    return _numel(parameter.shape) * _itemsize(parameter.dtype)
+    return prod(parameter.shape) * torch_dtype(parameter.dtype).itemsize

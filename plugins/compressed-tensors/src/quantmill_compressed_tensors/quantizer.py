@@ -13,6 +13,7 @@ from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Blocks, Channel, Codes, Form, Group, Grouping, PerTensor
+from quantmill.forms.rows import take_lowest
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.config import CompressedConfig
 from quantmill_compressed_tensors.forms import (
@@ -190,8 +191,7 @@ def _integer_rows(
     wide = form.grouping.expand(scale.to(torch.float32), shape)
     scaled = work.div_(wide)
     if args.symmetric and args.num_bits < 4:
-        # The lowest weight of a group lies between two codes, and its rounded scale would decide.
-        scaled.masked_fill_(scaled <= (least + 0.5) * (1 - 2**-8), least)
+        take_lowest(scaled, least)
     codes = scaled.round_()
     if not args.symmetric:
         codes.add_(form.grouping.expand(zero, shape))

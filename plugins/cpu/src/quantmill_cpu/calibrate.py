@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,24 +67,14 @@ def compensate(
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout, or the panel too wide.
     """
-    count, rows = _checked(panel, groups, spans, scales)
-    failed = library().qm_compensate(
-        count,
-        rows,
-        top,
-        symmetric,
-        exponent,
-        _numbers(groups),
-        _numbers(spans),
-        address(scales, torch.float32, scales.numel(), "scales"),
-        address(zeros, torch.float32, scales.numel(), "zeros"),
-        address(local, torch.float32, count * count, "local"),
-        address(panel, torch.float32, count * rows, "panel"),
-        address(codes, torch.uint8, count * rows, "codes"),
-        torch.get_num_threads(),
+    shape, pointers = _panel(panel, local, groups, spans, scales, zeros)
+    written = address(codes, torch.uint8, panel.numel(), "codes")
+    _done(
+        shape,
+        library().qm_compensate(
+            *shape, top, symmetric, exponent, *pointers, written, torch.get_num_threads()
+        ),
     )
-    if failed:
-        raise ValueError(f"a panel has at most 128 columns, not {count}")
 
 
 def descend(
@@ -102,28 +93,21 @@ def descend(
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout, or the panel too wide.
     """
-    count, rows = _checked(panel, groups, spans, scales)
-    failed = library().qm_descend(
-        count,
-        rows,
-        top,
-        _numbers(groups),
-        _numbers(spans),
-        address(scales, torch.float32, scales.numel(), "scales"),
-        address(zeros, torch.float32, scales.numel(), "zeros"),
-        address(local, torch.float32, count * count, "local"),
-        address(panel, torch.float32, count * rows, "panel"),
-        address(steps, torch.float32, count * rows, "steps"),
-        torch.get_num_threads(),
-    )
-    if failed:
-        raise ValueError(f"a panel has at most 128 columns, not {count}")
+    shape, pointers = _panel(panel, local, groups, spans, scales, zeros)
+    changed = address(steps, torch.float32, panel.numel(), "steps")
+    _done(shape, library().qm_descend(*shape, top, *pointers, changed, torch.get_num_threads()))
 
 
-def _checked(
-    panel: Tensor, groups: Sequence[int], spans: Sequence[int], scales: Tensor
-) -> tuple[int, int]:
-    """Columns and rows; the library reads groups and spans without looking."""
+def _panel(
+    panel: Tensor,
+    local: Tensor,
+    groups: Sequence[int],
+    spans: Sequence[int],
+    scales: Tensor,
+    zeros: Tensor,
+) -> tuple[tuple[int, int], tuple[Any, ...]]:
+    """Columns and rows, and what both operations read; the library reads groups and spans without
+    looking."""
     if panel.ndim != 2 or scales.ndim != 2 or scales.shape[1] != panel.shape[1]:
         raise ValueError("panel must be [columns, rows], scales and zeros [groups, rows]")
     count, rows = panel.shape
@@ -133,7 +117,19 @@ def _checked(
         raise ValueError(f"groups must be 0 to {scales.shape[0] - 1}")
     if count and not 0 <= min(spans) <= max(spans) <= count:
         raise ValueError(f"spans must be 0 to {count}")
-    return count, rows
+    return (count, rows), (
+        _numbers(groups),
+        _numbers(spans),
+        address(scales, torch.float32, scales.numel(), "scales"),
+        address(zeros, torch.float32, scales.numel(), "zeros"),
+        address(local, torch.float32, count * count, "local"),
+        address(panel, torch.float32, count * rows, "panel"),
+    )
+
+
+def _done(shape: tuple[int, int], failed: int) -> None:
+    if failed:
+        raise ValueError(f"a panel has at most 128 columns, not {shape[0]}")
 
 
 def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:

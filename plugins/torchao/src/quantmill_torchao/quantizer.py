@@ -18,6 +18,7 @@ from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Codes, Form, PerTensor
+from quantmill.forms.rows import take_lowest
 from quantmill.targeting.types import Target
 from quantmill_torchao.config import TorchaoConfig
 from quantmill_torchao.forms import AoAffine, AoFloat, Layout, abstract_affine, abstract_float
@@ -153,8 +154,7 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
         _put(form, form.scale, start, scale)
         scaled = tiles.mul_(1.0 / wide)
         if recipe.mapping == "SYMMETRIC" and 1 < bits < 4:
-            # The lowest weight of a group lies between two codes: its rounded scale would decide.
-            scaled.masked_fill_(scaled <= (least + 0.5) * (1 - 2**-8), least)
+            take_lowest(scaled, least)
         codes = scaled.round_()
         if zero is not None:
             codes = codes.add_(zero)
