@@ -7,6 +7,7 @@ the model does not depend on how many layers it has.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,9 @@ def test_layers_on_the_disk_take_no_memory(folders: dict[int, Path], tmp_path: P
     assert found["above"] < 0.5 * found["bytes_memory"] + 64 * MIB
 
 
+# Tensors are mapped one by one: what is measured is what is held, without the holes of a heap,
+# which are 5 MiB in one process and 40 MiB in the next.
+MAPPED = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
 CONVERT = """
 import sys
 import quantmill
@@ -164,7 +168,7 @@ def test_a_conversion_takes_no_more_memory_for_more_shards(
         assert len(list(source.glob("*.safetensors"))) > layers // 3
         words = [str(few), str(source), str(tmp_path / f"to-{layers}"), "bnb-fp4"]
         command = [sys.executable, "-c", CONVERT, *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=MAPPED)
         above[layers] = int(done.stdout.splitlines()[-1])
     # Twelve layers more are 168 MiB of floats and 48 MiB of NF4.
-    assert above[16] <= above[4] + 16 * MIB, above
+    assert above[16] <= above[4] + 8 * MIB, above
