@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import Tensor
 
 from quantmill.api import make_job, prepare, quantize
+from quantmill.budget.allocate import allocate
 from quantmill.budget.choices import Budget, Choices, joined_method
+from quantmill.budget.lanes import Lane
 from quantmill.budget.report import BudgetReport
 from quantmill.budget.sensitivity import Pair, Sensitivity, correlation
-from quantmill.budget.solution import WINDOWS, solve
 from quantmill.calibration.carry_out import calibration_data
 from quantmill.checkpoint.containers import container_for
 from quantmill.checkpoint.writer import check_new
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BudgetReport", "BudgetSearch", "quantize_to_budget"]
 
+WINDOWS: Final = 8
+"""Batches of the search on which mixtures are measured."""
+
 
 def quantize_to_budget(
     source: str | Path,
@@ -49,7 +53,6 @@ def quantize_to_budget(
     calibration: Any,
     measure: int = 24,
     search_samples: int = 32,
-    remeasure: int = 64,
     progress: Progress | None = None,
     host: Host | None = None,
     max_shard_bytes: int | None = None,
@@ -66,8 +69,6 @@ def quantize_to_budget(
         measure: pairs of target and method whose KL divergence is measured, to judge the estimate.
         search_samples: windows of the calibration text that the search runs on. Where there are
             twice as many, the methods are not calibrated on these until the mixture is made.
-        remeasure: targets whose cost is measured again beside the errors of all others, the
-            costliest first.
         progress: told about blocks and bytes.
         host: of plugins.
         max_shard_bytes: as for :func:`quantmill.quantize`.
@@ -90,7 +91,7 @@ def quantize_to_budget(
     search.choices.bytes_within(wanted)
     with search:
         search.run(measure)
-        return search.write(wanted, Path(output), max_shard_bytes, remeasure)
+        return search.write(wanted, Path(output), max_shard_bytes)
 
 
 class BudgetSearch:
@@ -267,7 +268,6 @@ class BudgetSearch:
         budget: Budget,
         output: Path,
         max_shard_bytes: int | None = None,
-        remeasure: int = 64,
     ) -> BudgetReport:
         """Allocate within a budget, and write the mixture.
 
@@ -281,7 +281,13 @@ class BudgetSearch:
             [found.estimated[target.name, label] * scale[label] for label in choices.labels]
             for target in choices.targets
         ]
-        chosen, divergence = solve(choices, found, costs, choices.bytes_within(budget), remeasure)
+        chosen = allocate(choices.sizes, costs, choices.bytes_within(budget))
+        labels = {
+            target.name: choices.labels[index]
+            for target, index in zip(choices.targets, chosen, strict=True)
+        }
+        mixture = Lane(labels)
+        found.measure([mixture], WINDOWS)
         seconds = {**self.seconds, "allocation": perf_counter() - start}
         size = sum(row[index] for row, index in zip(choices.sizes, chosen, strict=True))
         pairs = [
@@ -292,11 +298,8 @@ class BudgetSearch:
             budget=budget.bits,
             bits=choices.bits(size),
             bytes=size,
-            chosen={
-                target.name: choices.labels[index]
-                for target, index in zip(choices.targets, chosen, strict=True)
-            },
-            estimated=divergence,
+            chosen=labels,
+            estimated=mixture.divergence,
             uniform={
                 label: (choices.bits(choices.uniform(label)), sum(row[index] for row in costs))
                 for index, label in enumerate(choices.labels)
