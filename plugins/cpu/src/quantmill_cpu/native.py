@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -69,6 +69,7 @@ def library() -> ctypes.CDLL:
             [small, pointer, small, size, size, *[pointer] * 3, small],
         ),
         "qm_ggml_decode": (small, [small, pointer, size, pointer, pointer, small]),
+        "qm_ggml_codes": (small, [small, pointer, size, pointer, small]),
         "qm_ggml_matmul": (
             small,
             [small, pointer, size, size, pointer, pointer, size, pointer, pointer, small],

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define QM_ABI_VERSION 7
+#define QM_ABI_VERSION 8
 
 enum { QM_F32 = 0, QM_BF16 = 1, QM_F16 = 2 };
 
