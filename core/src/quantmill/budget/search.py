@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from quantmill.api import make_job, prepare, quantize
-from quantmill.budget.allocate import allocate
 from quantmill.budget.choices import Budget, Choices, joined_method
 from quantmill.budget.lanes import Lane
 from quantmill.budget.report import BudgetReport
@@ -30,6 +29,7 @@ from quantmill.checkpoint.writer import check_new
 from quantmill.findings import Finding, FindingsError
 from quantmill.host import Host, default_host
 from quantmill.job import Job, Progress, named_progress
+from quantmill.registrations import resolve
 from quantmill.stages.quantize import decode_stored, open_reader
 from quantmill.stages.select import select
 from quantmill.targeting.types import Target
@@ -136,13 +136,21 @@ class BudgetSearch:
             problems += [item for item in job.findings.errors if item not in problems]
         if problems:
             raise FindingsError(problems)
-        self.choices = Choices.of(plans)
+        self.choices = Choices.of(plans, self._shared)
         self.data = calibration_data(self.jobs[0])
         self.windows, self.learned = _split(self.data.tokens, search_samples)
 
     def _job(self, label: str) -> Job:
         options = {**self.options, "calibration": self.calibration, "output": str(self.output)}
         return make_job(self.headers, label, host=self.host, **options)
+
+    def _shared(self, target: Target) -> str | None:
+        """What a container has one tensor for."""
+        job = self.jobs[0]
+        if job.container is None or job.container.write is None:
+            return None
+        found: str | None = resolve(job.container.write).shared(job, target)
+        return found
 
     def _agreed(self, methods: list[str]) -> list[str]:
         """Methods of one plugin with the options that one checkpoint has for all its modules."""
@@ -281,7 +289,7 @@ class BudgetSearch:
             [found.estimated[target.name, label] * scale[label] for label in choices.labels]
             for target in choices.targets
         ]
-        chosen = allocate(choices.sizes, costs, choices.bytes_within(budget))
+        chosen = choices.allocate(costs, choices.bytes_within(budget))
         labels = {
             target.name: choices.labels[index]
             for target, index in zip(choices.targets, chosen, strict=True)
