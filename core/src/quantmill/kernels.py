@@ -12,7 +12,7 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
     ``fn(block, *, out_codes, out_scale)``: ``block`` float ``[rows, in]``; ``out_codes`` int8 of
     that shape; ``out_scale`` float32 ``[rows]`` (the absmax). Returns as above.
     On devices that compute asynchronously the index may be an int64 scalar tensor.
-``quantize``, and ``codes``, for a plugin's own form
+``quantize`` for a plugin's own form
     As the plugin that has the form says.
 ``matmul``
     ``fn(x, form, bias)``, ``x`` float ``[..., in]``, result ``[..., out]`` in the dtype of ``x``.
@@ -30,6 +30,13 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
     ``rows`` of the result, those beyond the tokens are zeros. Returns the codes ``[rows, in]`` and
     float32 scales ``[rows, ceil(in / size)]``, of which the rows are neighbours in memory. The
     scale is the largest magnitude over the codes' largest number, and 1e-12 over it at least.
+``absmax`` of the form ``tensor``
+    ``fn(block, *, group)``: ``block`` float ``[rows, in]``; the largest magnitudes of groups of
+    ``group`` columns, float32 ``[rows, ceil(in / group)]``, not finite where something there isn't.
+``round`` of the form ``tensor``, to the dtype ``values``
+    ``fn(block, *, by, out, group, multiply, top)``: ``block`` float ``[rows, in]`` and finite, over
+    ``by`` (float32, shaped as above) or times it, held within ``top`` on both sides (int8: one
+    further below) and rounded, half to even, into ``out``.
 ``moments`` of the form ``tensor``
     ``fn(x, *, out)``: add ``x.T @ x`` of ``x [tokens, columns]`` to float32 ``out [columns,
     columns]``, on and above its diagonal; what is below it has no meaning.

@@ -14,6 +14,7 @@ from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Blocks, Channel, Codes, Form, Group, Grouping, PerTensor
 from quantmill.forms.rows import take_lowest
+from quantmill.rounding import ByteRounding
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.config import CompressedConfig
 from quantmill_compressed_tensors.forms import (
@@ -68,6 +69,9 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
             return quantize_fp4(form, weight, self.device)
         args = self._args(target)
         real = form.map_tensors(lambda item: torch.empty_like(item, device=self.device))
+        if _in_bytes(real):
+            self._round_bytes(real, weight)
+            return real
         whole = None
         if isinstance(real.grouping, PerTensor):
             whole = self._range(weight)
@@ -81,6 +85,24 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
                 else:
                     _integer_rows(real, start, work, low, high, args)
         return real
+
+    def _round_bytes(self, form: StoredAffine | StoredFloat, weight: WeightSource) -> None:
+        columns = form.shape[1]
+        group = form.grouping.size if isinstance(form.grouping, Group) else columns
+        real = isinstance(form, StoredFloat)
+        out = form.values if isinstance(form, StoredFloat) else form.codes.data.reshape(form.shape)
+        rounding = ByteRounding(self.kernels, self.device, weight.dtype, out.dtype)
+        assert isinstance(form.scale, Tensor)
+        with FiniteCheck(weight.name) as finite:
+            for start, block in weight.row_blocks():
+                absmax = rounding.absmax(block, group)
+                finite.look(block, start * columns, maxima=absmax)
+                # As the peer: integers have the whole range, and the top code is clamped.
+                scale = _scale(absmax / (TOP if real else 127.5), form.scale.dtype)
+                stored = scale.reshape(-1, *form.scale.shape[1:])
+                _put(form.scale, start, form.grouping, stored)
+                part = out[start : start + block.shape[0]]
+                rounding.store(block, scale.to(torch.float32), part, group)
 
     def _args(self, target: Target) -> Args:
         group = self._group(target)
@@ -126,6 +148,15 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
             work = rows.to(torch.float32)
             low, high = torch.minimum(low, work.amin()), torch.maximum(high, work.amax())
         return low, high
+
+
+def _in_bytes(form: StoredAffine | StoredFloat) -> bool:
+    """Symmetric bytes with scales by rows or groups: kernels round those."""
+    if not isinstance(form.grouping, Channel | Group):
+        return False
+    if isinstance(form, StoredFloat):
+        return True
+    return form.codes.packing == "i8" and form.offset is None and form.codes.bits == 8
 
 
 def _step(form: StoredAffine | StoredFloat) -> int:

@@ -55,6 +55,11 @@ def library() -> ctypes.CDLL:
         "qm_quantize_codebook4": (size, [pointer, small, size, size, *[pointer] * 4, small]),
         "qm_quantize_codebook8": (size, [pointer, size, size, *[pointer] * 3, small]),
         "qm_quantize_rows_int8": (size, [pointer, small, size, size, pointer, pointer, small]),
+        "qm_absmax": (None, [pointer, small, *[size] * 3, pointer, small]),
+        "qm_round": (
+            None,
+            [pointer, small, *[size] * 3, pointer, small, small, ctypes.c_float, pointer, small],
+        ),
         "qm_matmul": (small, [*[pointer] * 4, small, size, small]),
         "qm_matmul_grouped": (
             small,
@@ -69,7 +74,6 @@ def library() -> ctypes.CDLL:
             [small, pointer, small, size, size, *[pointer] * 3, small],
         ),
         "qm_ggml_decode": (small, [small, pointer, size, pointer, pointer, small]),
-        "qm_ggml_codes": (small, [small, pointer, size, pointer, small]),
         "qm_ggml_matmul": (
             small,
             [small, pointer, size, size, pointer, pointer, size, pointer, pointer, small],

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from quantmill.forms import nearest_on_grid, table_values
+from quantmill.rounding import BYTES
 from quantmill_cpu.buffers import SOURCES, address
 from quantmill_cpu.native import library
 
-__all__ = ["quantize_codebook", "quantize_rows_int8"]
+__all__ = ["absmax", "quantize_codebook", "quantize_rows_int8", "round_bytes"]
+
+_KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
+"""Numbers of what weights are rounded to."""
 
 
 def _source(block: Tensor) -> int:
@@ -122,3 +126,59 @@ def quantize_rows_int8(block: Tensor, *, out_codes: Tensor, out_scale: Tensor) -
         torch.get_num_threads(),
     )
     return bad
+
+
+def _matrix(block: Tensor, group: int) -> tuple[int, int, int]:
+    """Rows, columns and groups of a row of a matrix."""
+    if block.ndim != 2 or group < 1:
+        raise ValueError(f"block must be [rows, in], group above 0: {list(block.shape)}, {group}")
+    rows, columns = block.shape
+    return rows, columns, -(-columns // group)
+
+
+def absmax(block: Tensor, *, group: int) -> Tensor:
+    """Largest magnitudes of groups of columns of float ``[rows, in]``, float32 ``[rows, groups]``.
+
+    Raises:
+        ValueError: ``block`` is of the wrong dtype, device, shape or layout.
+    """
+    rows, columns, groups = _matrix(block, group)
+    found = torch.empty(rows, groups, dtype=torch.float32)
+    library().qm_absmax(
+        _source(block),
+        SOURCES[block.dtype],
+        rows,
+        columns,
+        group,
+        found.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return found
+
+
+def round_bytes(
+    block: Tensor, *, by: Tensor, out: Tensor, group: int, multiply: bool, top: float
+) -> None:
+    """Round finite float ``[rows, in]`` over, or times, ``by`` float32 ``[rows, groups]`` into
+    int8 or 8-bit floats ``out``.
+
+    Raises:
+        ValueError: a tensor is of the wrong dtype, device, size or layout, or ``top`` is more than
+            the largest number of ``out``.
+    """
+    rows, columns, groups = _matrix(block, group)
+    if out.dtype not in _KINDS or not 0 < top <= BYTES[out.dtype]:
+        raise ValueError(f"{out.dtype} within {top} is not supported")
+    library().qm_round(
+        _source(block),
+        SOURCES[block.dtype],
+        rows,
+        columns,
+        group,
+        address(by, torch.float32, rows * groups, "by"),
+        not multiply,
+        _KINDS[out.dtype],
+        top,
+        address(out, out.dtype, rows * columns, "out"),
+        torch.get_num_threads(),
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from quantmill.backend import Quantizer, WeightSource
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Channel, Form, PerTensor, ScaledFloat
+from quantmill.rounding import ByteRounding
 from quantmill.targeting.types import Target
 from quantmill_fp8.codec import grouping_of
 from quantmill_fp8.config import FbgemmFp8Config, Fp8Config
@@ -46,28 +47,29 @@ class BlockQuantizer(Quantizer[Fp8Config]):
         rows, columns = weight.shape
         grouping, size = grouping_of(self.config), self.config.weight_block_size
         values = torch.empty((rows, columns), dtype=VALUES, device=self.device)
+        rounding = ByteRounding(self.kernels, self.device, weight.dtype, VALUES)
         if size is None:
             absmax = torch.zeros((), dtype=torch.float32, device=self.device)
             with FiniteCheck(weight.name) as finite:
                 for start, piece in weight.row_blocks():
-                    found = block_absmax(piece.to(torch.float32), piece.shape[0], columns)
+                    found = rounding.absmax(piece, columns).amax()
                     finite.look(piece, start * columns, maxima=found)
-                    absmax = torch.maximum(absmax, found.reshape(()))
+                    absmax = torch.maximum(absmax, found)
             scale, divisor = self._scale(absmax)
             for start, piece in weight.row_blocks():
-                work = piece.to(torch.float32, copy=True)
-                _store(work.div_(divisor), values[start : start + piece.shape[0]])
+                part = values[start : start + piece.shape[0]]
+                rounding.store(piece, divisor.reshape(1, 1), part, columns)
             return ScaledFloat(values, scale, PerTensor(), dtype=weight.dtype)
         parts = []
         with FiniteCheck(weight.name) as finite:
             for start, piece in weight.row_blocks(size[0]):
-                work = piece.to(torch.float32, copy=True)
-                found = block_absmax(work, *size)
+                found = _tallest(rounding.absmax(piece, size[1]), size[0])
                 finite.look(piece, start * columns, maxima=found)
                 scale, divisor = self._scale(found)
                 parts.append(scale)
-                divide_blocks(work, divisor, *size)
-                _store(work, values[start : start + piece.shape[0]])
+                divisor = divisor.repeat_interleave(size[0], dim=0)[: piece.shape[0]]
+                part = values[start : start + piece.shape[0]]
+                rounding.store(piece, divisor, part, size[1])
         return ScaledFloat(values, _cat(parts), grouping, dtype=weight.dtype)
 
     def _scale(self, absmax: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,50 +100,24 @@ class RowQuantizer(Quantizer[FbgemmFp8Config]):
         rows, columns = weight.shape
         values = torch.empty((rows, columns), dtype=VALUES, device=self.device)
         scale = torch.empty(rows, dtype=torch.float32, device=self.device)
+        rounding = ByteRounding(self.kernels, self.device, weight.dtype, VALUES)
         with FiniteCheck(weight.name) as finite:
             for start, piece in weight.row_blocks():
-                work = piece.to(torch.float32, copy=True)
-                found = block_absmax(work, 1, columns)
+                found = rounding.absmax(piece, columns)
                 finite.look(piece, start * columns, maxima=found)
                 stop = start + piece.shape[0]
-                scale[start:stop] = found.reshape(-1).clamp(min=_LEAST_ROW) / TOP
-                _store(work.div_(scale[start:stop].unsqueeze(1)), values[start:stop])
+                part = found.clamp(min=_LEAST_ROW) / TOP
+                scale[start:stop] = part.squeeze(1)
+                rounding.store(piece, part, values[start:stop], columns)
         return ScaledFloat(values, scale, Channel(0), dtype=weight.dtype)
 
 
-def block_absmax(work: Tensor, rows: int, columns: int) -> Tensor:
-    """Largest magnitude of each block of a float32 ``[n, in]``; NaN where one is inside.
-
-    Returns:
-        float32 ``[ceil(n / rows), ceil(in / columns)]``.
-    """
-    if rows == 1 and columns == work.shape[1]:
-        low, high = work.aminmax(dim=1, keepdim=True)
-        return torch.maximum(high, low.neg())
-    whole = work.shape[0] // rows * rows
-    parts = []
-    for part in (work[:whole].unflatten(0, (-1, rows)) if whole else None, work[whole:][None]):
-        # Without abs(), which would be a copy of all of it.
-        if part is not None and part.shape[1]:
-            parts.append(torch.maximum(part.amax(dim=1), part.amin(dim=1).neg()))
-    tall = _cat(parts)
-    tall = torch.nn.functional.pad(tall, (0, -tall.shape[1] % columns))
-    return tall.unflatten(1, (-1, columns)).amax(dim=2)
-
-
-def divide_blocks(work: Tensor, divisor: Tensor, rows: int, columns: int) -> None:
-    """Divide each block of a float32 ``[n, in]`` by its number, in place."""
-    wide = divisor.repeat_interleave(columns, dim=1)[:, : work.shape[1]]
-    whole = work.shape[0] // rows
-    if whole:
-        work[: whole * rows].unflatten(0, (whole, rows)).div_(wide[:whole].unsqueeze(1))
-    if whole < wide.shape[0]:
-        work[whole * rows :].div_(wide[whole:])
-
-
-def _store(scaled: Tensor, out: Tensor) -> None:
-    """Round to ``out``; ``scaled`` is used up. A quotient may exceed the largest by a rounding."""
-    out.copy_(scaled.clamp_(-TOP, TOP))
+def _tallest(absmax: Tensor, rows: int) -> Tensor:
+    """Largest of each ``rows`` rows of ``[n, groups]``, the last ones may be fewer."""
+    ragged = -absmax.shape[0] % rows
+    if ragged:
+        absmax = torch.nn.functional.pad(absmax, (0, 0, 0, ragged))
+    return absmax.unflatten(0, (-1, rows)).amax(dim=1)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

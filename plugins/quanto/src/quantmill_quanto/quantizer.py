@@ -10,6 +10,7 @@ from torch import Tensor
 from quantmill.backend import Quantizer, WeightSource
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Affine, Codes, Form, ScaledFloat
+from quantmill.rounding import BYTES, ByteRounding
 from quantmill.targeting.types import Target
 from quantmill_quanto.codec import abstract_form, group_size, grouping_of
 from quantmill_quanto.config import FLOATS, QuantoConfig
@@ -67,19 +68,15 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         real = kind.is_floating_point
         data = torch.empty((rows, columns), dtype=kind, device=self.device)
         scale = torch.empty(rows, dtype=_taken(weight.dtype), device=self.device)
-        high = torch.finfo(kind).max if real else 127.0
-        low = -high if real else -128.0
+        rounding = ByteRounding(self.kernels, self.device, weight.dtype, kind)
         with FiniteCheck(weight.name) as finite:
             for start, block in weight.row_blocks():
-                values = block.to(torch.float32, copy=True)
-                absmax = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
+                absmax = rounding.absmax(block, columns)
                 finite.look(block, start * columns, maxima=absmax)
-                stop = start + values.shape[0]
-                scale[start:stop] = _positive((absmax / high).to(scale.dtype))
-                scaled = values.div_(scale[start:stop].to(torch.float32).unsqueeze(1))
-                if not real:
-                    scaled.round_()
-                data[start:stop].copy_(scaled.clamp_(low, high))
+                stop = start + block.shape[0]
+                part = _positive((absmax / BYTES[kind]).to(scale.dtype))
+                scale[start:stop] = part.squeeze(1)
+                rounding.store(block, part.to(torch.float32), data[start:stop], columns)
         grouping = grouping_of(columns, None)
         if real:
             return ScaledFloat(data, scale, grouping, dtype=weight.dtype)

@@ -19,6 +19,7 @@ from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Codes, Form, PerTensor
 from quantmill.forms.rows import take_lowest
+from quantmill.rounding import BYTES, ByteRounding
 from quantmill.targeting.types import Target
 from quantmill_torchao.config import TorchaoConfig
 from quantmill_torchao.forms import AoAffine, AoFloat, Layout, abstract_affine, abstract_float
@@ -74,6 +75,9 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
         if isinstance(form, AoAffine) and form.codes.packing == "dense":
             period = 8 // gcd(8, shape[1] * form.codes.bits)
             step = step * period // gcd(step, period)
+        if self._in_bytes(form):
+            self._round_bytes(form, weight)
+            return form
         whole = self._range(weight) if isinstance(form.grouping, PerTensor) else None
         with FiniteCheck(weight.name) as finite:
             for start, rows in weight.row_blocks(step):
@@ -85,6 +89,31 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
                 else:
                     self._integers(form, start, tiles, low, high)
         return form
+
+    @staticmethod
+    def _in_bytes(form: AoAffine | AoFloat) -> bool:
+        """Bytes with scales by rows or groups: kernels round those."""
+        if isinstance(form.grouping, PerTensor) or form.layout.block[0] != 1:
+            return False
+        return isinstance(form, AoFloat) or form.layout.tensor == "Int8Tensor"
+
+    def _round_bytes(self, form: AoAffine | AoFloat, weight: WeightSource) -> None:
+        rows, columns = form.shape
+        group = form.layout.block[1]
+        real = isinstance(form, AoFloat)
+        out = form.values if isinstance(form, AoFloat) else form.codes.data.reshape(rows, columns)
+        rounding = ByteRounding(self.kernels, self.device, weight.dtype, out.dtype)
+        top = 63.0 if self.recipe.reduced else BYTES[out.dtype]
+        with FiniteCheck(weight.name) as finite:
+            for start, block in weight.row_blocks():
+                absmax = rounding.absmax(block, group)
+                finite.look(block, start * columns, maxima=absmax)
+                scale = _float_scale(absmax, top) if real else _int8_scale(absmax, top)
+                assert isinstance(form.scale, Tensor)
+                _put(form, form.scale, start, scale)
+                by = scale if real else 1.0 / scale
+                part = out[start : start + block.shape[0]]
+                rounding.store(block, by, part, group, multiply=not real, top=top)
 
     def _empty(self, shape: tuple[int, int], dtype: torch.dtype) -> AoAffine | AoFloat:
         recipe = self.recipe
@@ -117,10 +146,8 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
 
     def _floats(self, form: AoFloat, start: int, tiles: Tensor, low: Tensor, high: Tensor) -> None:
         top = torch.finfo(form.values.dtype).max
-        scale = torch.maximum(high, -low) / top
+        scale = _float_scale(torch.maximum(high, -low), top)
         assert isinstance(form.scale, Tensor)
-        # A scale of 0 would make 0 / 0: zeros have the scale 1.
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         _put(form, form.scale, start, scale)
         values = tiles.div_(scale).clamp_(-top, top).reshape(-1, form.shape[1])
         form.values[start : start + values.shape[0]].copy_(values)
@@ -189,6 +216,16 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
         _put(form, form.offset, start, least)
         codes = tiles.sub_(least).div_(wide).round_().clamp_(0, 15)
         _pack(form, start, codes.reshape(rows, -1))
+
+
+def _float_scale(absmax: Tensor, top: float) -> Tensor:
+    scale = absmax / top
+    # A scale of 0 would make 0 / 0: zeros have the scale 1.
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _int8_scale(absmax: Tensor, top: float) -> Tensor:
+    return (absmax / (top + 0.5)).clamp(min=_TINY)
 
 
 def _tiled(

@@ -120,6 +120,45 @@ static void codes_int8(const float *values, int64_t count, float scale, int8_t *
     }
 }
 
+/* |value| of at most the format's largest as bits of a float with `mantissa` bits of it. `small` is
+ * the number whose unit in the last place is the least step of the format. */
+static inline uint8_t narrow(float value, int mantissa, uint32_t bias, float least, float small) {
+    uint32_t bits = qm_bits_of(value), size = bits & 0x7fffffffu;
+    int lost = 23 - mantissa;
+    uint32_t half = (1u << (lost - 1)) - 1u;
+    uint32_t normal = ((size + half + ((size >> lost) & 1u)) >> lost) - (bias << mantissa);
+    uint32_t below = qm_bits_of(qm_float_of(size) + small) - qm_bits_of(small);
+    uint32_t result = size < qm_bits_of(least) ? below : normal;
+    return (uint8_t)(((bits >> 24) & 0x80u) | result);
+}
+
+static inline float held(float value, float low, float high) {
+    value = value < low ? low : value;
+    return value > high ? high : value;
+}
+
+static void to_bytes(const float *values, int64_t count, float by, int divide, int kind, float top,
+                     uint8_t *out) {
+    float scaled[QM_CHUNK];
+    float low = kind == QM_TO_INT8 ? -top - 1.0f : -top;
+    if (divide) {
+        for (int64_t i = 0; i < count; i++) scaled[i] = held(values[i] / by, low, top);
+    } else {
+        for (int64_t i = 0; i < count; i++) scaled[i] = held(values[i] * by, low, top);
+    }
+    if (kind == QM_TO_INT8) {
+        for (int64_t i = 0; i < count; i++)
+            out[i] = (uint8_t)(int8_t)(int32_t)((scaled[i] + 12582912.0f) - 12582912.0f);
+    } else if (kind == QM_TO_E4M3) {
+        for (int64_t i = 0; i < count; i++)
+            out[i] = narrow(scaled[i], 3, 120u, 0.015625f, 16384.0f);
+    } else {
+        for (int64_t i = 0; i < count; i++)
+            out[i] = narrow(scaled[i], 2, 112u, 6.103515625e-05f, 128.0f);
+    }
+}
+
 const QmKernels QM_JOIN(qm_kernels_, QM_LEVEL) = {
     QM_TEXT(QM_LEVEL), load, largest, scale, ranks15, pack, codes8, to_half, codes_int8,
+    to_bytes,
 };

@@ -28,6 +28,10 @@ typedef struct {
     void (*to_half)(float *values, int64_t count);
     /* values * scale, half to even. */
     void (*codes_int8)(const float *values, int64_t count, float scale, int8_t *out);
+    /* values / by, or values * by, held within [-top - (kind is QM_TO_INT8), top] and rounded, half to
+     * even, to the kind's bytes. */
+    void (*to_bytes)(const float *values, int64_t count, float by, int divide, int kind, float top,
+                     uint8_t *out);
 } QmKernels;
 
 extern const QmKernels qm_kernels_baseline;

@@ -111,28 +111,34 @@ QM_API void qm_codes_pack(const uint8_t *codes, int packing, int bits, int64_t c
 /* Each row has a column of 32-bit words in a chunk. Byte `p` of a word holds 8 / b codes of a plane
  * of b bits, so that one shift of a vector gives, in byte `p`, the code of column 4 * j + p. */
 
-/* The codes of columns p, p + 4, ... p + 28, side by side: 8 * b bits. */
-static inline uint64_t gather(const uint8_t *codes, int p, int shift, int b) {
-    uint64_t bits = 0;
-    for (int j = 0; j < 8; j++)
-        bits |= (uint64_t)(codes[4 * j + p] >> shift & ((1u << b) - 1)) << (b * j);
-    return bits;
+/* Four codes of a plane of b bits, a byte each: what is done to the word is done to each byte. */
+static inline uint32_t four_of(uint32_t codes, int b) {
+    return codes & 0x01010101u * ((1u << b) - 1);
 }
 
 static inline void plane_pack(const uint8_t *codes, int shift, int b, uint8_t *out) {
-    for (int p = 0; p < 4; p++) {
-        uint64_t bits = gather(codes, p, shift, b);
-        for (int word = 0; word < b; word++) out[64 * word + p] = (uint8_t)(bits >> (8 * word));
+    for (int word = 0; word < b; word++) {
+        uint32_t bits = 0;
+        for (int i = 0; i < 8 / b; i++) {
+            uint32_t four;
+            memcpy(&four, codes + 4 * (word * (8 / b) + i), 4);
+            bits |= four_of(four >> shift, b) << (b * i);
+        }
+        memcpy(out + 64 * word, &bits, 4);
     }
 }
 
 static inline void plane_unpack(const uint8_t *in, int shift, int b, uint8_t *codes) {
-    const unsigned mask = (1u << b) - 1;
-    for (int p = 0; p < 4; p++) {
-        uint64_t bits = 0;
-        for (int word = 0; word < b; word++) bits |= (uint64_t)in[64 * word + p] << (8 * word);
-        for (int j = 0; j < 8; j++)
-            codes[4 * j + p] |= (uint8_t)((bits >> (b * j) & mask) << shift);
+    for (int word = 0; word < b; word++) {
+        uint32_t bits;
+        memcpy(&bits, in + 64 * word, 4);
+        for (int i = 0; i < 8 / b; i++) {
+            uint32_t four;
+            uint8_t *at = codes + 4 * (word * (8 / b) + i);
+            memcpy(&four, at, 4);
+            four |= four_of(bits >> (b * i), b) << shift;
+            memcpy(at, &four, 4);
+        }
     }
 }
 
@@ -226,13 +232,13 @@ QM_API void qm_panels_pack(const uint8_t *packed, int packing, int bits, int64_t
                            int64_t columns, const int32_t *order, int pad, uint8_t *panels,
                            int threads) {
     Move move = {packed, panels, packing, bits, pad, rows, columns, order};
-    qm_parallel(pack_piece, &move, ceil_of(rows, QM_PANEL), threads);
+    qm_parallel_own(pack_piece, &move, ceil_of(rows, QM_PANEL), threads);
 }
 
 QM_API void qm_panels_unpack(const uint8_t *panels, int packing, int bits, int64_t rows,
                              int64_t columns, const int32_t *order, uint8_t *packed, int threads) {
     Move move = {panels, packed, packing, bits, 0, rows, columns, order};
-    qm_parallel(unpack_piece, &move, ceil_of(rows, QM_PANEL), threads);
+    qm_parallel_own(unpack_piece, &move, ceil_of(rows, QM_PANEL), threads);
 }
 
 /* ---- Memory ----------------------------------------------------------------------------------- */

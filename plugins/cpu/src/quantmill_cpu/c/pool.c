@@ -143,12 +143,16 @@ static void start(int threads) {
     }
 }
 
-void qm_parallel(QmWork work, void *argument, int64_t count, int threads) {
-    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
-    if (threads > count) threads = (int)count;
-    if (threads < 1) threads = 1;
+static int within(int64_t count, int threads) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, at_fork);
+    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
+    if (threads > count) threads = (int)count;
+    return threads < 1 ? 1 : threads;
+}
+
+void qm_parallel(QmWork work, void *argument, int64_t count, int threads) {
+    threads = within(count, threads);
     QmRunner runner = atomic_load_explicit(&borrowed, memory_order_relaxed);
     if (runner && threads > 1) {
         if (atomic_load_explicit(&own_jobs, memory_order_relaxed) <= 0) {
@@ -157,6 +161,11 @@ void qm_parallel(QmWork work, void *argument, int64_t count, int threads) {
         }
         atomic_fetch_sub_explicit(&own_jobs, 1, memory_order_relaxed);
     }
+    qm_parallel_own(work, argument, count, threads);
+}
+
+void qm_parallel_own(QmWork work, void *argument, int64_t count, int threads) {
+    threads = within(count, threads);
     /* Another Python thread's job may be running: then this one needs no helpers. */
     if (threads == 1 || pthread_mutex_trylock(&pool.owner) != 0) {
         for (int64_t i = 0; i < count; i++) work(argument, i, 0);

@@ -14,6 +14,10 @@ typedef void (*QmWork)(void *argument, int64_t index, int worker);
  * done. Pieces are taken one by one, so a thread that comes late or is held up costs little. */
 void qm_parallel(QmWork work, void *argument, int64_t count, int threads);
 
+/* The same, never with borrowed threads: those would spin for milliseconds after a job that is
+ * followed by reading and allocating, not by another one. */
+void qm_parallel_own(QmWork work, void *argument, int64_t count, int threads);
+
 /* Run `work(data)` on so many threads at once and wait for all; `flags` is 0: GOMP_parallel. */
 typedef void (*QmRunner)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 

@@ -80,6 +80,10 @@ typedef struct {
     int8_t *rows_out;
     float *scale;
     int64_t bad; /* index of the first non-finite element, or -1 */
+    int64_t columns; /* of a row, in groups of `block` */
+    const float *by;
+    int divide, kind;
+    float top;
 } Task;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -219,6 +223,32 @@ static void *work_rows(void *argument) {
     return NULL;
 }
 
+/* Absmax of the groups of rows, or their values rounded where `by` is given. */
+static void *work_groups(void *argument) {
+    Task *t = argument;
+    float values[QM_CHUNK];
+    int64_t groups = (t->columns + t->block - 1) / t->block;
+    for (int64_t r = t->first; r < t->last; r++)
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t start = r * t->columns + g * t->block;
+            int64_t size = least(t->block, t->columns - g * t->block);
+            uint32_t top = 0;
+            for (int64_t at = 0; at < size; at += QM_CHUNK) {
+                int64_t n = least(QM_CHUNK, size - at);
+                t->kernels->load(t->source, t->dtype, start + at, n, values);
+                if (t->by) {
+                    t->kernels->to_bytes(values, n, t->by[r * groups + g], t->divide, t->kind,
+                                         t->top, t->out + start + at);
+                    continue;
+                }
+                uint32_t here = t->kernels->largest(values, n);
+                top = here > top ? here : top;
+            }
+            if (!t->by) t->scale[r * groups + g] = qm_float_of(top);
+        }
+    return NULL;
+}
+
 /* ---- The ABI --------------------------------------------------------------------------------- */
 
 /* Split [0, blocks) over threads; the caller is one of them. */
@@ -278,4 +308,21 @@ QM_API int64_t qm_quantize_rows_int8(const void *source, int dtype, int64_t rows
     Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .count = rows * columns,
               .block = columns, .scale = scale, .rows_out = out};
     return run(t, rows, threads, work_rows);
+}
+
+QM_API void qm_absmax(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
+                      float *out, int threads) {
+    if (rows <= 0) return;
+    Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .block = group,
+              .columns = columns, .scale = out};
+    run(t, rows, threads, work_groups);
+}
+
+QM_API void qm_round(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
+                     const float *by, int divide, int kind, float top, uint8_t *out, int threads) {
+    if (rows <= 0) return;
+    Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .block = group,
+              .columns = columns, .by = by, .divide = divide, .kind = kind, .top = top,
+              .out = out};
+    run(t, rows, threads, work_groups);
 }

@@ -11,6 +11,7 @@
 #define QM_ABI_VERSION 8
 
 enum { QM_F32 = 0, QM_BF16 = 1, QM_F16 = 2 };
+enum { QM_TO_INT8 = 0, QM_TO_E4M3 = 1, QM_TO_E5M2 = 2 };
 
 int qm_abi_version(void);
 
@@ -41,5 +42,15 @@ int64_t qm_quantize_codebook8(const float *source, int64_t count, int64_t block,
  * Rows without columns have a scale of 0. */
 int64_t qm_quantize_rows_int8(const void *source, int dtype, int64_t rows, int64_t columns,
                               int8_t *out, float *scale, int threads);
+
+/* Largest magnitudes, float32 [rows, ceil(columns / group)], of groups of `group` columns. Nothing
+ * is refused: where NaN or infinity is inside, so is the result. */
+void qm_absmax(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
+               float *out, int threads);
+
+/* Each value over (`divide`), or times, its group's number in `by`, shaped as above; held within
+ * [-top, top] (QM_TO_INT8: [-top - 1, top]) and rounded, half to even. `out`: a byte per value. */
+void qm_round(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
+              const float *by, int divide, int kind, float top, uint8_t *out, int threads);
 
 #endif

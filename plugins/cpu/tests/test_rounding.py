@@ -1,0 +1,113 @@
+"""The kernels of :class:`ByteRounding` give the bytes of plain torch, on every level."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantmill.kernels import KernelRegistry
+from quantmill.rounding import BYTES, ByteRounding
+from quantmill_cpu import native
+from quantmill_cpu.plugin import quantmill_kernels
+from quantmill_cpu.quantize import round_bytes
+
+KINDS = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+CPU = torch.device("cpu")
+
+
+def pair(dtype: torch.dtype, kind: torch.dtype) -> tuple[ByteRounding, ByteRounding]:
+    """By the kernels, and in plain torch."""
+    mine, plain = (
+        ByteRounding(KernelRegistry(kernels), CPU, dtype, kind)
+        for kernels in (quantmill_kernels(), [])
+    )
+    return mine, plain
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 7),
+    st.integers(1, 5),
+    st.integers(1, 9000),
+    st.integers(1, 9000),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.sampled_from(KINDS),
+    st.booleans(),
+    st.sampled_from(native.levels()),
+)
+def test_rounding_is_that_of_torch(
+    seed: int,
+    rows: int,
+    columns: int,
+    group: int,
+    name: str,
+    kind: torch.dtype,
+    multiply: bool,
+    level: str,
+) -> None:
+    native.use_level(level)
+    dtype: torch.dtype = getattr(torch, name)
+    torch.manual_seed(seed)
+    block = (torch.randn(rows, columns) * 10.0 ** torch.randint(-6, 4, (rows, 1))).to(dtype)
+    mine, plain = pair(dtype, kind)
+    found = mine.absmax(block, group)
+    assert torch.equal(found, plain.absmax(block, group))
+    by = (found / BYTES[kind]).clamp(min=1e-12)
+    by = 1.0 / by if multiply else by
+    top = 63.0 if kind == torch.int8 and seed % 2 else None
+    outs = [torch.empty(rows, columns, dtype=kind) for _ in range(2)]
+    for rounding, out in zip((mine, plain), outs, strict=True):
+        rounding.store(block, by, out, group, multiply=multiply, top=top)
+    assert same(*outs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("level", native.levels())
+def test_every_step_of_a_format_and_its_middles(kind: torch.dtype, level: str) -> None:
+    native.use_level(level)
+    steps = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(kind).to(torch.float32)
+    steps = steps[steps.isfinite()].sort().values
+    middles = (steps[1:] + steps[:-1]) / 2
+    edges = [torch.nextafter(middles, middles + sign) for sign in (-1.0, 1.0)]
+    beyond = torch.tensor([1e6, -1e6, 1e-30, -1e-30, -0.0])
+    block = torch.cat([steps, middles, *edges, beyond]).reshape(1, -1)
+    mine, plain = pair(torch.float32, kind)
+    outs = [torch.empty(block.shape, dtype=kind) for _ in range(2)]
+    for rounding, out in zip((mine, plain), outs, strict=True):
+        rounding.store(block, torch.ones(1, 1), out, block.shape[1])
+    assert same(*outs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_absmax_tells_what_is_not_finite(bad: float, dtype: torch.dtype) -> None:
+    block = torch.zeros(3, 70, dtype=dtype)
+    block[1, 65] = bad
+    for rounding in pair(dtype, torch.int8):
+        assert rounding.absmax(block, 32).isfinite().tolist() == [
+            [True] * 3,
+            [True, True, False],
+            [True] * 3,
+        ]
+
+
+def test_what_the_library_may_not_touch_is_refused() -> None:
+    block, by, out = torch.zeros(2, 8), torch.ones(2, 1), torch.empty(2, 8, dtype=torch.int8)
+
+    def call(**other: object) -> None:
+        given: dict[str, object] = {"by": by, "out": out, "group": 8, "multiply": False, "top": 127}
+        round_bytes(block, **(given | other))  # type: ignore[arg-type]
+
+    call()
+    for other in ({"group": 4}, {"group": 0}, {"top": 128.0}, {"by": by.double()}):
+        with pytest.raises(ValueError, match=r"must|within"):
+            call(**other)
+    with pytest.raises(ValueError, match="out must be"):
+        call(out=out[:1])
