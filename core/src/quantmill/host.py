@@ -124,12 +124,9 @@ class Host(Registry):
                 self.plugins[name] = info
                 unmet = unmet_metadata(distribution)
                 if unmet:
-                    self._fail(
-                        info,
-                        Status.MISSING,
-                        "needs " + "; ".join(unmet),
-                        f"pip install --upgrade {info.distribution}",
-                    )
+                    wants = "; ".join(f"{wanted} ({there})" for wanted, there in unmet)
+                    packages = " ".join(f'"{wanted}"' for wanted, _ in unmet)
+                    self._fail(info, Status.MISSING, f"needs {wants}", f"pip install {packages}")
                     continue
                 self._load(info, functools.partial(importlib.import_module, entry.module))
 
@@ -276,6 +273,16 @@ class Host(Registry):
         info.status, info.reason, info.fix = status, reason, fix
 
     # -- what is there -------------------------------------------------------------------------
+
+    def unusable(self, name: str) -> list[PluginInfo]:
+        """Plugins that can't be used, for which somebody may ask by ``name``: those whose names it
+        begins with, else all. What they would have registered is not known."""
+        failed = [
+            info
+            for info in self.plugins.values()
+            if info.status not in (Status.OK, Status.DISABLED)
+        ]
+        return [info for info in failed if name.startswith(info.name)] or failed
 
     def require_ok(self) -> None:
         """Raise one finding per plugin that is neither ok nor disabled."""

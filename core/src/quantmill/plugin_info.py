@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["PluginInfo", "Status"]
+__all__ = ["PluginInfo", "Status", "unusable_words"]
 
 
 class Status(enum.StrEnum):
@@ -51,3 +52,9 @@ class PluginInfo:
             "fix": self.fix,
             "provides": self.provides,
         }
+
+
+def unusable_words(failed: Sequence[PluginInfo]) -> str:
+    """The end of a cause: plugins that may have what is asked for, and can't be used."""
+    words = ", ".join(f"{info.name} ({info.status}: {info.reason})" for info in failed)
+    return f"; plugins that can't be used: {words}" if words else ""

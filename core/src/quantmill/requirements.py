@@ -42,8 +42,9 @@ def _satisfies(version: str, versions: str) -> bool:
     return SpecifierSet(versions).contains(version, prereleases=True)
 
 
-def unmet_metadata(distribution: metadata.Distribution) -> list[str]:
-    """Requirements in a distribution's metadata that are not installed; extras are left out."""
+def unmet_metadata(distribution: metadata.Distribution) -> list[tuple[str, str]]:
+    """Requirements in a distribution's metadata that are not installed, as ``pip`` takes them, each
+    with what is there instead; extras are left out."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     unmet = []
@@ -55,8 +56,9 @@ def unmet_metadata(distribution: metadata.Distribution) -> list[str]:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         found = _version(requirement.name)
+        wanted = str(requirement).partition(";")[0].strip()
         if found is None:
-            unmet.append(f"{requirement} (it is not installed)")
+            unmet.append((wanted, "it is not installed"))
         elif not requirement.specifier.contains(found, prereleases=True):
-            unmet.append(f"{requirement} (version {found} is installed)")
+            unmet.append((wanted, f"version {found} is installed"))
     return unmet

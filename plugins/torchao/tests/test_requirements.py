@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import importlib.metadata as metadata
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import quantmill
 from quantmill import host as hosts
 from quantmill.cli.doctor import command
+from quantmill.findings import QuantmillError
 from quantmill.host import Host
+from quantmill.testing import write_tiny_llama
+
+
+def write_stored(folder: Path) -> Path:
+    """A checkpoint that says it is torchao's."""
+    write_tiny_llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao", "quant_type": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -21,8 +34,8 @@ from quantmill.host import Host
         ("0.30.0", "version 0.30.0 is installed"),
     ],
 )
-def test_doctor_names_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, version: str | None, words: str
+def test_what_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str | None, words: str
 ) -> None:
     real = metadata.version
 
@@ -37,7 +50,13 @@ def test_doctor_names_what_is_missing(
     found = Host().plugins["torchao"]
     assert found.status.value == "missing requirement"
     assert "torchao" in found.reason and words in found.reason
-    assert "pip install" in found.fix and "torchao" in found.fix
+    assert found.fix == 'pip install "torchao<0.19,>=0.17"'
+    monkeypatch.setattr("quantmill.api.default_host", Host)
+    for source, method in ((write_stored(tmp_path / "stored"), None), (tmp_path, "torchao-int8wo")):
+        with pytest.raises(QuantmillError) as caught:
+            quantmill.plan(source, method)
+        (finding,) = caught.value.findings
+        assert words in finding.cause and finding.fix == found.fix
     monkeypatch.setattr("quantmill.cli.doctor.default_host", Host)
     monkeypatch.setattr(hosts, "default_host", Host)
     done = CliRunner().invoke(command, ["--json", "--check"], standalone_mode=False)

@@ -14,6 +14,7 @@ from quantmill.config import MethodConfig
 from quantmill.findings import FindingsError, QuantmillError, declare
 from quantmill.hook_calls import PLUGIN_RAISED
 from quantmill.job import Job, Selection
+from quantmill.plugin_info import unusable_words
 from quantmill.registrations import resolve
 
 __all__ = ["configure", "merge", "read_config"]
@@ -56,8 +57,11 @@ def _unknown(job: Job, raw: Mapping[str, Any], origin: str) -> Any:
             cause = "nothing is set"
         fix = f"set quant_method to one of: {', '.join(known) or 'none installed'}"
     else:
-        cause = f"no installed plugin reads quant_method {asked!r}"
+        failed = job.host.unusable(str(asked))
+        cause = f"no installed plugin reads quant_method {asked!r}{unusable_words(failed)}"
         fix = f"install the plugin for {asked}; installed ones read: {', '.join(known) or 'none'}"
+        if failed:
+            fix = failed[0].fix
     return UNKNOWN_DIALECT(where, cause, fix)
 
 

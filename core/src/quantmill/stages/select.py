@@ -25,6 +25,7 @@ from quantmill.config import MethodConfig, suggestion
 from quantmill.findings import QuantmillError, declare
 from quantmill.host import Host
 from quantmill.job import Job, Request, Selection
+from quantmill.plugin_info import unusable_words
 from quantmill.registrations import Method, resolve
 from quantmill.requirements import missing_requirements
 from quantmill.stages.configure import configure, merge
@@ -156,16 +157,13 @@ def unknown_method(name: str, host: Host) -> Any:
     """The finding for a name nobody registered, with what could be meant or installed."""
     known = [*host.presets, *host.methods]
     hint = suggestion(name, known)
-    broken = [
-        f"{info.name} ({info.status}: {info.reason})"
-        for info in host.plugins.values()
-        if info.status.value not in ("ok", "disabled") and name.startswith(info.name)
-    ]
-    cause = f"no installed plugin has a method {name!r}"
-    if broken:
-        cause += "; plugins that can't be used: " + ", ".join(broken)
+    failed = host.unusable(name)
     fix = hint or f"use one of: {', '.join(sorted(known)) or 'none installed'}"
-    return UNKNOWN_METHOD(name, cause, f"{fix}, or install the plugin that has it")
+    fix += ", or install the plugin that has it"
+    if failed and name.startswith(failed[0].name):
+        fix = failed[0].fix
+    cause = f"no installed plugin has a method {name!r}{unusable_words(failed)}"
+    return UNKNOWN_METHOD(name, cause, fix)
 
 
 def _from_mapping(data: dict[str, Any], where: str, host: Host) -> Request:
