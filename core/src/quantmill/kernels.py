@@ -162,9 +162,16 @@ class KernelRegistry:
         }
         unknown = (self.force | self.disable) - {kernel.name for kernel in self.kernels}
         if unknown:
+            from quantmill.config import suggestion
+
+            known = [kernel.name for kernel in self.kernels]
             raise QuantmillError(
                 *(
-                    UNKNOWN_KERNEL(name, f"there is no kernel {name!r}", "see `quantmill kernels`")
+                    UNKNOWN_KERNEL(
+                        name,
+                        f"there is no kernel {name!r}",
+                        suggestion(name, known) or "see `quantmill kernels`",
+                    )
                     for name in sorted(unknown)
                 )
             )

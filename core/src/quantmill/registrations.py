@@ -136,6 +136,9 @@ class Method:
     """A subclass of :class:`quantmill.backend.BlockCalibrator`, for calibrated methods."""
     presets: tuple[Preset, ...] = ()
     aliases: tuple[str, ...] = ()
+    refused: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Short names that users know from elsewhere and that can't be made: why, and what to do
+    instead."""
     requirements: tuple[Requirement, ...] = ()
     schema_version: int = 1
 

@@ -47,6 +47,7 @@ PAINT = method(
     quant_methods=("paint",),
     aliases=("lacquer",),
     presets=(Preset("paint-8", {"bits": 8, "gloss": True}),),
+    refused={"paint-9": ("nine bits are too many to make", "take paint-8")},
 )
 OTHER = method("other", OtherConfig, quant_methods=("other",))
 NEEDY = method("needy", OtherConfig, requirements=(Requirement("surely-not-installed", ">=3"),))
@@ -203,6 +204,7 @@ def test_nothing_and_a_request_stay_what_they_are(host: Host) -> None:
     [
         ("piant", "QM-SELECT-001", "did you mean paint?"),
         ("paint-88", "QM-SELECT-001", "did you mean paint-8?"),
+        ("paint-9", "QM-SELECT-001", "nine bits are too many to make"),
         ("zzz", "QM-SELECT-001", "needy, other, paint, paint-8"),
         ("", "QM-SELECT-001", "use one of"),
         (42, "QM-SELECT-001", "'42'"),

@@ -154,6 +154,13 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     assert "QM-GGUF-040" in refused(tmp_path / "hf", tmp_path / "x.gguf")
 
 
+def test_a_lattice_type_is_refused_with_what_to_take(folder: Any, tmp_path: Path) -> None:
+    source, _ = folder("qwen3")
+    with pytest.raises(QuantmillError, match="read, and not written") as caught:
+        quantmill.quantize(source, tmp_path / "x.gguf", "gguf-iq2_xxs")
+    assert "gguf-q2_k" in caught.value.findings[0].fix
+
+
 def test_other_methods_and_folders_are_refused(folder: Any, tmp_path: Path) -> None:
     source, _ = folder("qwen3")
     assert "QM-METHOD-001" in refused(source, tmp_path / "folder")

@@ -155,6 +155,9 @@ def _from_short_name(text: str, host: Host) -> Request:
 
 def unknown_method(name: str, host: Host) -> Any:
     """The finding for a name nobody registered, with what could be meant or installed."""
+    for method in host.methods.values():
+        if name in method.refused:
+            return UNKNOWN_METHOD(name, *method.refused[name])
     known = [*host.presets, *host.methods]
     hint = suggestion(name, known)
     failed = host.unusable(name)

@@ -56,6 +56,20 @@ _MIXES = {
 """Nominal bits and a summary of the mixes of llama.cpp that can be written."""
 
 
+_READ_ONLY = {
+    f"gguf-{name}": (
+        f"files of {name.upper()} are read, and not written: llama.cpp makes them by a search over"
+        " a lattice",
+        f"take {instead}",
+    )
+    for names, instead in (
+        (("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m"), "gguf-q2_k"),
+        (("iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"), "gguf-q3_k_s"),
+    )
+    for name in names
+}
+
+
 @hookimpl
 def quantmill_methods() -> Sequence[Method]:
     return [
@@ -79,6 +93,7 @@ def quantmill_methods() -> Sequence[Method]:
                 Preset(f"gguf-{name.lower()}", {"mix": name}, summary, bits)
                 for name, (bits, summary) in _MIXES.items()
             ),
+            refused=_READ_ONLY,
         )
     ]
 
