@@ -87,7 +87,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'quantmill' has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    from quantmill.importing import without_collector
+
+    with without_collector():
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantmill.importing import without_collector
+
 __all__ = [
     "Capabilities",
     "CodecRegistration",
@@ -47,7 +49,8 @@ def resolve(reference: ImportString) -> Any:
     if not _IMPORT_STRING.fullmatch(reference):
         raise ValueError(f"{reference!r} is not of the form 'package.module:attribute'")
     module_name, _, path = reference.partition(":")
-    value: Any = importlib.import_module(module_name)
+    with without_collector():
+        value: Any = importlib.import_module(module_name)
     for name in path.split("."):
         try:
             value = getattr(value, name)

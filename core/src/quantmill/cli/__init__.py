@@ -14,6 +14,7 @@ import click
 from quantmill import __version__
 from quantmill.cli.exits import INTERRUPTED, OK, PROBLEM, USAGE
 from quantmill.findings import QuantmillError
+from quantmill.importing import without_collector
 
 __all__ = ["main"]
 
@@ -62,7 +63,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"quantmill.cli.{_MODULES.get(cmd_name, cmd_name)}")
+        with without_collector():
+            module = importlib.import_module(f"quantmill.cli.{_MODULES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
 

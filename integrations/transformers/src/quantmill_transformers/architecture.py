@@ -27,6 +27,7 @@ from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.checkpoint.reader import TensorReader
 from quantmill.experts import Stack, matrix_modules
 from quantmill.findings import Finding, QuantmillError, Severity, declare
+from quantmill.importing import without_collector
 from quantmill.targeting.roles import guess_layer, guess_role
 from quantmill.targeting.types import FLOAT_DTYPES, ModuleInfo, ParameterInfo, Target
 from quantmill_transformers.dtypes import DtypePolicy
@@ -59,7 +60,8 @@ def open_folder(headers: CheckpointHeaders) -> TransformersArchitecture | str | 
     if model_type not in CONFIG_MAPPING:
         return f"transformers {transformers.__version__} has no model type {model_type!r}"
     for name in names:
-        cls = getattr(transformers, name, None)
+        with without_collector():
+            cls = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return TransformersArchitecture(headers, cls)
     return f"transformers {transformers.__version__} has none of the classes {names}"
