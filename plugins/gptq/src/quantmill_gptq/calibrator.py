@@ -34,7 +34,7 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
         # The moments, the same in order, and the factor with what it is made of in float64; then
         # the weight in float32, turned, its codes, and the passes over them.
         widest = max(target.in_features for target in targets)
-        return (40 if widest <= EXACT else 24) * widest**2 + 24 * max(t.weights for t in targets)
+        return (28 if widest <= EXACT else 20) * widest**2 + 24 * max(t.weights for t in targets)
 
     def _quantize(self, block: Block, group: list[Target], moments: Moments) -> None:
         problems: dict[tuple[object, ...], Problem] = {}

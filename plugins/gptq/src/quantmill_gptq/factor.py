@@ -7,19 +7,16 @@ from torch import Tensor
 
 from quantmill.findings import QuantmillError, declare
 
-__all__ = ["EXACT", "inverse_factor"]
+__all__ = ["EXACT", "inverse", "root_of"]
 
 SINGULAR = declare("QM-GPTQ-003", "A Hessian stays singular whatever the damping")
 EXACT = 4096
 """Widest Hessian that is factored in float64."""
-_LEAF = 256
 
 
-def inverse_factor(
-    hessian: Tensor, damp: float, increment: float, name: str
-) -> tuple[Tensor, Tensor, float]:
-    """The upper Cholesky factor ``U`` of the inverse, ``inv(H) = U.T @ U``, its inverse ``V``, of
-    which ``H = V @ V.T``, and the damping used.
+def root_of(hessian: Tensor, damp: float, increment: float, name: str) -> tuple[Tensor, float]:
+    """The upper triangular ``V``, float32 ``[in, in]``, of which ``H = V @ V.T`` with the damping
+    that is given too.
 
     Columns of zero energy must have a one on the diagonal already. The damping grows until the
     damped Hessian is positive definite.
@@ -30,16 +27,15 @@ def inverse_factor(
     mean = hessian.diagonal().mean()
     dtype = torch.float64 if hessian.shape[0] <= EXACT else torch.float32
     while damp < 1.0:
-        # Backwards, for H = V @ V.T with V upper: then U is the inverse of V, and neither the
-        # inverse of H nor a second factorisation is needed.
+        # Backwards: V's inverse is then the factor U of the inverse, inv(H) = U.T @ U.
         damped = hessian.flip(0, 1).to(dtype)
         damped.diagonal().add_(damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not bool(failed):
-            root = lower.flip(0, 1)
-            upper = _inverted(root)
-            if bool(torch.isfinite(upper).all()):
-                return upper.to(torch.float32), root.to(torch.float32), damp
+            root = lower.to(torch.float32).flip(0, 1)
+            if bool(torch.isfinite(root.diagonal().reciprocal()).all()):
+                return root, damp
         damp += max(increment, 0.01)
     raise QuantmillError(
         SINGULAR(
@@ -50,15 +46,8 @@ def inverse_factor(
     )
 
 
-def _inverted(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, by halves."""
-    size = upper.shape[0]
-    if size <= _LEAF:
-        unit = torch.eye(size, dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, unit, upper=True)
-    half = size // 2
-    made = torch.zeros_like(upper)
-    first, last = _inverted(upper[:half, :half]), _inverted(upper[half:, half:])
-    made[:half, :half], made[half:, half:] = first, last
-    made[:half, half:] = (first @ (upper[:half, half:] @ last)).neg_()
-    return made
+def inverse(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular ``[n, n]``, worked in float64."""
+    unit = torch.eye(upper.shape[0], dtype=torch.float64, device=upper.device)
+    made = torch.linalg.solve_triangular(upper.to(torch.float64), unit, upper=True)
+    return made.to(upper.dtype).contiguous()

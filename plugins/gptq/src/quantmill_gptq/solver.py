@@ -2,8 +2,10 @@
 
 A weight ``W [out, in]`` is rounded column by column; the error of a column is spread over the
 columns not yet rounded, so that the output on the calibration inputs changes least. Columns are
-worked in panels of up to 128 with lazy updates of the rest: within a panel vectors, between panels
-one matrix product.
+worked in panels of up to 128. With moments ``H = V @ V.T``, V upper triangular, the output's error is
+that of ``V.T @ E``, E being what the rounded weight lacks: a panel's columns start from where they
+make up for the rows of ``E`` before them, which takes one matrix product per panel and no inverse
+beyond the panel's own block.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from quantmill.forms import Affine
 from quantmill.kernels import KernelRegistry
 from quantmill_gptq.columns import compensate, panels_of, preferred
 from quantmill_gptq.config import GptqConfig
-from quantmill_gptq.factor import inverse_factor
+from quantmill_gptq.factor import inverse, root_of
 from quantmill_gptq.refine import refine, slope_of
 from quantmill_gptq.rounding import Grid, fit, grid_of, make_form
 
@@ -54,10 +56,13 @@ class Problem:
             self.index = group if fixed or self.back is None else self.owner[self.back]
         self.hessian = moments
         """Float32 ``[in, in]`` in that order, a one where a column is dead."""
-        self.factor, self.root, self.damping = inverse_factor(
+        self.root, self.damping = root_of(
             moments, config.damp_percent, config.damp_auto_increment, name
         )
+        """Upper triangular, float32 ``[in, in]``, see :func:`root_of`."""
         self.panels = panels_of(self.owner.tolist(), not config.static_groups)
+        self.local = [inverse(self.root[p.start : p.stop, p.start : p.stop]) for p in self.panels]
+        """The factor of the inverse moments within each panel."""
 
     @staticmethod
     def key(config: GptqConfig, width: int) -> tuple[object, ...]:
@@ -148,16 +153,25 @@ def _sweep(
     else:
         scales, zeros = static.scale.t().contiguous(), static.zero.t().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=turned.device)
+    lacking = torch.empty_like(turned)
     top, symmetric, exponent = config.grid
     rounded = preferred("compensate", compensate, kernels, turned.device)
-    for panel in problem.panels:
+    for panel, local in zip(problem.panels, problem.local, strict=True):
         start, stop = panel.start, panel.stop
         if panel.wide is not None and panel.wide[0] == start:
-            number, values = panel.groups[0], turned[start : panel.wide[1]].t()
-            scales[number], zeros[number] = fit(values, top, symmetric, exponent)
+            number, end = panel.groups[0], panel.wide[1]
+            values = turned[start:end]
+            if start:
+                factor = inverse(problem.root[start:end, start:end])
+                values = values.addmm(factor.t(), _owed(lacking, problem.root, start, end))
+            scales[number], zeros[number] = fit(values.t(), top, symmetric, exponent)
+        part = turned[start:stop]
+        lacking[start:stop] = part
+        if start:
+            part.addmm_(local.t(), _owed(lacking, problem.root, start, stop))
         rounded(
-            turned[start:stop],
-            problem.factor[start:stop, start:stop].contiguous(),
+            part,
+            local,
             panel.groups,
             panel.begins,
             scales,
@@ -167,10 +181,15 @@ def _sweep(
             symmetric=symmetric,
             exponent=exponent,
         )
-        if stop < columns:
-            later = problem.factor[start:stop, stop:].t()
-            turned[stop:].addmm_(later, turned[start:stop], alpha=-1.0)
+        owner = problem.owner[start:stop]
+        steps = codes[start:stop].to(torch.float32).sub_(zeros[owner])
+        lacking[start:stop].addcmul_(steps, scales[owner], value=-1.0)
     return codes, scales, zeros
+
+
+def _owed(lacking: Tensor, root: Tensor, start: int, stop: int) -> Tensor:
+    """What the columns before ``start`` leave to make up for in ``[start, stop)``."""
+    return root[:start, start:stop].t() @ lacking[:start]
 
 
 def _slope(work: Tensor, steps: Tensor, scales: Tensor, problem: Problem) -> Tensor:
