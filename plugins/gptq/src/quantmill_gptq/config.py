@@ -32,6 +32,9 @@ _RUNTIME = (
 )
 """Fields of transformers' ``GPTQConfig`` that say how its own quantizer runs: accepted, unused."""
 
+_REFINED = 3
+"""Most bits at which codes are chosen a second time unless told otherwise."""
+
 
 class GptqConfig(MethodConfig):
     """What GPTQ can be told; names are those of GPTQModel, and defaults but that of ``mse``."""
@@ -64,9 +67,10 @@ class GptqConfig(MethodConfig):
     mse: float = Field(2.0, ge=0)
     """Exponent of the error that shrunk ranges are chosen by; 0 takes the full range, as
     GPTQModel does unless told otherwise."""
-    refinements: int = Field(1, ge=0, le=20, exclude=True)
+    refinements: int | None = Field(None, ge=0, le=20, exclude=True)
     """Passes over all codes and scales after the first, each chosen again for the others as they
-    are: they lower the error and cost as much as the first."""
+    are. The first of them costs as much as everything before it; unless told otherwise there is
+    one at 2 and 3 bits, where it lowers the divergence most, and none above."""
     lm_head: bool = False
     """Quantize the output head too."""
     dynamic: dict[str, dict[str, Any]] | None = None
@@ -194,6 +198,13 @@ class GptqConfig(MethodConfig):
         """The largest code, whether zero is the middle one, and the exponent that ranges are
         chosen by."""
         return self.maximum, self.sym, self.mse
+
+    @property
+    def passes(self) -> int:
+        """``refinements``, or how many are worth their time."""
+        if self.refinements is not None:
+            return self.refinements
+        return 1 if self.bits <= _REFINED else 0
 
     def summary(self) -> str:
         size = "per row" if self.group_size == -1 else f"groups of {self.group_size}"

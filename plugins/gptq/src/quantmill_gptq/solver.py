@@ -91,9 +91,9 @@ def gptq(
     codes, scales, zeros = _sweep(turned, problem, static, config, kernels)
     owner = problem.owner
     steps = codes.to(torch.float32).sub_(zeros[owner])
-    if config.refinements:
+    if config.passes:
         slope = slope_of(turned, problem.root, problem.panels)
-        for number in range(config.refinements):
+        for number in range(config.passes):
             if number:
                 slope = _slope(work, steps, scales, problem)
             refine(
