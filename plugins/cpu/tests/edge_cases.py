@@ -21,6 +21,8 @@ from quantmill_cpu.ggml_types import TYPES
 
 BLOCKS = (2, 64, 4096, 4098, 10000)
 COUNTS = (0, 1, 2, 63, 65, 4095, 4096, 4097, 12289, 20001)
+PANELS = ((1, 1, 1), (2, 33, 2), (128, 31, 40), (127, 65, 128), (96, 32, 1), (3, 0, 2), (0, 4, 1))
+"""Columns, rows, and columns of a group."""
 ROWS = ((1, 1), (3, 1), (1, 4095), (2, 4097), (70, 3), (5, 129), (0, 4), (4, 0))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -90,6 +92,45 @@ def ggml_types(name: str) -> list[Tensor]:
     return found
 
 
+def panels(columns: int, rows: int, width: int) -> list[Tensor]:
+    """Columns that are rounded, and chosen again, from weights that are ordinary and are not."""
+    from quantmill_cpu.calibrate import compensate, descend
+
+    generator = torch.Generator().manual_seed(columns)
+    factor = torch.randn(columns, columns, generator=generator).mul_(0.1).triu_(1)
+    factor.diagonal().fill_(1.5)
+    groups = [column // width for column in range(columns)]
+    begins, ends = [0] * columns, [0] * columns
+    for start in range(0, columns, width):
+        size = min(width, columns - start)
+        begins[start] = ends[start + size - 1] = size
+    found = []
+    for top, symmetric, exponent in ((15, True, 2.0), (1, False, 0.0), (255, False, 2.4)):
+        for source in sources(columns * rows, torch.float32)[:-1]:
+            scales = torch.ones(-(-columns // width), rows)
+            zeros, panel = torch.zeros_like(scales), source.reshape(columns, rows).clone()
+            codes = torch.zeros(panel.shape, dtype=torch.uint8)
+            how = {"top": top, "symmetric": symmetric, "exponent": exponent}
+            compensate(panel, factor, groups, begins, scales, zeros, codes, **how)
+            steps = codes.float() - zeros[groups]
+            slope = panel.clone()
+            descend(slope, factor, groups, ends, scales, zeros, steps, top=top)
+            found += [codes, *(item.nan_to_num(7.0) for item in (panel, scales, steps, slope))]
+    return found
+
+
+def moments_run() -> None:
+    """Sums may be ordered otherwise: run, and not compared."""
+    from quantmill_cpu.calibrate import moments, no_moments
+
+    for tokens, columns in ((0, 3), (1, 1), (3, 65), (1025, 130), (2049, 63)):
+        if no_moments() is None:
+            x = torch.ones(tokens, columns, dtype=torch.bfloat16)
+            total = torch.zeros(columns, columns)
+            moments(x, out=total)
+            assert (total.triu() == torch.full_like(total, tokens).triu()).all()
+
+
 def digest() -> str:
     small = torch.linspace(-1, 1, 16)[torch.randperm(16, generator=torch.Generator())]
     large = torch.linspace(-1, 1, 256)
@@ -107,6 +148,10 @@ def digest() -> str:
             for source in sources(shape[0] * shape[1], dtype):
                 for tensor in rows_int8(source.reshape(shape)):
                     found.update(tensor.numpy().tobytes())
+    moments_run()
+    for columns, rows, width in PANELS:
+        for tensor in panels(columns, rows, width):
+            found.update(tensor.numpy().tobytes())
     for name in TYPES:
         for tensor in ggml_types(name):
             found.update(tensor.numpy().tobytes())

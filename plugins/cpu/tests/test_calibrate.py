@@ -148,6 +148,7 @@ def test_what_does_not_fit_is_refused() -> None:
         [*arguments, scales, scales.double(), codes],
         [*arguments, scales[:3].clone(), scales[:3].clone(), codes],
         [*arguments[:3], [129] * 128, scales, scales, codes],
+        [*arguments[:3], [*[0] * 127, 2], scales, scales, codes],
         [*arguments, scales, scales, codes[:5]],
         [arguments[0].t(), *arguments[1:], scales, scales, codes],
         [
@@ -162,6 +163,8 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"must be|must have|at most 128"):
             compensate(*wrong, **options)
+    with pytest.raises(ValueError, match=r"spans\[0\] must be 0 to 1"):
+        descend(*arguments[:3], [2, *[0] * 127], scales, scales, torch.zeros(128, 8), top=15)
     if no_moments() is None:
         for x, out in (
             (torch.ones(4, 8), torch.zeros(8, 8)),

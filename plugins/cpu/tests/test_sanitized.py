@@ -1,4 +1,4 @@
-"""The quantizers under AddressSanitizer and UBSan: no shape or value makes them err."""
+"""Quantizers and calibration under AddressSanitizer and UBSan: no shape or value makes them err."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from quantmill_cpu import native
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 PACKAGE = Path(__file__).parents[1]
+LOOKED_AT = (
+    *("quantize", "kernels", "ggml", "ggml_types", "ggml_rows"),
+    *("columns", "columns_tile", "moments", "moments_bf16", "pool"),
+)
 PROGRAM = Path(__file__).with_name("edge_cases.py")
 
 
@@ -43,9 +47,7 @@ def sanitized(runtime: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     out: Path = tmp_path_factory.mktemp("sanitized") / "_native.so"
-    build.compile_library(
-        out, sanitize=True, only=("quantize", "kernels", "ggml", "ggml_types", "ggml_rows")
-    )
+    build.compile_library(out, sanitize=True, only=LOOKED_AT)
     return out
 
 

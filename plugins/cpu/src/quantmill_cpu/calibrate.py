@@ -67,6 +67,9 @@ def compensate(
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout, or the panel too wide.
     """
+    for column, span in enumerate(spans):
+        if not 0 <= span <= len(spans) - column:
+            raise ValueError(f"spans[{column}] must be 0 to {len(spans) - column}")
     shape, pointers = _panel(panel, local, groups, spans, scales, zeros)
     written = address(codes, torch.uint8, panel.numel(), "codes")
     _done(
@@ -93,6 +96,9 @@ def descend(
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout, or the panel too wide.
     """
+    for column, span in enumerate(spans):
+        if not 0 <= span <= column + 1:
+            raise ValueError(f"spans[{column}] must be 0 to {column + 1}")
     shape, pointers = _panel(panel, local, groups, spans, scales, zeros)
     changed = address(steps, torch.float32, panel.numel(), "steps")
     _done(shape, library().qm_descend(*shape, top, *pointers, changed, torch.get_num_threads()))
@@ -115,8 +121,6 @@ def _panel(
         raise ValueError(f"groups and spans must have {count} numbers, one per column")
     if count and not 0 <= min(groups) <= max(groups) < scales.shape[0]:
         raise ValueError(f"groups must be 0 to {scales.shape[0] - 1}")
-    if count and not 0 <= min(spans) <= max(spans) <= count:
-        raise ValueError(f"spans must be 0 to {count}")
     return (count, rows), (
         _numbers(groups),
         _numbers(spans),

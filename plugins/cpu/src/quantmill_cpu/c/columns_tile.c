@@ -28,9 +28,10 @@ QM_INLINE void store(float *to, const float *from, int64_t count) {
 /* Half to even, for what is far below 2^22. */
 QM_INLINE float rounded(float value) { return (value + 12582912.0f) - 12582912.0f; }
 
+/* What is not a number becomes the lowest: a code has to come of it. */
 QM_INLINE float within(float value, float low, float high) {
-    value = value < low ? low : value;
-    return value > high ? high : value;
+    value = value > low ? value : low;
+    return value < high ? value : high;
 }
 
 /* The nearest positive binary16. */
