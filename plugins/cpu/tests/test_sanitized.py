@@ -14,7 +14,7 @@ import pytest
 
 from quantmill_cpu import native
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PACKAGE = Path(__file__).parents[1]
 LOOKED_AT = (
@@ -62,7 +62,7 @@ def run(*arguments: str, preload: str = "") -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
 
 

@@ -2,10 +2,10 @@
 
 A weight ``W [out, in]`` is rounded column by column; the error of a column is spread over the
 columns not yet rounded, so that the output on the calibration inputs changes least. Columns are
-worked in panels of up to 128. With moments ``H = V @ V.T``, V upper triangular, the output's error is
-that of ``V.T @ E``, E being what the rounded weight lacks: a panel's columns start from where they
-make up for the rows of ``E`` before them, which takes one matrix product per panel and no inverse
-beyond the panel's own block.
+worked in panels of up to 128. With moments ``H = V @ V.T``, V upper triangular, the output's error
+is that of ``V.T @ E``, E being what the rounded weight lacks: a panel's columns start from where
+they make up for the rows of ``E`` before them, which takes one matrix product per panel, and no
+inverse beyond the panel's own block.
 """
 
 from __future__ import annotations
