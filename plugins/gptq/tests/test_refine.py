@@ -45,10 +45,10 @@ def test_the_error_falls_with_every_pass(options: dict[str, object]) -> None:
         assert torch.equal(scales[0], scales[2])
 
 
-@pytest.mark.parametrize(("bits", "passes"), [(2, 1), (3, 1), (4, 0), (8, 0)])
-def test_few_bits_are_chosen_twice_unless_told_otherwise(bits: int, passes: int) -> None:
-    assert GptqConfig.from_user({"bits": bits}).passes == passes
-    assert GptqConfig.from_user({"bits": bits, "refinements": 2}).passes == 2
+@pytest.mark.parametrize(("width", "passes"), [(32, 1), (64, 1), (128, 0), (-1, 0)])
+def test_narrow_groups_are_chosen_twice_unless_told_otherwise(width: int, passes: int) -> None:
+    assert GptqConfig.from_user({"group_size": width}).passes == passes
+    assert GptqConfig.from_user({"group_size": width, "refinements": 2}).passes == 2
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_few_bits_are_chosen_twice_unless_told_otherwise(bits: int, passes: int)
         (128, {"bits": 4, "refinements": 1}),
         (40, {"bits": 2, "sym": False}),
         (320, {"bits": 3, "refinements": 2}),
-        (64, {"bits": 4, "desc_act": True, "static_groups": True, "refinements": 1}),
+        (64, {"bits": 4, "desc_act": True, "static_groups": True}),
     ],
 )
 def test_kernels_give_what_the_reference_gives(width: int, options: dict[str, object]) -> None:

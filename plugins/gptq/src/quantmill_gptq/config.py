@@ -32,8 +32,9 @@ _RUNTIME = (
 )
 """Fields of transformers' ``GPTQConfig`` that say how its own quantizer runs: accepted, unused."""
 
-_REFINED = 3
-"""Most bits at which codes are chosen a second time unless told otherwise."""
+_UNREFINED = 128
+"""Width of groups from which on codes are not chosen a second time unless told to be: novella's
+divergence falls by 5% with groups of 32, 3% with 64, and 1% with 128."""
 
 
 class GptqConfig(MethodConfig):
@@ -70,7 +71,7 @@ class GptqConfig(MethodConfig):
     refinements: int | None = Field(None, ge=0, le=20, exclude=True)
     """Passes over all codes and scales after the first, each chosen again for the others as they
     are. The first of them costs as much as everything before it; unless told otherwise there is
-    one at 2 and 3 bits, where it lowers the divergence most, and none above."""
+    one for groups of less than 128 columns, where it lowers the divergence most."""
     lm_head: bool = False
     """Quantize the output head too."""
     dynamic: dict[str, dict[str, Any]] | None = None
@@ -204,7 +205,7 @@ class GptqConfig(MethodConfig):
         """``refinements``, or how many are worth their time."""
         if self.refinements is not None:
             return self.refinements
-        return 1 if self.bits <= _REFINED else 0
+        return 1 if 0 < self.group_size < _UNREFINED else 0
 
     def summary(self) -> str:
         size = "per row" if self.group_size == -1 else f"groups of {self.group_size}"
