@@ -1,14 +1,18 @@
 """Mixed precision under a budget beside every method alone: KL divergence at the same bytes.
 
     python benchmarks/budget.py WORK_FOLDER [--model models/novella] [--budgets 4.25 3.5 3.0]
-        [--methods "gptq-2;gptq-3;gptq-4;gptq-8"] [--windows 40] [--json]
+        [--uniform "gptq-2;gptq-3;gptq-4;gptq-5"] [--methods "gptq-2;gptq-3:sym=false;..."]
+        [--windows 40] [--json]
 
 The search runs on the calibration text, KL is measured on the held-out text. Methods alone are
 calibrated on all windows, as the mixtures in the end are (the search holds some of them back).
-What the best uniform methods have at a budget is interpolated between any two of them, in KL (what
-a random mixture of them would have) and in its logarithm (which asks more). Seconds are those of
-the search: every method alone, the sensitivities, the allocation. Methods that lie in WORK_FOLDER
-from an earlier run are taken as they are.
+
+A mixture is held against two sets. `named`: the widths as a user names them, with one group size
+for all (`--uniform`). `any`: those and whatever the search may choose from (`--methods`: other
+groups, asymmetric) put on every target alike. What the best of a set has at a budget is
+interpolated between any two of them, in KL (what a random mixture of them would have) and in its
+logarithm (which asks more). Seconds are those of the search: every method alone, the sensitivities,
+the allocation. Methods that lie in WORK_FOLDER from an earlier run are taken as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,11 +31,13 @@ from quantmill.budget.search import BudgetSearch
 from quantmill.judging import Judge
 
 ROOT = Path(__file__).resolve().parents[1]
+UNIFORM = "gptq-2;gptq-3;gptq-4;gptq-5"
 METHODS = (
-    "gptq-2;gptq-3:sym=false;gptq-3:group_size=-1,sym=false;gptq-4;gptq-4:group_size=64;"
-    "gptq-4:group_size=-1,sym=false;gptq-5:group_size=-1,sym=false"
+    "gptq-2;gptq-3:group_size=-1,sym=false;gptq-3:sym=false;gptq-3:group_size=64,sym=false;"
+    "gptq-4:group_size=-1,sym=false;gptq-4:sym=false;gptq-4:group_size=64,sym=false;"
+    "gptq-5:group_size=-1,sym=false;gptq-5:sym=false"
 )
-"""Groups of a whole row spare more bytes than they cost; 5 bits stand between 4 and 8."""
+"""Zero points cost few bytes; groups of a whole row and of 64 stand between the widths."""
 
 
 def interpolated(points: list[tuple[float, float]], bits: float, *, logarithm: bool) -> float:
@@ -50,6 +57,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "novella")
     parser.add_argument("--budgets", type=float, nargs="*", default=[4.25, 3.5, 3.0])
+    parser.add_argument("--uniform", default=UNIFORM)
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--samples", type=int, default=128)
@@ -73,15 +81,19 @@ def main() -> None:
         calibration,
         **shared,
     )
+    named = options.uniform.split(";")
     uniform = []
-    for number, label in enumerate(search.methods):
-        folder = options.work / f"uniform-{number}"
+    for label in dict.fromkeys([*named, *options.methods.split(";")]):
+        folder = options.work / re.sub(r"[^a-z0-9]+", "_", f"uniform {label}")
         if not folder.exists():
             quantmill.quantize(options.model, folder, label, calibration=calibration, **shared)
         mean, error = kl(folder)
-        bits = search.choices.bits(search.choices.uniform(label))
+        bits = quantmill.plan(options.model, label).totals["bits_per_weight"]
         uniform.append({"method": label, "bits": bits, "kl": mean, "stderr": error})
-    points = [(item["bits"], item["kl"]) for item in uniform]
+    points = {
+        "named": [(item["bits"], item["kl"]) for item in uniform if item["method"] in named],
+        "any": [(item["bits"], item["kl"]) for item in uniform],
+    }
     rows: list[dict[str, Any]] = []
     with search:
         search.run(measure=24)
@@ -97,8 +109,14 @@ def main() -> None:
                     "kl": mean,
                     "stderr": error,
                     "estimated": report.estimated,
-                    "ratio": mean / interpolated(points, report.bits, logarithm=False),
-                    "ratio_log": mean / interpolated(points, report.bits, logarithm=True),
+                    "ratio": {
+                        name: mean / interpolated(item, report.bits, logarithm=False)
+                        for name, item in points.items()
+                    },
+                    "ratio_log": {
+                        name: mean / interpolated(item, report.bits, logarithm=True)
+                        for name, item in points.items()
+                    },
                     "counts": report.counts,
                     "correlation": report.correlation,
                     "seconds": sum(report.seconds.values()) - report.seconds["the mixture"],
@@ -118,11 +136,12 @@ def main() -> None:
             f" +- {item['stderr']:.5f}"
         )
     for row in rows:
+        one, logs = row["ratio"], row["ratio_log"]
         print(
             f"budget {row['budget']:<5} {row['bits']:.4f} bits  KL {row['kl']:.5f}"
-            f" +- {row['stderr']:.5f} (estimated {row['estimated']:.5f})  {row['ratio']:.3f} of the"
-            f" uniform ones, {row['ratio_log']:.3f} in logarithms  {row['quant_method']}"
-            f" {row['counts']}"
+            f" +- {row['stderr']:.5f} (estimated {row['estimated']:.5f}), by the best named method"
+            f" {one['named']:.3f} ({logs['named']:.3f} in logarithms), by the best of any"
+            f" {one['any']:.3f} ({logs['any']:.3f})  {row['quant_method']} {row['counts']}"
         )
     print(
         f"search {rows[0]['seconds']:.0f} s; estimate and measurement correlate by"

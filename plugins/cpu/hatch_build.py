@@ -107,10 +107,8 @@ def compile_library(
     newer, macros = _newer(compiler) if x86 and only is None else ({}, [])
     # Object, file, its flags; those that take longest first.
     sources = [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
-    sources += [
-        (name, name, [])
-        for name in ("quantize", "panels", "pool", "operator", "ggml", "moments", "columns")
-    ]
+    plain = ("quantize", "panels", "pool", "operator", "ggml", "ggml_codes", "moments", "columns")
+    sources += [(name, name, []) for name in plain]
     flags += ["-DQM_X86_LEVELS", *macros] if x86 else []
     for level in LEVELS if x86 else ["baseline"]:
         name = [f"-DQM_LEVEL={level}"]

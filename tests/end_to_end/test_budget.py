@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,39 @@ def test_gguf_has_a_type_for_each_tensor(tmp_path: Path, tokens: Path) -> None:
     plan = quantmill.plan(tmp_path / "out.gguf")
     forms = {item.form for item in plan.modules if item.action == "quantize"}
     assert len(forms) >= 2 and made.bits <= 6.5
+
+
+def test_experts_in_one_tensor_have_one_type(tmp_path: Path) -> None:
+    zoo = pytest.importorskip("quantmill_transformers.testing")
+    mixture = zoo.write("mixtral", tmp_path / "float")
+    ids = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(0))
+    methods = ["gguf-q4_0", "gguf-q8_0"]
+    made = quantmill.quantize_to_budget(
+        mixture, tmp_path / "out.gguf", 6.5, methods, calibration=ids, measure=0, **SEARCH
+    )
+    assert made.bits <= 6.5 and len(made.counts) == 2
+    types: dict[str, set[str]] = {}
+    for name, method in made.chosen.items():
+        if ".experts." in name:
+            types.setdefault(re.sub(r"experts\.\d+", "experts", name), set()).add(method)
+    assert len(types) == 6 and all(len(item) == 1 for item in types.values())
+
+
+def test_the_head_may_be_among_the_targets(tiny: Path, tokens: Path, tmp_path: Path) -> None:
+    made = quantmill.quantize_to_budget(
+        tiny,
+        tmp_path / "out",
+        6.5,
+        ["hqq-4", "hqq-8"],
+        calibration=tokens,
+        measure=0,
+        include=["lm_head"],
+        **SEARCH,
+    )
+    assert made.chosen.keys() >= {"lm_head", "model.layers.0.mlp.up_proj"}
+    forms = {item.name: item.form for item in quantmill.plan(tmp_path / "out").modules}
+    width = made.chosen["lm_head"].removeprefix("hqq-")
+    assert f"{width}-bit" in forms["lm_head"]
 
 
 def test_what_nothing_can_meet_names_the_least(

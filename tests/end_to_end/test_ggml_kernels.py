@@ -17,11 +17,13 @@ from quantmill.host import default_host
 from quantmill.kernels import KernelRegistry
 from quantmill_cpu import native
 from quantmill_gguf.encode import MADE, decode, encode
-from quantmill_gguf.types import TYPES
+from quantmill_gguf.types import TYPES, RawForm
+from quantmill_gguf.types.coded import CodedType
 from quantmill_gguf.types.sizes import PLAIN
 
 DATA = Path(__file__).resolve().parents[2] / "plugins" / "gguf" / "tests" / "data"
 BLOCKS = [name for name in TYPES if name not in PLAIN]
+CODED = [name for name, kind in TYPES.items() if isinstance(kind, CodedType)]
 ENCODED = [name for name in MADE if name not in PLAIN]
 REFERENCE = KernelRegistry([], environment=False)
 
@@ -64,6 +66,19 @@ def test_decoding(name: str, kernels: KernelRegistry) -> None:
     assert same(decode(name, raw, kernels=kernels), wanted)
     out = torch.empty_like(wanted)
     assert decode(name, raw, out, kernels=kernels) is out and same(out, wanted)
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codes(name: str, kernels: KernelRegistry) -> None:
+    size = (300, 3 * TYPES[name].info.size)  # more than one piece of work
+    raw = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    choice = kernels.choose("codes", "ggml", {"table": name}, device="cpu", dtype="float32")
+    assert choice is not None
+    wanted, found = RawForm(raw, name).regular(), RawForm(raw, name).regular(kernels)
+    for key, tensor in wanted.tensors().items():
+        there = found.tensors()[key]
+        assert there.dtype == tensor.dtype and there.shape == tensor.shape
+        assert torch.equal(there.view(torch.uint8), tensor.view(torch.uint8)), key
 
 
 def values() -> Tensor:

@@ -253,6 +253,12 @@ class ContainerWriter(ABC):
         None where it is stored as it is in the source. Called while planning."""
         return None
 
+    @classmethod
+    def shared(cls, job: Job, target: Target) -> str | None:
+        """The name of what ``target`` lies in with others, which then all have one form; None
+        where it lies alone. Called with a planned job."""
+        return None
+
     @abstractmethod
     def __enter__(self) -> Self:
         """Open the file under a temporary name."""

@@ -12,7 +12,7 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
     ``fn(block, *, out_codes, out_scale)``: ``block`` float ``[rows, in]``; ``out_codes`` int8 of
     that shape; ``out_scale`` float32 ``[rows]`` (the absmax). Returns as above.
     On devices that compute asynchronously the index may be an int64 scalar tensor.
-``quantize`` for a plugin's own form
+``quantize``, and ``codes``, for a plugin's own form
     As the plugin that has the form says.
 ``matmul``
     ``fn(x, form, bias)``, ``x`` float ``[..., in]``, result ``[..., out]`` in the dtype of ``x``.

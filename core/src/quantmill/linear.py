@@ -40,7 +40,7 @@ def live_of(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> For
     for kind, traits in form.facts():
         choice = kernels.choose("matmul", kind, traits, device=device, dtype=dtype, rows=1)
         if choice is not None:
-            wanted = form if kind == form.kind else form.regular()
+            wanted = form if kind == form.kind else form.regular(kernels)
             return wanted if choice.kernel.prepare is None else Prepared.of(choice.kernel, wanted)
     return form
 

@@ -103,6 +103,14 @@ def test_within_an_origin_the_more_specific_rule_wins_in_any_order() -> None:
     assert quantized(run(*rules[:2])[0]) == [UP0]
 
 
+def test_to_include_and_to_say_with_what_agree() -> None:
+    rules = [include(HEAD), Rule(HEAD, "assign", "user", method="other")]
+    for order in (rules, rules[::-1]):
+        decisions, findings = run(*order)
+        assert (decisions[HEAD].action, decisions[HEAD].method) == ("quantize", "other")
+        assert findings == []
+
+
 def test_a_tie_is_an_error_that_names_both() -> None:
     _, findings = decide(MODEL, [skip("re:.*attn.*"), include("re:.*[.]0.*")], kinds=["linear"])
     (tie,) = findings.errors

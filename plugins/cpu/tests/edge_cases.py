@@ -63,7 +63,7 @@ def rows_int8(source: Tensor) -> list[Tensor]:
 
 def ggml_types(name: str) -> list[Tensor]:
     """Blocks from values, and values from any bytes, few and many, aligned and not."""
-    from quantmill_cpu.ggml import dequantize, quantize
+    from quantmill_cpu.ggml import codes, dequantize, quantize
     from quantmill_cpu.ggml_matmul import bind
 
     kind, found = TYPES[name], []
@@ -77,6 +77,11 @@ def ggml_types(name: str) -> list[Tensor]:
             form: Any = SimpleNamespace(data=data, type_name=name, points=points, shape=(count,))
             found.append(dequantize(form, torch.float32, out).nan_to_num(1e30))
             form.data = data.view(rows, -1)
+            if kind.bits:
+                dtype = torch.int8 if kind.bits == 8 else torch.uint8
+                taken = torch.zeros(count * kind.bits // 8, dtype=dtype)
+                codes(form.data, type_name=name, out=taken)
+                found.append(taken)
             form.tensors = lambda held=form.data: {"data": held}
             for tokens in (0, 1, 6):  # sums may be ordered otherwise: run, and not compared
                 bind(form)(torch.ones(tokens, across * kind.values), None)

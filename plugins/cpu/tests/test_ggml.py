@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantmill_cpu import native
-from quantmill_cpu.ggml import dequantize, quantize
+from quantmill_cpu.ggml import codes, dequantize, quantize
 from quantmill_cpu.ggml_matmul import bind
 from quantmill_cpu.ggml_types import TYPES
 
@@ -224,6 +224,22 @@ def test_what_can_not_be_decoded_is_refused() -> None:
             dequantize(SimpleNamespace(**{**vars(good), **change}), torch.float32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="out"):
         dequantize(good, torch.float32, torch.empty(2, 255))
+
+
+def test_codes_that_do_not_fit_are_refused() -> None:
+    data, out = torch.zeros(2, 18, dtype=torch.uint8), torch.empty(32, 1, dtype=torch.uint8)
+    good = {"data": data, "type_name": "Q4_0", "out": out}
+    codes(**good)  # type: ignore[arg-type]
+    for change in (
+        {"type_name": "TQ1_0"},
+        {"type_name": "Q9_9"},
+        {"data": data[:, :17]},
+        {"data": data.to(torch.int16)},
+        {"out": out[1:]},
+        {"out": out.view(torch.int8)},
+    ):
+        with pytest.raises(ValueError, match=r"data|out|no codes"):
+            codes(**{**good, **change})  # type: ignore[arg-type]
 
 
 def test_nothing_gives_nothing() -> None:

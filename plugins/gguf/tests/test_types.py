@@ -15,7 +15,7 @@ from quantmill.forms import Affine, Codebook, Codes, Group
 from quantmill_gguf.byteorder import swapped
 from quantmill_gguf.codec import type_of
 from quantmill_gguf.types import TYPES
-from quantmill_gguf.types.affine import dense
+from quantmill_gguf.types.coded import dense
 from quantmill_gguf.types.sizes import BY_NAME, PLAIN
 
 DATA = Path(__file__).parent / "data"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from quantmill.budget.allocate import allocate, least_bytes
 from quantmill.findings import QuantmillError, declare
 from quantmill.targeting.types import Target
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from quantmill.planning import Plan
 
 __all__ = ["Budget", "Choices", "joined_method"]
+
+Number = TypeVar("Number", int, float)
 
 BAD_BUDGET = declare("QM-BUDGET-001", "A budget can't be read")
 IMPOSSIBLE = declare("QM-BUDGET-002", "The budget is less than the least possible")
@@ -53,10 +56,14 @@ class Choices:
     targets: list[Target] = field(default_factory=list)
     sizes: list[list[int]] = field(default_factory=list)
     """Bytes by target and label."""
+    units: list[list[int]] = field(default_factory=list)
+    """Numbers of the targets that have one choice together."""
 
     @classmethod
-    def of(cls, plans: Mapping[str, Plan]) -> Choices:
+    def of(cls, plans: Mapping[str, Plan], shared: Callable[[Target], str | None]) -> Choices:
         """From the plan of each method alone; targets are what all of them quantize.
+
+        Those that have a name in ``shared`` in common are a unit.
 
         Raises:
             QuantmillError: fewer than two methods, or no target in common.
@@ -83,10 +90,15 @@ class Choices:
             raise QuantmillError(
                 NOTHING("methods", "no module is a target of all of them", "take other methods")
             )
+        targets = [first[name].target for name in common]
+        units: dict[str, list[int]] = {}
+        for number, target in enumerate(targets):
+            units.setdefault(shared(target) or target.name, []).append(number)
         return cls(
             labels=list(plans),
-            targets=[first[name].target for name in common],
+            targets=targets,
             sizes=[[rows[name].bytes_after for rows in by_label.values()] for name in common],
+            units=list(units.values()),
         )
 
     @property
@@ -105,7 +117,7 @@ class Choices:
             QuantmillError: it is less than the smallest choices take.
         """
         allowed = int(budget.bits * self.weights / 8)
-        least = sum(min(row) for row in self.sizes)
+        least = least_bytes(_sums(self.sizes, self.units))
         if allowed < least:
             raise QuantmillError(
                 IMPOSSIBLE(
@@ -119,10 +131,26 @@ class Choices:
             )
         return allowed
 
+    def allocate(self, costs: Sequence[Sequence[float]], allowed: int) -> list[int]:
+        """The choice for each target: of least ``costs``, by target and label, in so many bytes."""
+        by_unit = allocate(_sums(self.sizes, self.units), _sums(costs, self.units), allowed)
+        chosen = [0] * len(self.targets)
+        for unit, index in zip(self.units, by_unit, strict=True):
+            for number in unit:
+                chosen[number] = index
+        return chosen
+
     def uniform(self, label: str) -> int:
         """Bytes of all targets with one method."""
         index = self.labels.index(label)
         return sum(row[index] for row in self.sizes)
+
+
+def _sums(rows: Sequence[Sequence[Number]], units: Sequence[Sequence[int]]) -> list[list[Number]]:
+    """By unit what is by target, and by label."""
+    return [
+        [sum(column) for column in zip(*(rows[n] for n in unit), strict=True)] for unit in units
+    ]
 
 
 def joined_method(choices: Choices, chosen: Sequence[int]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """KL divergence of many mixtures from the float model, in one pass over its blocks.
 
-A *lane* is a model in which some targets have the weight that a choice gives them. What lanes have
-in common is computed once: a lane follows another one until the first block in which they differ.
-Blocks come and go; the hidden states of all lanes stay.
+A *lane* is a model in which some targets have the weight that a choice gives them. It follows the
+float model until the first block with such a target. Blocks come and go; the hidden states of all
+lanes stay.
 """
 
 from __future__ import annotations
@@ -31,17 +31,10 @@ class Lane:
 
     choices: Mapping[str, str]
     """Label by target; targets without one are float."""
-    follows: Lane | None = None
-    """The lane that it is like until they differ, None for the float model. It comes before."""
     states: list[Tensor] = field(default_factory=list)
-    """Its hidden states, from the block on in which it differs."""
+    """Its hidden states, from the first block with a choice on."""
     divergence: float = 0.0
     """KL divergence per token, in the end."""
-
-    def differs(self, names: Sequence[str]) -> bool:
-        """Whether it and what it follows have different weights in any of these targets."""
-        other = {} if self.follows is None else self.follows.choices
-        return any(self.choices.get(name) != other.get(name) for name in names)
 
 
 class Lanes:
@@ -58,38 +51,27 @@ class Lanes:
         of the float model."""
         names = [name for name in self.targets if name.startswith(inside)]
         calls = calls[: self.windows]
-        before = {id(lane): lane.states for lane in self.lanes}
         for lane in self.lanes:
-            if not lane.states and not lane.differs(names):
+            if not lane.states and not any(name in lane.choices for name in names):
                 continue
-            states = lane.states or self._followed(lane, before) or [hidden_of(c) for c in calls]
+            states = lane.states or [hidden_of(call) for call in calls]
             with torch.no_grad(), self._changed(model, lane, names):
                 lane.states = [
                     call_block(block, with_hidden(call, state))
                     for call, state in zip(calls, states, strict=True)
                 ]
 
-    def _followed(self, lane: Lane, before: Mapping[int, list[Tensor]]) -> list[Tensor]:
-        """States of the nearest lane it follows that has any."""
-        other = lane.follows
-        while other is not None:
-            if before[id(other)]:
-                return before[id(other)]
-            other = other.follows
-        return []
-
     def end(self, model: StreamedModel, last: Sequence[Tensor]) -> None:
         """Measure all lanes; ``last`` are the float model's states after the last block."""
         tokens = sum(state.shape[:-1].numel() for state in last[: self.windows])
         outside = [name for name in self.targets if not name.startswith(model.inner)]
-        before = {id(lane): lane.states for lane in self.lanes}
         totals = [0.0] * len(self.lanes)
         for number in range(self.windows):
             with torch.no_grad():
                 exact = logits_of(model.replay.output(number, last[number])).float()
                 log_p = exact.log_softmax(-1)
                 for index, lane in enumerate(self.lanes):
-                    states = lane.states or self._followed(lane, before) or last
+                    states = lane.states or last
                     with self._changed(model.model, lane, outside):
                         changed = logits_of(model.replay.output(number, states[number]))
                     log_q = changed.float().log_softmax(-1)

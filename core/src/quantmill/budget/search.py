@@ -13,22 +13,23 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from torch import Tensor
 
 from quantmill.api import make_job, prepare, quantize
 from quantmill.budget.choices import Budget, Choices, joined_method
+from quantmill.budget.lanes import Lane
 from quantmill.budget.report import BudgetReport
 from quantmill.budget.sensitivity import Pair, Sensitivity, correlation
-from quantmill.budget.solution import WINDOWS, solve
 from quantmill.calibration.carry_out import calibration_data
 from quantmill.checkpoint.containers import container_for
 from quantmill.checkpoint.writer import check_new
 from quantmill.findings import Finding, FindingsError
 from quantmill.host import Host, default_host
 from quantmill.job import Job, Progress, named_progress
+from quantmill.registrations import resolve
 from quantmill.stages.quantize import decode_stored, open_reader
 from quantmill.stages.select import select
 from quantmill.targeting.types import Target
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from quantmill.config import MethodConfig
 
 __all__ = ["BudgetReport", "BudgetSearch", "quantize_to_budget"]
+
+WINDOWS: Final = 8
+"""Batches of the search on which mixtures are measured."""
 
 
 def quantize_to_budget(
@@ -49,7 +53,6 @@ def quantize_to_budget(
     calibration: Any,
     measure: int = 24,
     search_samples: int = 32,
-    remeasure: int = 64,
     progress: Progress | None = None,
     host: Host | None = None,
     max_shard_bytes: int | None = None,
@@ -66,8 +69,6 @@ def quantize_to_budget(
         measure: pairs of target and method whose KL divergence is measured, to judge the estimate.
         search_samples: windows of the calibration text that the search runs on. Where there are
             twice as many, the methods are not calibrated on these until the mixture is made.
-        remeasure: targets whose cost is measured again beside the errors of all others, the
-            costliest first.
         progress: told about blocks and bytes.
         host: of plugins.
         max_shard_bytes: as for :func:`quantmill.quantize`.
@@ -90,7 +91,7 @@ def quantize_to_budget(
     search.choices.bytes_within(wanted)
     with search:
         search.run(measure)
-        return search.write(wanted, Path(output), max_shard_bytes, remeasure)
+        return search.write(wanted, Path(output), max_shard_bytes)
 
 
 class BudgetSearch:
@@ -135,13 +136,21 @@ class BudgetSearch:
             problems += [item for item in job.findings.errors if item not in problems]
         if problems:
             raise FindingsError(problems)
-        self.choices = Choices.of(plans)
+        self.choices = Choices.of(plans, self._shared)
         self.data = calibration_data(self.jobs[0])
         self.windows, self.learned = _split(self.data.tokens, search_samples)
 
     def _job(self, label: str) -> Job:
         options = {**self.options, "calibration": self.calibration, "output": str(self.output)}
         return make_job(self.headers, label, host=self.host, **options)
+
+    def _shared(self, target: Target) -> str | None:
+        """What a container has one tensor for."""
+        job = self.jobs[0]
+        if job.container is None or job.container.write is None:
+            return None
+        found: str | None = resolve(job.container.write).shared(job, target)
+        return found
 
     def _agreed(self, methods: list[str]) -> list[str]:
         """Methods of one plugin with the options that one checkpoint has for all its modules."""
@@ -267,7 +276,6 @@ class BudgetSearch:
         budget: Budget,
         output: Path,
         max_shard_bytes: int | None = None,
-        remeasure: int = 64,
     ) -> BudgetReport:
         """Allocate within a budget, and write the mixture.
 
@@ -281,7 +289,13 @@ class BudgetSearch:
             [found.estimated[target.name, label] * scale[label] for label in choices.labels]
             for target in choices.targets
         ]
-        chosen, divergence = solve(choices, found, costs, choices.bytes_within(budget), remeasure)
+        chosen = choices.allocate(costs, choices.bytes_within(budget))
+        labels = {
+            target.name: choices.labels[index]
+            for target, index in zip(choices.targets, chosen, strict=True)
+        }
+        mixture = Lane(labels)
+        found.measure([mixture], WINDOWS)
         seconds = {**self.seconds, "allocation": perf_counter() - start}
         size = sum(row[index] for row, index in zip(choices.sizes, chosen, strict=True))
         pairs = [
@@ -292,11 +306,8 @@ class BudgetSearch:
             budget=budget.bits,
             bits=choices.bits(size),
             bytes=size,
-            chosen={
-                target.name: choices.labels[index]
-                for target, index in zip(choices.targets, chosen, strict=True)
-            },
-            estimated=divergence,
+            chosen=labels,
+            estimated=mixture.divergence,
             uniform={
                 label: (choices.bits(choices.uniform(label)), sum(row[index] for row in costs))
                 for index, label in enumerate(choices.labels)

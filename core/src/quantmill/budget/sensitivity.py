@@ -110,18 +110,16 @@ class Sensitivity:
         self.measured = {pair: lane.divergence for pair, lane in pairs.items()}
         self.alone = {label: lane.divergence for label, lane in alone.items()}
 
-    def measure(self, lanes: Sequence[Lane], windows: int, base: Lane | None = None) -> None:
-        """Measure lanes on the first ``windows`` batches, in as many passes as memory asks for;
-        one that they follow runs in each pass."""
+    def measure(self, lanes: Sequence[Lane], windows: int) -> None:
+        """Measure lanes on the first ``windows`` batches, in as many passes as memory asks for."""
         windows = min(windows, len(self.batches))
-        batches, shared = self.batches[:windows], [] if base is None else [base]
         done = 0
         while done < len(lanes):
             with open_reader(self.job.headers, self.job.device) as reader:
-                model = StreamedModel(self.job, reader, batches, plain=True)
+                model = StreamedModel(self.job, reader, self.batches[:windows], plain=True)
                 size = sum(state.nbytes for state in model.replay.first_inputs())
                 part = lanes[done : done + max(1, _LANES_BYTES // max(1, size))]
-                self._forward(model, self._lanes([*shared, *part], windows), "mixtures", 1)
+                self._forward(model, self._lanes(part, windows), "mixtures", 1)
             done += len(part)
 
     def scales(self) -> dict[str, float]:

@@ -11,13 +11,16 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from quantmill.forms.codes import Codes
 from quantmill.forms.grouping import Grouping
+
+if TYPE_CHECKING:
+    from quantmill.kernels import KernelRegistry
 
 __all__ = ["Form", "FormValue", "cut_value", "float_rows", "value_of"]
 
@@ -49,9 +52,10 @@ class Form(ABC):
         what an embedding looks up. Forms whose rows lie apart override it to read only those."""
         return self.dequantize(dtype)[index]
 
-    def regular(self) -> Form:
+    def regular(self, kernels: KernelRegistry | None = None) -> Form:
         """The same values as one of the core's kinds, which kernels know; itself where there is
-        none. For forms that hold a foreign layout until it is computed with."""
+        none. For forms that hold a foreign layout until it is computed with. Where ``kernels`` has
+        one that takes such a layout apart, it may be used: the result is the same."""
         return self
 
     def regular_facts(self) -> tuple[str, Mapping[str, Any]] | None:

@@ -181,7 +181,13 @@ def _winner(
         return None
     ranked = sorted(
         matching,
-        key=lambda item: (_rank(item[1]), item[1].order, item[0].specificity),
+        # To include a module and to say with what is no contradiction: the latter says more.
+        key=lambda item: (
+            _rank(item[1]),
+            item[1].order,
+            item[0].specificity,
+            item[1].action == "assign",
+        ),
         reverse=True,
     )
     best_pattern, best = ranked[0]
@@ -192,6 +198,8 @@ def _winner(
             best_pattern.specificity,
         ):
             break
+        if best.action == "assign" and rule.action == "include" and not rule.options:
+            continue
         if (rule.action, rule.method, rule.options or {}) != (
             best.action,
             best.method,

@@ -19,7 +19,7 @@ from quantmill_cpu.native import library
 if TYPE_CHECKING:
     from quantmill.forms import Form
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["codes", "dequantize", "quantize"]
 
 
 def quantize(block: Tensor, *, type_name: str, importance: Tensor | None, out: Tensor) -> float:
@@ -63,6 +63,33 @@ def quantize(block: Tensor, *, type_name: str, importance: Tensor | None, out: T
     if status != 0:
         raise MemoryError(f"{type_name}: the library has no memory for {rows} rows")
     return largest.value
+
+
+def codes(data: Tensor, *, type_name: str, out: Tensor) -> None:
+    """Take the codes out of the blocks of a type on a grid.
+
+    Args:
+        data: uint8 ``[rows, row bytes]``.
+        type_name: ggml's name.
+        out: the memory of these codes in the packing of the type's form, written: ``lo4`` for 4
+            bits, ``i8`` for 8, otherwise ``dense``.
+
+    Raises:
+        ValueError: a tensor is of the wrong dtype, device or size, or the type has no such codes.
+    """
+    found = TYPES.get(type_name)
+    if found is None or not found.bits:
+        raise ValueError(f"{type_name!r} has no codes on a grid")
+    count = data.numel() // found.size
+    dtype = torch.int8 if found.bits == 8 else torch.uint8
+    data = data.contiguous()
+    library().qm_ggml_codes(
+        found.number,
+        address(data, torch.uint8, count * found.size, "data"),
+        count,
+        address(out, dtype, count * found.values * found.bits // 8, "out"),
+        torch.get_num_threads(),
+    )
 
 
 def dequantize(form: Form, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -74,6 +74,7 @@ def library() -> ctypes.CDLL:
             [small, pointer, small, size, size, *[pointer] * 3, small],
         ),
         "qm_ggml_decode": (small, [small, pointer, size, pointer, pointer, small]),
+        "qm_ggml_codes": (small, [small, pointer, size, pointer, small]),
         "qm_ggml_matmul": (
             small,
             [small, pointer, size, size, pointer, pointer, size, pointer, pointer, small],

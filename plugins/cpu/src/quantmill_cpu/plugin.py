@@ -123,6 +123,15 @@ def quantmill_kernels() -> Sequence[Kernel]:
             available=_AVAILABLE,
         ),
         Kernel(
+            name="cpu-codes-ggml",
+            operation="codes",
+            form="ggml",
+            implementation="quantmill_cpu.ggml:codes",
+            constraints={"table": tuple(name for name, item in TYPES.items() if item.bits)},
+            cost=0.1,
+            available=_AVAILABLE,
+        ),
+        Kernel(
             name="cpu-absmax",
             operation="absmax",
             form="tensor",

@@ -117,6 +117,12 @@ class GgufExport(ContainerWriter):
         # Of stacked experts each module counts its own part.
         return planned.kept, nbytes(tuple(parameter.shape), planned.kept)
 
+    @classmethod
+    def shared(cls, job: Job, target: Target) -> str | None:
+        # Experts are stacked in a file.
+        planned = layout_of(job).tensor_of(target.weight_name)
+        return None if planned is None or len(planned.parameters) < 2 else planned.name
+
     def __enter__(self) -> Self:
         self._writer.__enter__()
         try:

@@ -54,6 +54,11 @@ int qm_ggml_encode(int type, const void *values, int dtype, int64_t rows, int64_
 int qm_ggml_decode(int type, const uint8_t *raw, int64_t blocks, const int8_t *points, float *out,
                    int threads);
 
+/* The codes of blocks of a type on a grid, block by block: pairs with the first one low for 4 bits,
+ * signed bytes for 8, otherwise a dense stream from the lowest bits on. 0, or -1: the type has no
+ * such codes. */
+int qm_ggml_codes(int type, const uint8_t *raw, int64_t blocks, uint8_t *out, int threads);
+
 /* `out [tokens, rows]` = `x [tokens, columns]` times the transposed matrix of the blocks, plus
  * `bias [rows]` or nothing (NULL), in float32. Rows are decoded a few at a time. 0, or -1: the type
  * is not known; -2: there is no memory. */

@@ -1,7 +1,7 @@
 """Types on an evenly spaced grid: the plain ones of ggml, and what K-quants share.
 
-A block is taken apart into :class:`Parts`, and everything follows from them: the float values,
-the core's affine form (with nested scales), and, put together again, the same bytes.
+A block is taken apart into codes and :class:`Scales`, and everything follows from them: the float
+values, the core's affine form (with nested scales), and, put together again, the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quantmill.forms import Affine, Codes, Form, Group
 from quantmill.forms.base import FormValue
-from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
+from quantmill_gguf.types.base import Unpack, half, halves, join_planes, planes
+from quantmill_gguf.types.coded import CodedType
 from quantmill_gguf.types.search import (
     divide,
     farthest,
@@ -26,15 +27,13 @@ from quantmill_gguf.types.search import (
     square_root,
 )
 
-__all__ = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "AffineType", "Parts"]
+__all__ = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "AffineType", "Scales"]
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """A block's numbers, before any arithmetic."""
+class Scales:
+    """A block's numbers beside its codes, before any arithmetic."""
 
-    codes: Tensor
-    """uint8, or int8 for signed codes, ``[blocks, block]``."""
     scale: Tensor
     """float16 ``[blocks, 1]``."""
     steps: Tensor | None = None
@@ -45,10 +44,9 @@ class Parts:
     """uint8 ``[blocks, groups]``."""
 
 
-class AffineType(BlockType):
+class AffineType(CodedType):
     """``value = (code - zero) * scale``, or ``code * scale + minimum``."""
 
-    bits: ClassVar[int]
     zero: ClassVar[int] = 0
     """Subtracted from every code."""
     groups: ClassVar[int] = 1
@@ -57,39 +55,40 @@ class AffineType(BlockType):
     """Of these scales."""
 
     @abstractmethod
-    def take(self, blocks: Tensor) -> Parts:
-        """The numbers in uint8 ``[blocks, block bytes]``."""
+    def scales(self, blocks: Tensor) -> Scales:
+        """The other numbers in uint8 ``[blocks, block bytes]``."""
 
     @abstractmethod
-    def put(self, parts: Parts) -> Tensor:
-        """The exact inverse of :meth:`take`."""
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        """The exact inverse of :meth:`codes` and :meth:`scales`."""
 
     def _decode(self, blocks: Tensor) -> Tensor:
-        parts = self.take(blocks)
-        scale = parts.scale.to(torch.float32)
-        if parts.steps is not None:
-            scale = scale * parts.steps.to(torch.float32)
-        codes = parts.codes.to(torch.float32)
+        codes, scales = self.codes(blocks).to(torch.float32), self.scales(blocks)
+        scale = scales.scale.to(torch.float32)
+        if scales.steps is not None:
+            scale = scale * scales.steps.to(torch.float32)
         if self.zero:
             codes = codes - float(self.zero)
         values = codes.reshape(blocks.shape[0], self.groups, -1) * scale.unsqueeze(-1)
-        if parts.minimum is not None:
-            minimum = parts.minimum.to(torch.float32)
-            if parts.minimum_steps is not None:
-                minimum = -(minimum * parts.minimum_steps.to(torch.float32))
+        if scales.minimum is not None:
+            minimum = scales.minimum.to(torch.float32)
+            if scales.minimum_steps is not None:
+                minimum = -(minimum * scales.minimum_steps.to(torch.float32))
             values = values + minimum.unsqueeze(-1)
         return values.reshape(blocks.shape[0], -1)
 
-    def form(self, raw: Tensor, dtype: torch.dtype = torch.float32) -> Form:
+    def form(
+        self, raw: Tensor, dtype: torch.dtype = torch.float32, unpack: Unpack | None = None
+    ) -> Form:
         rows = raw.shape[0]
-        parts = self.take(self.blocks(raw))
-        columns = raw.shape[1] // self.info.size * self.info.block
-        codes = _codes(parts.codes.reshape(rows, columns), self.bits)
-        scale = self._nested(parts.scale, parts.steps, rows)
+        codes = self.packed(raw, unpack)
+        columns = codes.shape[1]
+        scales = self.scales(self.blocks(raw))
+        scale = self._nested(scales.scale, scales.steps, rows)
         grouping = Group(self.info.block // self.groups)
-        if parts.minimum is not None:
-            low = parts.minimum if parts.minimum_steps is None else -parts.minimum
-            offset = self._nested(low, parts.minimum_steps, rows)
+        if scales.minimum is not None:
+            low = scales.minimum if scales.minimum_steps is None else -scales.minimum
+            offset = self._nested(low, scales.minimum_steps, rows)
             return Affine(codes, scale, grouping, offset, "minimum", dtype=dtype)
         if not self.zero:
             return Affine(codes, scale, grouping, dtype=dtype)
@@ -121,31 +120,7 @@ class AffineType(BlockType):
             if minimum_steps is not None:
                 minimum = -minimum
         codes = form.codes.unpack().reshape(-1, self.info.block)
-        return self.put(Parts(codes, scale, steps, minimum, minimum_steps)).reshape(rows, -1)
-
-
-def _codes(codes: Tensor, bits: int) -> Codes:
-    if codes.dtype == torch.int8:
-        return Codes(codes, 8, tuple(codes.shape), "i8")
-    if bits == 4:
-        return Codes.pack(codes, bits, "lo4")
-    return Codes(dense(codes.reshape(-1), bits), bits, tuple(codes.shape), "dense")
-
-
-def dense(codes: Tensor, bits: int) -> Tensor:
-    """The core's ``dense`` stream of uint8 ``[n]``, ``n`` a multiple of 8.
-
-    The same bytes as :meth:`quantmill.forms.Codes.pack` gives, without its wide temporaries.
-    """
-    runs = codes.reshape(-1, 8)
-    out = torch.empty(runs.shape[0], bits, dtype=torch.uint8, device=codes.device)
-    for byte in range(bits):
-        first, last = byte * 8 // bits, (byte * 8 + 7) // bits
-        total = runs[:, first] >> (byte * 8 - first * bits)
-        for index in range(first + 1, last + 1):
-            total |= runs[:, index] << (index * bits - byte * 8)
-        out[:, byte] = total
-    return out.reshape(-1)
+        return self.put(codes, Scales(scale, steps, minimum, minimum_steps)).reshape(rows, -1)
 
 
 def _flat(value: FormValue, groups: int) -> tuple[Tensor, Tensor | None]:
@@ -193,10 +168,10 @@ class _Centred(_Weighed):
             weights = importance.t().contiguous()
             fit = fit_symmetric(values.t().contiguous(), self.zero, weights)
             codes = fit.codes.t().to(torch.uint8)
-            return self.put(Parts(codes, fit.scale.to(torch.float16).unsqueeze(1)))
+            return self.put(codes, Scales(fit.scale.to(torch.float16).unsqueeze(1)))
         scale = divide(farthest(values.t()).unsqueeze(1), -float(self.zero))
         codes = _codes_of(values * inverse_of(scale) + (self.zero + 0.5), 2 * self.zero - 1)
-        return self.put(Parts(codes, scale.to(torch.float16)))
+        return self.put(codes, Scales(scale.to(torch.float16)))
 
 
 class _Ranged(_Weighed):
@@ -209,13 +184,13 @@ class _Ranged(_Weighed):
             fit = fit_range(work, top, weights, first=-0.9, step=0.05, steps=36)
             minimum = (-fit.low).to(torch.float16).unsqueeze(1)
             codes = fit.codes.t().to(torch.uint8)
-            return self.put(Parts(codes, fit.scale.to(torch.float16).unsqueeze(1), None, minimum))
+            return self.put(codes, Scales(fit.scale.to(torch.float16).unsqueeze(1), None, minimum))
         low = lowest(values.t()).unsqueeze(1)
         # A range of zeros of both signs is no minus zero.
         scale = divide(values.amax(dim=1, keepdim=True) - low + 0.0, float(top))
         codes = _codes_of((values - low) * inverse_of(scale) + 0.5, top)
         minimum = low.to(torch.float16)
-        return self.put(Parts(codes, scale.to(torch.float16), None, minimum))
+        return self.put(codes, Scales(scale.to(torch.float16), None, minimum))
 
 
 class Q4_0(_Centred):  # noqa: N801 ggml's name
@@ -224,11 +199,14 @@ class Q4_0(_Centred):  # noqa: N801 ggml's name
     name = "Q4_0"
     bits, zero = 4, 8
 
-    def take(self, blocks: Tensor) -> Parts:
-        return Parts(planes(blocks[:, 2:], 4, 16), half(blocks, 0))
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, 2:], 4, 16)
 
-    def put(self, parts: Parts) -> Tensor:
-        return torch.cat([halves(parts.scale), join_planes(parts.codes, 4, 16)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0))
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        return torch.cat([halves(scales.scale), join_planes(codes, 4, 16)], dim=1)
 
 
 class Q4_1(_Ranged):  # noqa: N801
@@ -237,13 +215,16 @@ class Q4_1(_Ranged):  # noqa: N801
     name = "Q4_1"
     bits = 4
 
-    def take(self, blocks: Tensor) -> Parts:
-        return Parts(planes(blocks[:, 4:], 4, 16), half(blocks, 0), None, half(blocks, 2))
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, 4:], 4, 16)
 
-    def put(self, parts: Parts) -> Tensor:
-        assert parts.minimum is not None
-        head = [halves(parts.scale), halves(parts.minimum)]
-        return torch.cat([*head, join_planes(parts.codes, 4, 16)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0), None, half(blocks, 2))
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        assert scales.minimum is not None
+        head = [halves(scales.scale), halves(scales.minimum)]
+        return torch.cat([*head, join_planes(codes, 4, 16)], dim=1)
 
 
 def _five(low: Tensor, high: Tensor) -> Tensor:
@@ -261,11 +242,14 @@ class Q5_0(_Centred):  # noqa: N801
     name = "Q5_0"
     bits, zero = 5, 16
 
-    def take(self, blocks: Tensor) -> Parts:
-        return Parts(_five(blocks[:, 6:], blocks[:, 2:6]), half(blocks, 0))
+    def codes(self, blocks: Tensor) -> Tensor:
+        return _five(blocks[:, 6:], blocks[:, 2:6])
 
-    def put(self, parts: Parts) -> Tensor:
-        return torch.cat([halves(parts.scale), *_join_five(parts.codes)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0))
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        return torch.cat([halves(scales.scale), *_join_five(codes)], dim=1)
 
 
 class Q5_1(_Ranged):  # noqa: N801
@@ -274,14 +258,16 @@ class Q5_1(_Ranged):  # noqa: N801
     name = "Q5_1"
     bits = 5
 
-    def take(self, blocks: Tensor) -> Parts:
-        codes = _five(blocks[:, 8:], blocks[:, 4:8])
-        return Parts(codes, half(blocks, 0), None, half(blocks, 2))
+    def codes(self, blocks: Tensor) -> Tensor:
+        return _five(blocks[:, 8:], blocks[:, 4:8])
 
-    def put(self, parts: Parts) -> Tensor:
-        assert parts.minimum is not None
-        head = [halves(parts.scale), halves(parts.minimum)]
-        return torch.cat([*head, *_join_five(parts.codes)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0), None, half(blocks, 2))
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        assert scales.minimum is not None
+        head = [halves(scales.scale), halves(scales.minimum)]
+        return torch.cat([*head, *_join_five(codes)], dim=1)
 
 
 class Q8_0(AffineType):  # noqa: N801
@@ -291,17 +277,20 @@ class Q8_0(AffineType):  # noqa: N801
     makes = True
     bits = 8
 
-    def take(self, blocks: Tensor) -> Parts:
-        return Parts(blocks[:, 2:].contiguous().view(torch.int8), half(blocks, 0))
+    def codes(self, blocks: Tensor) -> Tensor:
+        return blocks[:, 2:].contiguous().view(torch.int8)
 
-    def put(self, parts: Parts) -> Tensor:
-        codes = parts.codes.contiguous().view(torch.uint8)
-        return torch.cat([halves(parts.scale), codes], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0))
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        codes = codes.contiguous().view(torch.uint8)
+        return torch.cat([halves(scales.scale), codes], dim=1)
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
         scale = divide(values.abs().amax(dim=1, keepdim=True), 127.0)
         codes = round_away(finite(values * inverse_of(scale))).clamp(-128, 127)
-        return self.put(Parts(codes.to(torch.int8), scale.to(torch.float16)))
+        return self.put(codes.to(torch.int8), Scales(scale.to(torch.float16)))
 
 
 def round_away(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,11 @@ _PIECE = 1 << 18
 """Values that are quantized at a time on a CPU, so that intermediate results stay in its cache."""
 _LARGE_PIECE = 1 << 25
 
-__all__ = ["BlockType", "half", "halves", "join_planes", "planes"]
+__all__ = ["BlockType", "Unpack", "half", "halves", "join_planes", "planes"]
+
+Unpack = Callable[..., None]
+"""``fn(data, *, type_name, out)``: a kernel that takes the codes out of blocks. ``data`` is uint8
+``[rows, row bytes]``, ``out`` the memory of the codes in the packing of the type's form."""
 
 
 def planes(data: Tensor, bits: int, width: int) -> Tensor:
@@ -86,9 +91,11 @@ class BlockType(ABC):
     def _decode(self, blocks: Tensor) -> Tensor:
         """float32 ``[blocks, block]`` of uint8 ``[blocks, block bytes]``."""
 
-    def form(self, raw: Tensor, dtype: torch.dtype = torch.float32) -> Form:
+    def form(
+        self, raw: Tensor, dtype: torch.dtype = torch.float32, unpack: Unpack | None = None
+    ) -> Form:
         """What the bytes uint8 ``[rows, row bytes]`` stand for, as the core's form where there is
-        one. Works on the meta device."""
+        one. Works on the meta device. ``unpack`` is a kernel for the codes, if there is one."""
         return RawForm(raw, self.name, dtype)
 
     def raw(self, form: Form) -> Tensor:

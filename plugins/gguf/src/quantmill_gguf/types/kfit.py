@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantmill_gguf.types.affine import Parts
+from quantmill_gguf.types.affine import Scales
 from quantmill_gguf.types.search import (
     TINY,
     divide,
@@ -82,7 +82,7 @@ def fit_ranged(
     plain_weights: Callable[[Tensor], Tensor],
     search: tuple[float, float, int, bool],
     energy: float,
-) -> Parts:
+) -> tuple[Tensor, Scales]:
     """Types with a scale and a minimum for each group.
 
     Args:
@@ -120,10 +120,10 @@ def fit_ranged(
     scale = (d.to(torch.float32) * scales.to(torch.float32)).reshape(-1)
     minimum = (low.to(torch.float32) * minima.to(torch.float32)).reshape(-1)
     codes = _coded(work + minimum, scale, 0, top, fit.codes)
-    return Parts(codes.t().to(torch.uint8).reshape(blocks, -1), d, scales, low, minima)
+    return codes.t().to(torch.uint8).reshape(blocks, -1), Scales(d, scales, low, minima)
 
 
-def fit_q3(values: Tensor, importance: Tensor | None) -> Parts:
+def fit_q3(values: Tensor, importance: Tensor | None) -> tuple[Tensor, Scales]:
     """Q3_K: signed 6-bit scales of groups of 16."""
     blocks, groups = values.shape[0], 16
     work = columns(values, 16)
@@ -147,10 +147,10 @@ def fit_q3(values: Tensor, importance: Tensor | None) -> Parts:
         d = joined.scale.to(torch.float16).unsqueeze(1)
     scale = (d.to(torch.float32) * steps).reshape(-1)
     codes = _coded(work, scale, -4, 3, fit.codes)
-    return Parts(codes.t().to(torch.uint8).reshape(blocks, -1), d, steps.to(torch.int8))
+    return codes.t().to(torch.uint8).reshape(blocks, -1), Scales(d, steps.to(torch.int8))
 
 
-def fit_q6(values: Tensor, importance: Tensor | None) -> Parts:
+def fit_q6(values: Tensor, importance: Tensor | None) -> tuple[Tensor, Scales]:
     """Q6_K: signed 8-bit scales of groups of 16."""
     blocks, groups = values.shape[0], 16
     work = columns(values, 16)
@@ -165,4 +165,4 @@ def fit_q6(values: Tensor, importance: Tensor | None) -> Parts:
     rounded = (d.to(torch.float32) * steps).reshape(-1)
     codes = _coded(work, rounded, -32, 31, fit.codes).t().reshape(blocks, -1)
     codes = codes.masked_fill(none, 0.0)
-    return Parts(codes.to(torch.uint8), d, steps.to(torch.int8))
+    return codes.to(torch.uint8), Scales(d, steps.to(torch.int8))

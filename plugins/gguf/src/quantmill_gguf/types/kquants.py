@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill_gguf.types.affine import AffineType, Parts
+from quantmill_gguf.types.affine import AffineType, Scales
 from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
 from quantmill_gguf.types.kfit import fit_q3, fit_q6, fit_ranged
 from quantmill_gguf.types.search import in_order, square_root
@@ -20,20 +20,22 @@ class Q2_K(AffineType):  # noqa: N801 ggml's name
     makes = weighs = True
     bits, groups, step_bits = 2, 16, 4
 
-    def take(self, blocks: Tensor) -> Parts:
-        pairs = blocks[:, :16]
-        codes = planes(blocks[:, 16:80], 2, 32)
-        return Parts(codes, half(blocks, 80), pairs & 15, half(blocks, 82), pairs >> 4)
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, 16:80], 2, 32)
 
-    def put(self, parts: Parts) -> Tensor:
-        assert parts.steps is not None and parts.minimum is not None
-        assert parts.minimum_steps is not None
-        pairs = parts.steps | (parts.minimum_steps << 4)
-        tail = [halves(parts.scale), halves(parts.minimum)]
-        return torch.cat([pairs, join_planes(parts.codes, 2, 32), *tail], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        pairs = blocks[:, :16]
+        return Scales(half(blocks, 80), pairs & 15, half(blocks, 82), pairs >> 4)
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        assert scales.steps is not None and scales.minimum is not None
+        assert scales.minimum_steps is not None
+        pairs = scales.steps | (scales.minimum_steps << 4)
+        tail = [halves(scales.scale), halves(scales.minimum)]
+        return torch.cat([pairs, join_planes(codes, 2, 32), *tail], dim=1)
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
-        parts = fit_ranged(
+        codes, scales = fit_ranged(
             values,
             importance,
             bits=2,
@@ -43,7 +45,7 @@ class Q2_K(AffineType):  # noqa: N801 ggml's name
             search=(-0.5, 0.1, 15, True),
             energy=1.0,
         )
-        return self.put(parts)
+        return self.put(codes, scales)
 
 
 class Q3_K(AffineType):  # noqa: N801
@@ -57,33 +59,37 @@ class Q3_K(AffineType):  # noqa: N801
     makes = weighs = True
     bits, zero, groups = 3, 4, 16
 
-    def take(self, blocks: Tensor) -> Parts:
-        codes = planes(blocks[:, 32:96], 2, 32) | (planes(blocks[:, :32], 1, 32) << 2)
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, 32:96], 2, 32) | (planes(blocks[:, :32], 1, 32) << 2)
+
+    def scales(self, blocks: Tensor) -> Scales:
         steps = planes(blocks[:, 96:104], 4, 8) | (planes(blocks[:, 104:108], 2, 4) << 4)
         signed = steps.to(torch.int8) - 32
-        return Parts(codes, half(blocks, 108), signed)
+        return Scales(half(blocks, 108), signed)
 
-    def put(self, parts: Parts) -> Tensor:
-        assert parts.steps is not None
-        steps = (parts.steps + 32).to(torch.uint8)
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        assert scales.steps is not None
+        steps = (scales.steps + 32).to(torch.uint8)
         low, high = join_planes(steps, 4, 8), join_planes(steps >> 4, 2, 4)
-        third, codes = join_planes(parts.codes >> 2, 1, 32), join_planes(parts.codes, 2, 32)
-        return torch.cat([third, codes, low, high, halves(parts.scale)], dim=1)
+        third, codes = join_planes(codes >> 2, 1, 32), join_planes(codes, 2, 32)
+        return torch.cat([third, codes, low, high, halves(scales.scale)], dim=1)
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
-        return self.put(fit_q3(values, importance))
+        return self.put(*fit_q3(values, importance))
 
 
 def _six(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Eight scales and eight minima of 6 bits out of 12 bytes, uint8 ``[blocks, 8]`` each.
 
     The first four of each fill the low bits of bytes 0 to 3 and 4 to 7; the last four have their
-    low nibbles in bytes 8 to 11 and their high bits above the first four.
+    low nibbles in bytes 8 to 11 and their high bits above the first four. Four bytes are taken as
+    one integer; what a shift brings in from the next byte is masked out.
     """
-    first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = torch.cat([first & 63, (rest & 15) | ((first >> 2) & 48)], dim=1)
-    minima = torch.cat([second & 63, (rest >> 4) | ((second >> 2) & 48)], dim=1)
-    return scales, minima
+    first, second, rest = packed.contiguous().view(torch.int32).unbind(1)
+    low, nibble, pair = 0x3F3F3F3F, 0x0F0F0F0F, 0x30303030
+    scales = torch.stack([first & low, (rest & nibble) | ((first >> 2) & pair)], dim=1)
+    minima = torch.stack([second & low, ((rest >> 4) & nibble) | ((second >> 2) & pair)], dim=1)
+    return scales.view(torch.uint8), minima.view(torch.uint8)
 
 
 def _join_six(scales: Tensor, minima: Tensor) -> Tensor:
@@ -100,21 +106,23 @@ class Q4_K(AffineType):  # noqa: N801
     makes = weighs = True
     bits, groups = 4, 8
 
-    def take(self, blocks: Tensor) -> Parts:
-        steps, minima = _six(blocks[:, 4:16])
-        codes = planes(blocks[:, 16:], 4, 32)
-        return Parts(codes, half(blocks, 0), steps, half(blocks, 2), minima)
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, 16:], 4, 32)
 
-    def put(self, parts: Parts) -> Tensor:
-        return torch.cat([*_head(parts), join_planes(parts.codes, 4, 32)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        steps, minima = _six(blocks[:, 4:16])
+        return Scales(half(blocks, 0), steps, half(blocks, 2), minima)
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        return torch.cat([*_head(scales), join_planes(codes, 4, 32)], dim=1)
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
-        return self.put(_six_bit(values, importance, 4, (-1.0, 0.1, 20, False)))
+        return self.put(*_six_bit(values, importance, 4, (-1.0, 0.1, 20, False)))
 
 
 def _six_bit(
     values: Tensor, importance: Tensor | None, bits: int, search: tuple[float, float, int, bool]
-) -> Parts:
+) -> tuple[Tensor, Scales]:
     return fit_ranged(
         values,
         importance,
@@ -133,11 +141,11 @@ def _level_weights(values: Tensor) -> Tensor:
     return square_root(mean) + values.abs()
 
 
-def _head(parts: Parts) -> list[Tensor]:
-    assert parts.steps is not None and parts.minimum is not None
-    assert parts.minimum_steps is not None
-    packed = _join_six(parts.steps, parts.minimum_steps)
-    return [halves(parts.scale), halves(parts.minimum), packed]
+def _head(scales: Scales) -> list[Tensor]:
+    assert scales.steps is not None and scales.minimum is not None
+    assert scales.minimum_steps is not None
+    packed = _join_six(scales.steps, scales.minimum_steps)
+    return [halves(scales.scale), halves(scales.minimum), packed]
 
 
 class Q5_K(AffineType):  # noqa: N801
@@ -147,17 +155,19 @@ class Q5_K(AffineType):  # noqa: N801
     makes = weighs = True
     bits, groups = 5, 8
 
-    def take(self, blocks: Tensor) -> Parts:
-        steps, minima = _six(blocks[:, 4:16])
-        codes = planes(blocks[:, 48:], 4, 32) | (planes(blocks[:, 16:48], 1, 32) << 4)
-        return Parts(codes, half(blocks, 0), steps, half(blocks, 2), minima)
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, 48:], 4, 32) | (planes(blocks[:, 16:48], 1, 32) << 4)
 
-    def put(self, parts: Parts) -> Tensor:
-        high = join_planes(parts.codes >> 4, 1, 32)
-        return torch.cat([*_head(parts), high, join_planes(parts.codes, 4, 32)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        steps, minima = _six(blocks[:, 4:16])
+        return Scales(half(blocks, 0), steps, half(blocks, 2), minima)
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        high = join_planes(codes >> 4, 1, 32)
+        return torch.cat([*_head(scales), high, join_planes(codes, 4, 32)], dim=1)
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
-        return self.put(_six_bit(values, importance, 5, (-0.5, 0.1, 15, False)))
+        return self.put(*_six_bit(values, importance, 5, (-0.5, 0.1, 15, False)))
 
 
 class Q6_K(AffineType):  # noqa: N801
@@ -167,19 +177,21 @@ class Q6_K(AffineType):  # noqa: N801
     makes = weighs = True
     bits, zero, groups, step_bits = 6, 32, 16, 8
 
-    def take(self, blocks: Tensor) -> Parts:
-        codes = planes(blocks[:, :128], 4, 64) | (planes(blocks[:, 128:192], 2, 32) << 4)
-        steps = blocks[:, 192:208].contiguous().view(torch.int8)
-        return Parts(codes, half(blocks, 208), steps)
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, :128], 4, 64) | (planes(blocks[:, 128:192], 2, 32) << 4)
 
-    def put(self, parts: Parts) -> Tensor:
-        assert parts.steps is not None
-        low, high = join_planes(parts.codes, 4, 64), join_planes(parts.codes >> 4, 2, 32)
-        steps = parts.steps.contiguous().view(torch.uint8)
-        return torch.cat([low, high, steps, halves(parts.scale)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        steps = blocks[:, 192:208].contiguous().view(torch.int8)
+        return Scales(half(blocks, 208), steps)
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        assert scales.steps is not None
+        low, high = join_planes(codes, 4, 64), join_planes(codes >> 4, 2, 32)
+        steps = scales.steps.contiguous().view(torch.uint8)
+        return torch.cat([low, high, steps, halves(scales.scale)], dim=1)
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
-        return self.put(fit_q6(values, importance))
+        return self.put(*fit_q6(values, importance))
 
 
 class Q8_K(BlockType):  # noqa: N801

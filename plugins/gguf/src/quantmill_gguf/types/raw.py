@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from quantmill.forms import Form
 from quantmill_gguf.types.sizes import BY_NAME
+
+if TYPE_CHECKING:
+    from quantmill.kernels import KernelRegistry
 
 __all__ = ["RawForm"]
 
@@ -44,10 +47,22 @@ class RawForm(Form):
         values = TYPES[self.type_name].decode(picked).to(dtype or self.dtype)
         return values.reshape(*index.shape, self.shape[-1])
 
-    def regular(self) -> Form:
+    def regular(self, kernels: KernelRegistry | None = None) -> Form:
+        """See :class:`~quantmill.forms.Form`. A kernel of the operation ``codes`` is used where
+        there is one: :data:`quantmill_gguf.types.base.Unpack`."""
         from quantmill_gguf.types import TYPES
 
-        return TYPES[self.type_name].form(self.data, self.dtype)
+        if self.data.is_meta:
+            return _regular_shape(self.type_name, tuple(self.data.shape), self.dtype)
+        choice = kernels and kernels.choose(
+            "codes",
+            self.kind,
+            self.traits(),
+            device=self.data.device.type,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+        unpack = choice.load() if choice else None
+        return TYPES[self.type_name].form(self.data, self.dtype, unpack)
 
     def regular_facts(self) -> tuple[str, Mapping[str, Any]] | None:
         return _regular_facts(self.type_name)
@@ -72,6 +87,14 @@ class RawForm(Form):
             "grouping": "group",
             "group_size": BY_NAME[self.type_name].block,
         }
+
+
+@lru_cache(maxsize=1024)
+def _regular_shape(type_name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Form:
+    """The core's form of blocks on the meta device: a plan asks for that of every block again."""
+    from quantmill_gguf.types import TYPES
+
+    return TYPES[type_name].form(torch.empty(shape, dtype=torch.uint8, device="meta"), dtype)
 
 
 @cache

@@ -11,7 +11,8 @@ from torch import Tensor
 from quantmill.forms import Affine, Codebook, Codes, Form, Group, PerTensor
 from quantmill.forms.base import FormValue
 from quantmill_gguf.types.affine import inverse_of
-from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
+from quantmill_gguf.types.base import Unpack, half, halves, join_planes, planes
+from quantmill_gguf.types.coded import CodedType
 from quantmill_gguf.types.kfit import columns, mean_square, spread_weights
 from quantmill_gguf.types.search import TINY, divide, farthest, in_order, nearest
 
@@ -22,18 +23,14 @@ _IQ4_VALUES: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 5
 _E2M1: Final = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
-class TableType(BlockType):
+class TableType(CodedType):
     """``value = table[code] * scale``."""
 
     table: ClassVar[tuple[int, ...]] = _IQ4_VALUES
     table_name: ClassVar[str] = "iq4"
-    bits: ClassVar[int] = 4
+    bits = 4
     groups: ClassVar[int] = 1
     """Groups of a block, each with a scale of its own."""
-
-    @abstractmethod
-    def codes(self, blocks: Tensor) -> Tensor:
-        """uint8 ``[blocks, block]``."""
 
     @abstractmethod
     def scale(self, blocks: Tensor, rows: int) -> FormValue:
@@ -53,13 +50,13 @@ class TableType(BlockType):
         spread = wide.reshape(blocks.shape[0], self.groups, 1)
         return (values.reshape(blocks.shape[0], self.groups, -1) * spread).reshape(values.shape)
 
-    def form(self, raw: Tensor, dtype: torch.dtype = torch.float32) -> Form:
-        blocks, rows = self.blocks(raw), raw.shape[0]
-        codes = self.codes(blocks).reshape(rows, -1)
+    def form(
+        self, raw: Tensor, dtype: torch.dtype = torch.float32, unpack: Unpack | None = None
+    ) -> Form:
         return Codebook(
-            Codes.pack(codes, self.bits, "lo4" if self.bits == 4 else "dense"),
+            self.packed(raw, unpack),
             self._values(raw.device),
-            self.scale(blocks, rows),
+            self.scale(self.blocks(raw), raw.shape[0]),
             Group(self.info.block // self.groups),
             table_name=self.table_name,
             dtype=dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill_gguf.types.affine import AffineType, Parts, finite, inverse_of, round_away
+from quantmill_gguf.types.affine import AffineType, Scales, finite, inverse_of, round_away
 from quantmill_gguf.types.base import BlockType, half, halves, join_planes, planes
 
 __all__ = ["Q2_0", "TQ1_0", "TQ2_0"]
@@ -25,14 +25,18 @@ class TQ2_0(AffineType):  # noqa: N801 ggml's name
     makes = True
     bits, zero = 2, 1
 
-    def take(self, blocks: Tensor) -> Parts:
-        return Parts(planes(blocks[:, :64], 2, 32), half(blocks, 64))
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, :64], 2, 32)
 
-    def put(self, parts: Parts) -> Tensor:
-        return torch.cat([join_planes(parts.codes, 2, 32), halves(parts.scale)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 64))
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        return torch.cat([join_planes(codes, 2, 32), halves(scales.scale)], dim=1)
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
-        return self.put(Parts(*_digits(values)))
+        codes, scale = _digits(values)
+        return self.put(codes, Scales(scale))
 
 
 class Q2_0(AffineType):  # noqa: N801
@@ -42,14 +46,18 @@ class Q2_0(AffineType):  # noqa: N801
     bits, zero = 2, 1
     makes = True
 
-    def take(self, blocks: Tensor) -> Parts:
-        return Parts(planes(blocks[:, 2:], 2, 1), half(blocks, 0))
+    def codes(self, blocks: Tensor) -> Tensor:
+        return planes(blocks[:, 2:], 2, 1)
 
-    def put(self, parts: Parts) -> Tensor:
-        return torch.cat([halves(parts.scale), join_planes(parts.codes, 2, 1)], dim=1)
+    def scales(self, blocks: Tensor) -> Scales:
+        return Scales(half(blocks, 0))
+
+    def put(self, codes: Tensor, scales: Scales) -> Tensor:
+        return torch.cat([halves(scales.scale), join_planes(codes, 2, 1)], dim=1)
 
     def _quantize(self, values: Tensor, importance: Tensor | None) -> Tensor:
-        return self.put(Parts(*_digits(values, 2)))
+        codes, scale = _digits(values, 2)
+        return self.put(codes, Scales(scale))
 
 
 _RUNS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))

@@ -1,0 +1,54 @@
+"""Types whose values are codes on a grid: what the core's affine and codebook forms are made of."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantmill.forms import Codes
+from quantmill_gguf.types.base import BlockType, Unpack
+
+__all__ = ["CodedType", "dense"]
+
+
+class CodedType(BlockType):
+    """Every value has a code of :attr:`bits` bits."""
+
+    bits: ClassVar[int]
+
+    @abstractmethod
+    def codes(self, blocks: Tensor) -> Tensor:
+        """uint8, or int8 for 8 bits, ``[blocks, block]`` of uint8 ``[blocks, block bytes]``."""
+
+    def packed(self, raw: Tensor, unpack: Unpack | None = None) -> Codes:
+        """The codes ``[rows, columns]`` of uint8 ``[rows, row bytes]`` as the core's forms have
+        them: pairs, signed bytes, or a dense stream."""
+        shape = (raw.shape[0], raw.shape[1] // self.info.size * self.info.block)
+        packing = {4: "lo4", 8: "i8"}.get(self.bits, "dense")
+        if unpack is not None and not raw.is_meta:
+            made = Codes.empty(shape, self.bits, packing, raw.device)
+            unpack(raw, type_name=self.name, out=made.data)
+            return made
+        codes = self.codes(self.blocks(raw)).reshape(shape)
+        if packing == "dense":
+            return Codes(dense(codes.reshape(-1), self.bits), self.bits, shape, packing)
+        return Codes.pack(codes, self.bits, packing)
+
+
+def dense(codes: Tensor, bits: int) -> Tensor:
+    """The core's ``dense`` stream of uint8 ``[n]``, ``n`` a multiple of 8.
+
+    The same bytes as :meth:`quantmill.forms.Codes.pack` gives, without its wide temporaries.
+    """
+    runs = codes.reshape(-1, 8)
+    out = torch.empty(runs.shape[0], bits, dtype=torch.uint8, device=codes.device)
+    for byte in range(bits):
+        first, last = byte * 8 // bits, (byte * 8 + 7) // bits
+        total = runs[:, first] >> (byte * 8 - first * bits)
+        for index in range(first + 1, last + 1):
+            total |= runs[:, index] << (index * bits - byte * 8)
+        out[:, byte] = total
+    return out.reshape(-1)
