@@ -137,11 +137,12 @@ def _current(
     shapes: Mapping[str, Any],
     owners: Collection[str],
 ) -> bool:
-    """Whether the names are today's already: every parameter is there under its own, and all
-    else lies beside one (scales of a quantized weight). The library's table of old names, which
-    takes a tenth of a second to make, is not needed then."""
+    """Whether the names are today's already: every parameter is there under its own, or packed
+    below it (``weight.Q4_K``), and all else lies beside one (scales of a quantized weight). The
+    library's table of old names, which takes a tenth of a second to make, is not needed then."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if any(name not in headers and name not in tied for name in shapes):
+    held = {*headers, *(name.rpartition(".")[0] for name in headers), *tied}
+    if any(name not in held for name in shapes):
         return False
     return all(name in shapes or _within(name, owners) for name in headers)
 
