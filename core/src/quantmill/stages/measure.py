@@ -181,7 +181,7 @@ class ModulePlanner:
         members = member_headers(prefix, codec, self.job.headers)
         if not members:
             return None
-        target = _stored_target(module)
+        target = _stored_target(module, self.job.headers.config)
         note = self.job.headers.metadata.get(f"{prefix}.{target.parameter}", "")
         target = replace(target, note=note)
         form = codec.describe(members, target, self.dtype)
@@ -300,19 +300,18 @@ class ModulePlanner:
         return 4 if module.keep_float else self.dtype.itemsize
 
 
-def _stored_target(module: ModuleInfo) -> Target:
+def _stored_target(module: ModuleInfo, config: Mapping[str, Any]) -> Target:
     found = targets_of(module)
     if found:
         return found[0]
     weight = module.parameters.get("weight")
     if weight is None:
-        raise QuantmillError(
-            NO_SHAPE(
-                module.name,
-                "its weight is packed, and no installed framework knows this architecture",
-                'pip install "quantmill[transformers]"',
-            )
-        )
+        cause = "its weight is packed, and no installed framework knows this architecture"
+        fix = 'pip install "quantmill[transformers]"'
+        if not config:
+            cause = "its weight is packed, and there is no config.json to say what model this is"
+            fix = "get the checkpoint's config.json"
+        raise QuantmillError(NO_SHAPE(module.name, cause, fix))
     rows, columns = weight.shape[0], weight.shape[-1]
     transposed = module.kind == "conv1d"
     if transposed:

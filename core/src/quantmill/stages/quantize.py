@@ -46,8 +46,9 @@ NOT_FINITE_KEPT = declare(
     fallback=True,
 )
 OVERFLOW = declare("QM-WEIGHT-003", "A value does not fit into the asked dtype")
-_HELD = 64 << 20
-"""Bytes read until what their work left free goes back to the system."""
+_HELD, _LARGE = 64 << 20, 16 << 20
+"""Bytes read until what their work left free goes back to the system, and those of a module before
+which it does so in any case."""
 
 
 class Sink(Protocol):
@@ -143,13 +144,10 @@ def run(job: Job, sink: Sink) -> None:
     architecture = job.architecture
     assert architecture is not None
     total = sum(header.nbytes for header in job.headers.tensors.values())
-    done = kept = 0
+    done = 0
     with job.stage("quantize"), open_reader(job.headers, job.device) as reader:
         for module in run_modules(job, sink, architecture.modules, reader):
             done += _source_bytes(module, job)
-            if done - kept >= _HELD:
-                give_back()
-                kept = done
             job.advance(min(done, total), total, module.name)
         job.advance(total, total, "done")
     give_back()
@@ -184,7 +182,13 @@ def run_modules(
     plan, architecture = job.plan, job.architecture
     assert plan is not None and architecture is not None
     planned = _planned(job)
-    for module in sorted(modules, key=lambda item: _position(item, job.headers)):
+    read = 0
+    for module in sorted(modules, key=lambda item: _position(item, job)):
+        size = _source_bytes(module, job)
+        if read + size >= _HELD or size >= _LARGE:
+            give_back()
+            read = 0
+        read += size
         made = set()
         for target, selection in planned.get(module.name, []):
             if forms is not None and target.name in forms:
@@ -309,17 +313,9 @@ def _resident(reader: TensorReader, header: TensorHeader, device: str) -> Tensor
     return on_device(reader, header.name, torch.device(device))
 
 
-def _position(module: ModuleInfo, headers: CheckpointHeaders) -> tuple[str, int]:
-    for parameter in module.parameters.values():
-        for source in parameter.sources:
-            header = headers.tensors.get(source)
-            if header is not None:
-                return header.file, header.start
-    return "", -1
-
-
-def _source_bytes(module: ModuleInfo, job: Job) -> int:
-    count = 0
+def _stored(module: ModuleInfo, job: Job) -> Iterator[tuple[TensorHeader, float]]:
+    """The tensors of a module in the checkpoint, and how much of each is the module's."""
+    assert job.architecture is not None
     for parameter in module.parameters.values():
         for source in parameter.sources:
             header = job.headers.tensors.get(source)
@@ -328,5 +324,19 @@ def _source_bytes(module: ModuleInfo, job: Job) -> int:
             share = 1.0
             if parameter.part is not None:
                 share = prod(parameter.shape) / max(1, prod(header.shape))
-            count += round(header.nbytes * share)
-    return count
+            yield header, share
+    if job.prequantized:
+        for target, selection in _planned(job).get(module.name, []):
+            prefix = job.architecture.module_prefix(target.module)
+            for header in member_headers(prefix, codec_of(job, selection), job.headers).values():
+                yield header, 1.0
+
+
+def _position(module: ModuleInfo, job: Job) -> tuple[str, int]:
+    for header, _ in _stored(module, job):
+        return header.file, header.start
+    return "", -1
+
+
+def _source_bytes(module: ModuleInfo, job: Job) -> int:
+    return sum(round(header.nbytes * share) for header, share in _stored(module, job))
