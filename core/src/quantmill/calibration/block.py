@@ -372,7 +372,8 @@ class Block:
                 NAN_ACTIVATION(
                     group[0].name,
                     "its input is NaN or infinite, or too large to be squared",
-                    "use a dtype of wider range (--dtype float32), or other data",
+                    "use a dtype of wider range (--dtype float32) or other data, or mend the layer"
+                    " before it",
                 )
             )
         if group[0].module.parts:

@@ -123,11 +123,14 @@ def read_calibration(
         )
     rows = found if found.ndim == 2 else _windows(found, length)
     if rows.numel() == 0:
-        cause = f"it holds {found.numel()} tokens, and one window takes {length}"
+        if found.numel() == 0:
+            raise QuantmillError(
+                TOO_SHORT(where, "it holds no tokens", "give text that the tokenizer keeps")
+            )
         raise QuantmillError(
             TOO_SHORT(
                 where,
-                cause if found.numel() else "it holds no tokens",
+                f"it holds {found.numel()} tokens, and one window takes {length}",
                 "give more text, or shorter windows (--calibration-length, length=)",
             )
         )
