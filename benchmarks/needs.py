@@ -2,16 +2,16 @@
 
     python benchmarks/needs.py WORK [--methods bnb-nf4 hqq-4 ...] [--context 512] [--json]
 
-A process of its own for each method (all installed ones by default) quantizes a fabricated Llama
-into a folder, loads the float checkpoint with the method where it can, loads the folder, and runs
-`context` tokens and one more through the model. Each time the peak above the start is measured; the
-imports and a run of a tiny model came before.
+For each method (all installed ones by default) a process quantizes a fabricated Llama into a
+folder. Others load the float checkpoint with the method where it can, and the folder, and run
+`context` tokens and one more through the model, or train adapters of rank 16 on it for two steps.
+Each time the peak above the start is measured; the imports and a run of a tiny model came before.
 
-`weights` is what plan says the model holds by what it holds; `loading`, `stored`, `running` and
-`quantizing` are the estimated peaks by the measured ones; calibrated methods quantize with 16
-windows of 128 tokens. Weights that are mapped from the file count as read, whichever of its pages
-the system has in memory. The allocator is told to give freed memory back at once
-(`MALLOC_MMAP_THRESHOLD_`): what it keeps for later use is no need.
+`weights` is what plan says the model holds by what it holds; `loading`, `stored`, `running`,
+`training` and `quantizing` are the estimated peaks by the measured ones; calibrated methods
+quantize with 16 windows of 128 tokens. Weights that are mapped from the file count as read,
+whichever of its pages the system has in memory. The allocator is told to give freed memory back at
+once (`MALLOC_MMAP_THRESHOLD_`): what it keeps for later use is no need.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,15 +28,16 @@ from typing import Any
 from quantmill.testing.fabricate import write_tiny_llama
 
 CHILD = r"""
-import gc, json, shutil, sys
+import gc, json, sys
 from pathlib import Path
 import torch, quantmill
 from quantmill.api import make_job, prepare
 from quantmill.fitting import FLOAT
+from quantmill.heap import give_back
 from quantmill.memory import needs
 from quantmill.testing.linears import held_bytes
 from quantmill.testing.memory import PeakMemory, read_weights
-work, method, context = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+work, method, context, parts = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(2)
 name = None if method == FLOAT else method
 able = None if name is None else quantmill.default_host().methods[
@@ -43,11 +45,10 @@ able = None if name is None else quantmill.default_host().methods[
 suffix = ".gguf" if method.startswith("gguf") else ""
 found, said = {}, {}
 
-def estimate(key, place, how, count):
+def estimate(place, how, count, training):
     job = make_job(place, how, planning=True)
-    wanted = needs(prepare(job, allow_float=True), job.architecture.settings, context=count)
-    said[key], said[f"{key} weights"] = wanted.loading, wanted.weights
-    said[f"{key} running"] = wanted.running
+    plan = prepare(job, allow_float=True)
+    return needs(plan, job.architecture.settings, context=count, training=training)
 
 def forward(model, count):
     ids = torch.arange(count)[None] % 200
@@ -55,43 +56,58 @@ def forward(model, count):
         out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
         model(input_ids=ids[:, :1], past_key_values=out.past_key_values, use_cache=True)
 
-def tokens(vocabulary):
-    return torch.randint(0, vocabulary, (16, 128), generator=torch.Generator().manual_seed(0))
+MODULES = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
-def go(source, count, vocabulary):
-    out = work / f"made-{method}{suffix}"
+def train(model, count):
+    import peft
+    from quantmill_transformers.lora import lora_config
+    config = peft.LoraConfig(r=16, target_modules=MODULES, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora_config(config))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for p in weights:
+        p.data = p.data.float()
+    optimizer = torch.optim.AdamW(weights)
+    ids = torch.arange(count)[None] % 200
+    for _ in range(2):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+def quantize(source, out, vocabulary):
+    data = {}
+    if able.calibrated:
+        rows = torch.randint(0, vocabulary, (16, 128), generator=torch.Generator().manual_seed(0))
+        data = {"calibration": rows, "samples": rows.shape[0], "length": rows.shape[1]}
+    with PeakMemory() as peak:
+        report = quantmill.quantize(source, out, name, **data)
+    found["quantizing"], said["quantizing"] = peak.bytes, report.plan.totals["quantizing_bytes"]
+
+def use(key, place, how, count, training):
     gc.collect()
-    if name is not None:
-        rows = tokens(vocabulary)
-        data = {}
-        if able.calibrated:
-            data = {"calibration": rows, "samples": rows.shape[0], "length": rows.shape[1]}
-        with PeakMemory() as peak:
-            report = quantmill.quantize(source, out, name, **data)
-        found["quantizing"] = peak.bytes
-        said["quantizing"] = report.plan.totals["quantizing_bytes"]
-        del report
+    give_back()
+    with PeakMemory() as peak:
+        model = quantmill.load(place, how, training=training)
+    wanted = estimate(place, how, count, training)
+    loading, base = peak.bytes + read_weights(model), peak.start
+    if not training:
+        found[key], said[key] = loading, wanted.loading
+        found[f"{key} weights"], said[f"{key} weights"] = held_bytes(model), wanted.weights
+    what = f"{key} training" if training else f"{key} running"
+    with PeakMemory() as peak:
+        (train if training else forward)(model, count)
+    found[what], said[what] = peak.bytes + peak.start - base, wanted.running
+
+for model, count, vocabulary in ("tiny", 8, 256), ("model", context, 4096):
+    source, out = work / model, work / f"{model}-{method}{suffix}"
+    if "q" in parts and name is not None:
+        quantize(source, out, vocabulary)
     ways = {"loading": (source, name)} if name is None or able.on_the_fly else {}
     ways |= {"stored": (out, None)} if name is not None else {}
-    for key, (place, how) in ways.items():
-        gc.collect()
-        with PeakMemory() as peak:
-            model = quantmill.load(place, how)
-        estimate(key, place, how, count)
-        found[key] = peak.bytes + read_weights(model)
-        found[f"{key} weights"] = held_bytes(model)
-        base = peak.start
-        with PeakMemory() as peak:
-            forward(model, count)
-        found[f"{key} running"] = peak.bytes + peak.start - base
-        del model
-    if out.is_dir():
-        shutil.rmtree(out)
-    else:
-        out.unlink(missing_ok=True)
-
-go(work / "tiny", 8, 256)
-go(work / "model", context, 4096)
+    for key, way in ways.items():
+        if "r" in parts:
+            use(key, *way, count, False)
+        if "t" in parts and (name is None or able.trainable):
+            use(key, *way, count, True)
 print(json.dumps({"found": found, "said": said}))
 """
 
@@ -106,19 +122,31 @@ def fabricate(work: Path) -> None:
             write_tiny_llama(work / name, **sizes)
 
 
-def measure(work: Path, method: str, context: int) -> dict[str, Any]:
-    """A method's estimates by what was measured, and both in bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(work), method, str(context)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)},
-    )
-    if done.returncode:
-        return {"method": method, "error": done.stderr.strip()[-1000:]}
-    given = json.loads(done.stdout.splitlines()[-1])
-    found, said = given["found"], given["said"]
+def measure(work: Path, method: str, context: int, *, training: bool = True) -> dict[str, Any]:
+    """A method's estimates by what was measured, and both in bytes.
+
+    Calibrating keeps a heap for as long as its process lives, adapters stay where an optimizer
+    refers to them: each has a process of its own.
+    """
+    found: dict[str, int] = {}
+    said: dict[str, int] = {}
+    try:
+        for parts in ("q", "r", "t") if training else ("q", "r"):
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, str(work), method, str(context), parts],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(256 << 10)},
+            )
+            if done.returncode:
+                return {"method": method, "error": done.stderr.strip()[-1000:]}
+            given = json.loads(done.stdout.splitlines()[-1])
+            found |= given["found"]
+            said |= given["said"]
+    finally:
+        for path in work.glob(f"*-{method}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {
         "method": method,
         **{key: value / found[key] for key, value in said.items()},

@@ -332,6 +332,12 @@ class LinearFactory(ABC, Generic[ConfigT]):
         rows, columns = form.shape[-2:]
         return int(rows * columns * dtype.itemsize)
 
+    def backward_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        """Bytes that a backward pass, which gives the gradient of the input, needs beside that:
+        the float weight. ``form`` may be on the meta device."""
+        rows, columns = form.shape[-2:]
+        return int(rows * columns * dtype.itemsize)
+
     def row_bytes(self, form: Form, dtype: torch.dtype) -> int:
         """Bytes that a forward pass needs for each row of its input, beside input and output:
         rounded activations, sums in another dtype. ``form`` may be on the meta device."""

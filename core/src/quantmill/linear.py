@@ -272,3 +272,8 @@ class FormLinearFactory(LinearFactory[Any]):
             layout=live.kernel.layout if isinstance(live, Prepared) else "",
         )
         return super().forward_bytes(form, dtype) if kernel is None else 0
+
+    def backward_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        # The reference computes in float32: codes and their products with the scales.
+        rows, columns = form.shape[-2:]
+        return super().backward_bytes(form, dtype) + 2 * 4 * rows * columns

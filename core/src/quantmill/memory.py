@@ -7,12 +7,13 @@ Weights are exact, from the plan. The rest follows from the architecture's sizes
 - activations: what one block holds at once for all tokens of the context, and the logits;
 - training: adapters in float32 with their gradients and two moments of Adam (16 bytes a
   parameter), the hidden states between blocks that gradient checkpointing keeps, and what the
-  backward pass of one block and of the loss need.
+  backward pass of one block, with the inputs of its adapters in float32, and of the loss need.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +25,8 @@ __all__ = ["Needs", "Sizes", "cache_bytes", "needs"]
 
 _ADAPTER_BYTES: Final = 16
 """float32: weight, gradient and Adam's two moments."""
+_ADAPTER_INPUT: Final = 4
+"""float32: the input of an adapter, which its gradient needs."""
 _HIDDEN_HELD: Final = 6
 """Tensors of the width of the hidden states that a block holds: residual, norm, attention."""
 _INNER_HELD: Final = 3
@@ -145,16 +148,22 @@ def needs(
         for item in plan.modules
         if item.kind in ("linear", "conv1d") and item.action != "not-a-target"
     ]
-    pairs = [
-        (item.target.out_features + item.target.in_features) * (item.target.experts or 1)
+    ends = [
+        (item.target.out_features, item.target.in_features)
         if item.target is not None
-        else sum(item.shape)
+        else (item.shape[0], item.shape[-1])
         for item in linears
     ]
-    adapters = rank * sum(pairs) * _ADAPTER_BYTES
+    experts = [1 if item.target is None else item.target.experts or 1 for item in linears]
+    adapters = rank * sum(n * sum(pair) for n, pair in zip(experts, ends, strict=True))
+    adapters *= _ADAPTER_BYTES
     kept = context * sizes.hidden * itemsize * sizes.layers
     loss = context * sizes.vocabulary * (itemsize + 4 * _LOSS_HELD)
-    # The backward pass holds a block's activations with their gradients, and a float weight.
-    weight = max((item.parameters for item in linears), default=0) * itemsize
-    working = kept + max(loss, 2 * block + max(weight, forward))
+    # The backward pass holds a block's activations with their gradients, and a float weight. Blocks
+    # and experts are alike: what differs in a number only is the same linear.
+    weight = max((item.backward_bytes for item in linears), default=0)
+    alike = [re.sub(r"\.\d+(?=\.)", "", item.name) for item in linears]
+    widths = {name: width for name, (_, width) in zip(alike, ends, strict=True)}
+    adapted = context * sum(widths.values()) * _ADAPTER_INPUT
+    working = kept + max(loss, 2 * block + adapted + max(weight, forward))
     return Needs(totals["bytes_memory"], totals["peak_bytes"], 0, working, adapters)

@@ -41,6 +41,8 @@ class ModulePlan:
     """While it is being made, beyond ``bytes_memory``."""
     forward_bytes: int = 0
     """While it computes, beyond ``bytes_memory``, its input and its output."""
+    backward_bytes: int = 0
+    """While gradients go back through it, beside those."""
     row_bytes: int = 0
     """While it computes, for each row of its input, beside that and its output."""
     target: Target | None = field(default=None, repr=False, compare=False)

@@ -56,14 +56,15 @@ def as_float(module: ModuleInfo) -> ModuleInfo:
 
 
 class _Measure(NamedTuple):
-    """Of a form: its words, and bytes on the disk, in memory, while made, while computing, and
-    for each row of activations then."""
+    """Of a form: its words, and bytes on the disk, in memory, while made, while computing forward
+    and backward, and for each row of activations then."""
 
     form: str
     stored: int
     resident: int
     working: int
     forward: int
+    backward: int
     row: int
 
 
@@ -135,6 +136,7 @@ class ModulePlanner:
                 bytes_memory=measure.resident + extra,
                 working_bytes=measure.working,
                 forward_bytes=measure.forward,
+                backward_bytes=measure.backward,
                 row_bytes=measure.row,
                 target=target,
             )
@@ -159,6 +161,7 @@ class ModulePlanner:
                 factory.resident_bytes(form),
                 quantizer.working_bytes(target, dtype),
                 factory.forward_bytes(form, self.dtype),
+                factory.backward_bytes(form, self.dtype),
                 factory.row_bytes(form, self.dtype),
             )
         return self._cache[key]
@@ -211,9 +214,11 @@ class ModulePlanner:
         rest = sum(_bytes(p) for local, p in module.parameters.items() if local not in names)
         factory = factory_of(self.job, selection)
         resident, forward = factory.resident_bytes(form), factory.forward_bytes(form, self.dtype)
+        backward = factory.backward_bytes(form, self.dtype)
         row = factory.row_bytes(form, self.dtype)
         if self.job.options.dequantize:
-            resident, forward, row = target.weights * self.dtype.itemsize, 0, 0
+            resident = target.weights * self.dtype.itemsize
+            forward = backward = row = 0
         return ModulePlan(
             name=module.name,
             kind=target.kind,
@@ -228,6 +233,7 @@ class ModulePlanner:
             bytes_after=stored + rest,
             bytes_memory=resident + rest,
             forward_bytes=forward,
+            backward_bytes=backward,
             row_bytes=row,
             target=target,
         )
