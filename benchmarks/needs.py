@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quantmill.host import default_host
 from quantmill.testing.fabricate import write_tiny_llama
 
 CHILD = r"""
@@ -125,13 +126,16 @@ def fabricate(work: Path) -> None:
 def measure(work: Path, method: str, context: int, *, training: bool = True) -> dict[str, Any]:
     """A method's estimates by what was measured, and both in bytes.
 
-    Calibrating keeps a heap for as long as its process lives, adapters stay where an optimizer
-    refers to them: each has a process of its own.
+    Calibrating keeps a heap for as long as its process lives, so quantizing with it has a process
+    of its own, and so has training.
     """
     found: dict[str, int] = {}
     said: dict[str, int] = {}
+    host = default_host()
+    presets = host.presets.get(method)
+    calibrated = presets is not None and host.methods[presets[0].name].capabilities.calibrated
     try:
-        for parts in ("q", "r", "t") if training else ("q", "r"):
+        for parts in (*(("q", "r") if calibrated else ("qr",)), *(("t",) if training else ())):
             done = subprocess.run(
                 [sys.executable, "-c", CHILD, str(work), method, str(context), parts],
                 capture_output=True,
@@ -161,8 +165,6 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    from quantmill.host import default_host
-
     work = options.work.absolute()
     fabricate(work)
     rows = []
