@@ -1,9 +1,9 @@
 """What plan and choose say a model needs, held against what a process then takes.
 
 Weights within 2 %, peaks within 10 %, or 7 MiB of a model of 43 to 65: of loading the float model
-with the method, of loading its checkpoint, of running, of training adapters, of quantizing. ``benchmarks/needs.py`` says
-how it is measured. A method of every backend is measured where ``QUANTMILL_ALL_BACKENDS`` is set
-(some three minutes), else a few.
+with the method, of loading its checkpoint, of running, of training adapters, of quantizing.
+``benchmarks/needs.py`` says how it is measured. A method of every backend is measured where
+``QUANTMILL_ALL_BACKENDS`` is set (some ten minutes), else a few.
 """
 
 from __future__ import annotations
