@@ -134,6 +134,7 @@ def measure(work: Path, method: str, context: int, *, training: bool = True) -> 
     host = default_host()
     presets = host.presets.get(method)
     calibrated = presets is not None and host.methods[presets[0].name].capabilities.calibrated
+    clear(work, method)
     try:
         for parts in (*(("q", "r") if calibrated else ("qr",)), *(("t",) if training else ())):
             done = subprocess.run(
@@ -149,13 +150,18 @@ def measure(work: Path, method: str, context: int, *, training: bool = True) -> 
             found |= given["found"]
             said |= given["said"]
     finally:
-        for path in work.glob(f"*-{method}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear(work, method)
     return {
         "method": method,
         **{key: value / found[key] for key, value in said.items()},
         "bytes": {key: [value, found[key]] for key, value in said.items()},
     }
+
+
+def clear(work: Path, method: str) -> None:
+    """Remove what was made with a method, also by a run that was stopped."""
+    for path in work.glob(f"*-{method}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def main() -> None:
