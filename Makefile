@@ -44,8 +44,10 @@ demo: venv ## plan, quantize, evaluate, save and reload a real small Llama
 	$(PY) examples/demo.py
 
 .PHONY: test
+# Workers use all processors already: more threads in each would spin for one another's.
 test: venv ## all tests of all packages, and those across them
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .PHONY: lint
 lint: venv ## ruff and the import contracts

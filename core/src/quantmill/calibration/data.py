@@ -14,11 +14,13 @@ from torch import Tensor
 
 from quantmill.findings import QuantmillError, declare
 
-__all__ = ["CalibrationData", "Calls", "read_calibration", "read_calls"]
+__all__ = ["BATCH_TOKENS", "CalibrationData", "Calls", "read_calibration", "read_calls"]
 
 NO_DATA = declare("QM-CALIB-001", "There is no calibration data, or it can't be read")
 TOO_SHORT = declare("QM-CALIB-002", "The calibration data is too short")
 BAD_TOKENS = declare("QM-CALIB-003", "Calibration tokens do not fit the model")
+BATCH_TOKENS = 2048
+"""Tokens that run through a block at once."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -35,7 +37,7 @@ class CalibrationData:
         data = self.tokens.contiguous().numpy().tobytes()
         return hashlib.sha256(data + str(tuple(self.tokens.shape)).encode()).hexdigest()
 
-    def batches(self, tokens: int = 2048) -> list[Tensor]:
+    def batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """Batches of about that many tokens: enough for products, and few for the caches."""
         size = max(1, tokens // max(1, self.tokens.shape[1]))
         return list(torch.split(self.tokens, size))

@@ -1,7 +1,8 @@
 """What calibration will take, from a plan: the memory of :class:`quantmill.calibration.engine.Run`.
 
 In memory at once are the modules outside the blocks, one block, its inputs for all windows, what
-the windows have computed where they pause in a block, and what its calibrator works with.
+the windows have computed where they pause in a block, and what its calibrator works with. What one
+batch computes is gone by then, but lies free between the rest in the heap.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from quantmill.calibration.data import BATCH_TOKENS
 from quantmill.memory import Sizes
 from quantmill.registrations import resolve
 
@@ -28,6 +30,8 @@ STAGED_BYTES: Final = 2 << 30
 _KEPT: Final = 12
 """Tensors of the size of the hidden states that a paused batch holds, roughly: residual, norm,
 queries, keys, values, rotated copies, a wide MLP's two halves."""
+_WIDE: Final = 5
+"""Tensors of a batch that are as wide as the widest input, while the block computes."""
 
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
@@ -76,9 +80,17 @@ def calibrating_bytes(
         for members in targets.values()
         for label, own in members.items()
     )
+    widest = max(
+        target.in_features
+        for members in targets.values()
+        for own in members.values()
+        for target in own
+    )
     tokens = job.options.samples * job.options.length
+    # Beside these, moments are summed in float32.
+    computed = min(tokens, BATCH_TOKENS) * widest * (_WIDE * itemsize + 8)
     hidden = tokens * Sizes.of(settings).hidden * itemsize
     staged = staged_bytes(hidden)
     inputs = hidden + (staged if staged <= STAGED_BYTES else hidden)
     outside = sizes.pop("", 0)
-    return outside + max(sizes.values(), default=0) + inputs + working
+    return outside + max(sizes.values(), default=0) + inputs + computed + working

@@ -64,7 +64,7 @@ class AwqCalibrator(BlockCalibrator[AwqConfig]):
         # The moments of all inputs of the block, then a weight in float32 with what is tried.
         widths = {(target.module.name.rpartition(".")[0], target.in_features) for target in targets}
         moments = sum(4 * width**2 for _, width in widths)
-        return moments + 20 * max(target.weights for target in targets)
+        return moments + 36 * max(target.weights for target in targets)
 
     def _search(
         self, block: Block, group: Sequence[Target], moments: Moments, fold: Fold

@@ -31,10 +31,11 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
             moments.free()
 
     def working_bytes(self, targets: Sequence[Target]) -> int:
-        # The moments, the same in order, and the factor with what it is made of in float64; then
-        # the weight in float32, turned, its codes, and the passes over them.
+        # The moments, the same in order, and the factor with what it is made of, in float64 up to
+        # a width; then the first three, and the weight in float32, turned, and what it lacks.
         widest = max(target.in_features for target in targets)
-        return (28 if widest <= EXACT else 20) * widest**2 + 24 * max(t.weights for t in targets)
+        factoring = (24 if widest <= EXACT else 16) * widest**2
+        return max(factoring, 12 * widest**2 + 24 * max(target.weights for target in targets))
 
     def _quantize(self, block: Block, group: list[Target], moments: Moments) -> None:
         problems: dict[tuple[object, ...], Problem] = {}
