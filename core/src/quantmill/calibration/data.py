@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from quantmill.findings import QuantmillError, declare
+from quantmill.stages.calibrating import BATCH_TOKENS
 
-__all__ = ["BATCH_TOKENS", "CalibrationData", "Calls", "read_calibration", "read_calls"]
+__all__ = ["CalibrationData", "Calls", "read_calibration", "read_calls"]
 
 NO_DATA = declare("QM-CALIB-001", "There is no calibration data, or it can't be read")
 TOO_SHORT = declare("QM-CALIB-002", "The calibration data is too short")
 BAD_TOKENS = declare("QM-CALIB-003", "Calibration tokens do not fit the model")
-BATCH_TOKENS = 2048
-"""Tokens that run through a block at once."""
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from quantmill.calibration.data import BATCH_TOKENS
 from quantmill.memory import Sizes
 from quantmill.registrations import resolve
 
@@ -23,8 +22,10 @@ if TYPE_CHECKING:
     from quantmill.planning import ModulePlan
     from quantmill.targeting.types import Target
 
-__all__ = ["STAGED_BYTES", "calibrating_bytes", "calibrator_of", "staged_bytes"]
+__all__ = ["BATCH_TOKENS", "STAGED_BYTES", "calibrating_bytes", "calibrator_of", "staged_bytes"]
 
+BATCH_TOKENS: Final = 2048
+"""Tokens that run through a block at once."""
 STAGED_BYTES: Final = 2 << 30
 """Most memory for intermediate results of all batches in one block."""
 _KEPT: Final = 12

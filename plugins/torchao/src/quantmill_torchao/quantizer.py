@@ -76,7 +76,7 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
             period = 8 // gcd(8, shape[1] * form.codes.bits)
             step = step * period // gcd(step, period)
         if self._in_bytes(form):
-            self._round_bytes(form, weight)
+            self._round_bytes(form, weight, step)
             return form
         whole = self._range(weight) if isinstance(form.grouping, PerTensor) else None
         with FiniteCheck(weight.name) as finite:
@@ -90,30 +90,53 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
                     self._integers(form, start, tiles, low, high)
         return form
 
-    @staticmethod
-    def _in_bytes(form: AoAffine | AoFloat) -> bool:
-        """Bytes with scales by rows or groups: kernels round those."""
+    def _in_bytes(self, form: AoAffine | AoFloat) -> bool:
+        """Bytes with scales of magnitudes by rows or groups, or codes that are packed from such:
+        kernels round those."""
         if isinstance(form.grouping, PerTensor) or form.layout.block[0] != 1:
             return False
-        return isinstance(form, AoFloat) or form.layout.tensor == "Int8Tensor"
+        if isinstance(form, AoFloat) or form.layout.tensor == "Int8Tensor":
+            return True
+        plain = self.recipe.mapping == "SYMMETRIC" and self.recipe.algorithm != "HQQ_SCALE_ONLY"
+        # With fewer bits a tie goes to the lowest code (take_lowest); int4 has rules of its own.
+        return plain and form.layout.tensor != "Int4Tensor" and 4 <= form.codes.bits < 8
 
-    def _round_bytes(self, form: AoAffine | AoFloat, weight: WeightSource) -> None:
-        rows, columns = form.shape
+    def _round_bytes(self, form: AoAffine | AoFloat, weight: WeightSource, step: int) -> None:
+        columns = form.shape[1]
         group = form.layout.block[1]
-        real = isinstance(form, AoFloat)
-        out = form.values if isinstance(form, AoFloat) else form.codes.data.reshape(rows, columns)
-        rounding = ByteRounding(self.kernels, self.device, weight.dtype, out.dtype)
-        top = 63.0 if self.recipe.reduced else BYTES[out.dtype]
+        assert isinstance(form.scale, Tensor)
+        real, small = isinstance(form, AoFloat), False
+        if isinstance(form, AoFloat):
+            kind, top = form.values.dtype, BYTES[form.values.dtype]
+        else:
+            kind, top = torch.int8, 2.0 ** (form.codes.bits - 1) - 1
+            small = form.codes.packing != "i8"
+        if self.recipe.reduced:
+            top = top // 2
+        rounding = ByteRounding(self.kernels, self.device, weight.dtype, kind)
+        floor = _TINY if self.recipe.tensor == "Int8Tensor" else torch.finfo(form.scale.dtype).tiny
         with FiniteCheck(weight.name) as finite:
-            for start, block in weight.row_blocks():
+            for start, block in weight.row_blocks(step):
                 absmax = rounding.absmax(block, group)
                 finite.look(block, start * columns, maxima=absmax)
-                scale = _float_scale(absmax, top) if real else _int8_scale(absmax, top)
-                assert isinstance(form.scale, Tensor)
+                if real:
+                    scale = by = _float_scale(absmax, top)
+                else:
+                    scale = (absmax / (top + 0.5)).clamp(min=floor).to(form.scale.dtype)
+                    by = 1.0 / scale.to(torch.float32)
                 _put(form, form.scale, start, scale)
-                by = scale if real else 1.0 / scale
-                part = out[start : start + block.shape[0]]
+                if isinstance(form, AoFloat):
+                    part = form.values[start : start + block.shape[0]]
+                elif small:
+                    part = torch.empty(block.shape, dtype=torch.int8, device=self.device)
+                else:
+                    part = form.codes.data[start : start + block.shape[0]]
                 rounding.store(block, by, part, group, multiply=not real, top=top)
+                if small:
+                    assert isinstance(form, AoAffine) and isinstance(form.offset, Tensor)
+                    middle = 2 ** (form.codes.bits - 1)
+                    _put(form, form.offset, start, torch.full_like(scale, middle).to(form.offset))
+                    _pack(form, start, part.add_(middle))
 
     def _empty(self, shape: tuple[int, int], dtype: torch.dtype) -> AoAffine | AoFloat:
         recipe = self.recipe
@@ -222,10 +245,6 @@ def _float_scale(absmax: Tensor, top: float) -> Tensor:
     scale = absmax / top
     # A scale of 0 would make 0 / 0: zeros have the scale 1.
     return torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def _int8_scale(absmax: Tensor, top: float) -> Tensor:
-    return (absmax / (top + 0.5)).clamp(min=_TINY)
 
 
 def _tiled(
