@@ -313,23 +313,31 @@ def _resident(reader: TensorReader, header: TensorHeader, device: str) -> Tensor
     return on_device(reader, header.name, torch.device(device))
 
 
-def _stored(module: ModuleInfo, job: Job) -> Iterator[tuple[TensorHeader, float]]:
-    """The tensors of a module in the checkpoint, and how much of each is the module's."""
-    assert job.architecture is not None
-    for parameter in module.parameters.values():
-        for source in parameter.sources:
-            header = job.headers.tensors.get(source)
-            if header is None:
-                continue
-            share = 1.0
-            if parameter.part is not None:
-                share = prod(parameter.shape) / max(1, prod(header.shape))
-            yield header, share
-    if job.prequantized:
-        for target, selection in _planned(job).get(module.name, []):
-            prefix = job.architecture.module_prefix(target.module)
+def _stored(module: ModuleInfo, job: Job) -> list[tuple[TensorHeader, float]]:
+    """The tensors of a module in the checkpoint, each once, and how much of each is the module's;
+    looked up once per job."""
+    architecture = job.architecture
+    assert architecture is not None
+
+    def make() -> list[tuple[TensorHeader, float]]:
+        found: dict[str, tuple[TensorHeader, float]] = {}
+        for parameter in module.parameters.values():
+            for source in parameter.sources:
+                header = job.headers.tensors.get(source)
+                if header is None:
+                    continue
+                share = 1.0
+                if parameter.part is not None:
+                    share = prod(parameter.shape) / max(1, prod(header.shape))
+                found[source] = header, share
+        for target, selection in _planned(job).get(module.name, []) if job.prequantized else ():
+            prefix = architecture.module_prefix(target.module)
             for header in member_headers(prefix, codec_of(job, selection), job.headers).values():
-                yield header, 1.0
+                found.setdefault(header.name, (header, 1.0))
+        return list(found.values())
+
+    there: list[tuple[TensorHeader, float]] = _cached(job, ("stored", module.name), make)
+    return there
 
 
 def _position(module: ModuleInfo, job: Job) -> tuple[str, int]:

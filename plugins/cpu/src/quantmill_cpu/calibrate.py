@@ -67,9 +67,7 @@ def compensate(
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout, or the panel too wide.
     """
-    for column, span in enumerate(spans):
-        if not 0 <= span <= len(spans) - column:
-            raise ValueError(f"spans[{column}] must be 0 to {len(spans) - column}")
+    _within(spans, range(len(spans), 0, -1))
     shape, pointers = _panel(panel, local, groups, spans, scales, zeros)
     written = address(codes, torch.uint8, panel.numel(), "codes")
     _done(
@@ -96,12 +94,17 @@ def descend(
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout, or the panel too wide.
     """
-    for column, span in enumerate(spans):
-        if not 0 <= span <= column + 1:
-            raise ValueError(f"spans[{column}] must be 0 to {column + 1}")
+    _within(spans, range(1, len(spans) + 1))
     shape, pointers = _panel(panel, local, groups, spans, scales, zeros)
     changed = address(steps, torch.float32, panel.numel(), "steps")
     _done(shape, library().qm_descend(*shape, top, *pointers, changed, torch.get_num_threads()))
+
+
+def _within(spans: Sequence[int], most: Sequence[int]) -> None:
+    """Groups end within the panel; the library takes that as given."""
+    for column, (span, end) in enumerate(zip(spans, most, strict=True)):
+        if not 0 <= span <= end:
+            raise ValueError(f"spans[{column}] must be 0 to {end}")
 
 
 def _panel(
