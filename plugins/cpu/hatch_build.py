@@ -107,8 +107,8 @@ def compile_library(
     newer, macros = _newer(compiler) if x86 and only is None else ({}, [])
     # Object, file, its flags; those that take longest first.
     sources = [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
-    plain = ("quantize", "panels", "pool", "operator", "ggml", "ggml_codes", "moments", "columns")
-    sources += [(name, name, []) for name in plain]
+    plain = ("quantize", "panels", "pool", "operator", "ggml", "ggml_codes", "columns")
+    sources += [(name, name, []) for name in (*plain, "moments", "attention")]
     flags += ["-DQM_X86_LEVELS", *macros] if x86 else []
     for level in LEVELS if x86 else ["baseline"]:
         name = [f"-DQM_LEVEL={level}"]
@@ -123,7 +123,8 @@ def compile_library(
         ]
     sources += [(name, name, MATMUL) for name in ("matmul", "matmul_weight")]
     if "matmul_bf16" in newer:
-        sources.append(("moments_bf16", "moments_bf16", newer["matmul_bf16"]))
+        for name in ("moments_bf16", "attention_bf16"):
+            sources.append((name, name, newer["matmul_bf16"]))
     with tempfile.TemporaryDirectory() as scratch:
         jobs, objects = [], []
         for made, file, extra in sources:

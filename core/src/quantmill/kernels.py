@@ -40,6 +40,11 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
 ``moments`` of the form ``tensor``
     ``fn(x, *, out)``: add ``x.T @ x`` of ``x [tokens, columns]`` to float32 ``out [columns,
     columns]``, on and above its diagonal; what is below it has no meaning.
+``attention`` of the form ``tensor``
+    ``fn(q, k, v, *, scale, causal)``: ``softmax(scale * q @ k.T) @ v`` per head, ``q [batch, heads,
+    queries, dim]`` with even ``dim``, ``k`` and ``v [batch, kv heads, keys, dim]``, of which runs
+    of heads share one; elements of a row are neighbours in memory. With ``causal`` row i sees keys
+    0 to i.
 ``compensate`` for ``affine``: round a panel of at most 128 columns one after the other
     ``fn(panel, local, groups, spans, scales, zeros, codes, *, top, symmetric, exponent)``: columns
     are rows of memory. ``panel`` float32 ``[n, out]`` holds the weight, then each column's error

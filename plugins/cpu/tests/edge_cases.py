@@ -126,14 +126,33 @@ def panels(columns: int, rows: int, width: int) -> list[Tensor]:
 
 def moments_run() -> None:
     """Sums may be ordered otherwise: run, and not compared."""
-    from quantmill_cpu.calibrate import moments, no_moments
+    from quantmill_cpu.calibrate import moments, no_dots
 
     for tokens, columns in ((0, 3), (1, 1), (3, 65), (1025, 130), (2049, 63)):
-        if no_moments() is None:
+        if no_dots() is None:
             x = torch.ones(tokens, columns, dtype=torch.bfloat16)
             total = torch.zeros(columns, columns)
             moments(x, out=total)
             assert (total.triu() == torch.full_like(total, tokens).triu()).all()
+
+
+def attention_run() -> None:
+    """As with moments."""
+    from quantmill_cpu.attention import attention
+    from quantmill_cpu.calibrate import no_dots
+
+    for queries, keys, dim, wide in (
+        (0, 1, 2, 1),
+        (1, 1, 2, 3),
+        (17, 65, 6, 64),
+        (33, 33, 66, 130),
+    ):
+        if no_dots() is None:
+            q = torch.ones(2, queries, 4, dim, dtype=torch.bfloat16).transpose(1, 2)
+            k = torch.ones(2, 2, keys, dim, dtype=torch.bfloat16)
+            v = torch.ones(2, 2, keys, wide, dtype=torch.bfloat16)
+            found = attention(q, k, v, scale=1.0, causal=queries == keys)
+            assert (found == 1).all()
 
 
 def digest() -> str:
@@ -154,6 +173,7 @@ def digest() -> str:
                 for tensor in rows_int8(source.reshape(shape)):
                     found.update(tensor.numpy().tobytes())
     moments_run()
+    attention_run()
     for columns, rows, width in PANELS:
         for tensor in panels(columns, rows, width):
             found.update(tensor.numpy().tobytes())

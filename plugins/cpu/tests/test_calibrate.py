@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantmill_cpu.calibrate import compensate, descend, moments, no_moments
+from quantmill_cpu.calibrate import compensate, descend, moments, no_dots
 from quantmill_cpu.native import level, levels, use_level
 
-needs_dots = pytest.mark.skipif(no_moments() is not None, reason=str(no_moments()))
+needs_dots = pytest.mark.skipif(no_dots() is not None, reason=str(no_dots()))
 
 
 @needs_dots
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_refused() -> None:
             compensate(*wrong, **options)
     with pytest.raises(ValueError, match=r"spans\[0\] must be 0 to 1"):
         descend(*arguments[:3], [2, *[0] * 127], scales, scales, torch.zeros(128, 8), top=15)
-    if no_moments() is None:
+    if no_dots() is None:
         for x, out in (
             (torch.ones(4, 8), torch.zeros(8, 8)),
             (torch.ones(4, 8, dtype=torch.bfloat16), torch.zeros(8, 9)),

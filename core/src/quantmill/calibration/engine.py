@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.backend import BlockCalibrator, NonFiniteWeight
+from quantmill.calibration.attention import KernelAttention
 from quantmill.calibration.block import Block, Share
 from quantmill.calibration.data import CalibrationData, Calls
 from quantmill.calibration.mixture import few_tokens
@@ -28,7 +29,7 @@ from quantmill.calibration.resume import Progress
 from quantmill.calibration.tail import Tail
 from quantmill.checkpoint.reader import TensorReader
 from quantmill.findings import QuantmillError, Severity, declare
-from quantmill.finite import first_non_finite
+from quantmill.finite import FiniteCheck
 from quantmill.forms import Form
 from quantmill.heap import give_back, one_heap
 from quantmill.job import Job, Selection
@@ -132,7 +133,7 @@ class Run:
         """All blocks, then what lies outside them, then everything to the sink."""
         job = self.job
         calibrators = self._calibrators()
-        with job.stage("calibrate"):
+        with job.stage("calibrate"), KernelAttention(job.kernels):
             model = self.architecture.build()
             blocks, count = find_blocks(model, list(self.calibrated))
             inner = f"{blocks}." if blocks else ""
@@ -251,12 +252,12 @@ class Run:
         """NaN or infinity in a weight ends the job, or by its policy keeps the module float."""
         for target in list(block.targets):
             weight = block.weight(target)
-            index = int(first_non_finite(weight))
-            if index < 0:
+            try:
+                with FiniteCheck(target.weight_name) as check:
+                    check.look(weight)
                 continue
-            keep_non_finite(
-                self.job, NonFiniteWeight(target.weight_name, index), tuple(weight.shape)
-            )
+            except NonFiniteWeight as found:
+                keep_non_finite(self.job, found, tuple(weight.shape))
             block.targets.remove(target)
             block.forms[target.name] = None
 

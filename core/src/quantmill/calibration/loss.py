@@ -11,21 +11,24 @@ if TYPE_CHECKING:
 
     from quantmill.forms import Form
 
-__all__ = ["evenly", "relative_error", "relative_loss"]
+__all__ = ["JUDGED", "SEARCHED", "evenly", "relative_error", "relative_loss"]
 
-_ROWS = 256
+SEARCHED = 256
+"""Rows of a weight that are enough to choose by."""
+JUDGED = 128
+"""Rows that are enough to say how large the error is."""
 
 
-def evenly(rows: int, device: torch.device) -> Tensor:
-    """Numbers of at most 256 evenly spaced rows, int64: enough to judge a weight by."""
-    count = min(rows, _ROWS)
+def evenly(rows: int, device: torch.device, most: int) -> Tensor:
+    """Numbers of at most ``most`` evenly spaced rows, int64."""
+    count = min(rows, most)
     return (torch.arange(count, device=device) * (rows / count)).to(torch.int64)
 
 
 def relative_loss(weight: Tensor, form: Form, square: Tensor) -> float:
     """Squared error of the output of ``form`` over the squared output of ``weight [out, in]``, of
     evenly spaced rows, for inputs whose second moments are ``square``, float32 ``[in, in]``."""
-    index = evenly(weight.shape[0], weight.device)
+    index = evenly(weight.shape[0], weight.device, JUDGED)
     return relative_error(weight[index], form.dequantize(torch.float32)[index], square)
 
 

@@ -2,76 +2,80 @@
 
 Quantizing a block in the order in which its linears run needs, for each linear, the inputs that
 the quantized ones before it give. Running the block anew for each costs several passes; here each
-batch runs in a thread of its own that waits at every stop until all batches have reached it and
-the linear there has been quantized. Exactly one thread runs at any time, in the order of batches,
-so results do not depend on scheduling. The price is memory: what a batch computed so far is kept.
+batch runs in a greenlet that pauses at every stop until all batches have reached it and the linear
+there has been quantized. The price is memory: what a batch computed so far is kept.
+
+Greenlets share one thread, and so one team of OpenMP workers: with a thread for each batch there
+would be a team for each, and libgomp lets the workers of so many fall asleep after each operator.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 __all__ = ["run_staged"]
 
 Observer = Callable[[Tensor, int], None]
 
+_DEVICES = ("cpu", "cuda")
 
-class _Run(threading.Thread):
+
+def _modes() -> tuple[bool, ...]:
+    """What torch keeps per thread and a model's context managers change."""
+    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in _DEVICES))
+
+
+def _set_modes(modes: tuple[bool, ...]) -> None:
+    torch.set_grad_enabled(modes[0])
+    for device, autocast in zip(_DEVICES, modes[1:], strict=True):
+        torch.set_autocast_enabled(device, autocast)
+
+
+class _Run:
     """One batch; ``at`` is the stop it waits at, ``None`` when it has ended."""
 
     def __init__(self, call: Callable[[], Any], number: int) -> None:
-        super().__init__(daemon=True)
         self.number = number
-        self._call = call
-        self._mine = threading.Semaphore(0)
-        self._theirs = threading.Semaphore(0)
         self.at: int | None = -1
         self.output: Any = None
-        self.error: BaseException | None = None
-        self.abandoned = False
+        self._call = call
+        self.greenlet = greenlet(self._run)
 
-    def run(self) -> None:
-        self._mine.acquire()
-        try:
-            if not self.abandoned:
-                with torch.no_grad():
-                    self.output = self._call()
-        except BaseException as error:  # noqa: BLE001 raised again where the batch is waited for
-            self.error = error
+    def _run(self) -> None:
+        with torch.no_grad():
+            self.output = self._call()
         self.at = None
-        self._theirs.release()
 
     def pause(self, stop: int) -> None:
-        """Called in the batch's own thread."""
+        """Called within the batch."""
         self.at = stop
-        self._theirs.release()
-        self._mine.acquire()
-        if self.abandoned:
-            raise _Abandoned
+        modes = _modes()
+        assert self.greenlet.parent is not None
+        self.greenlet.parent.switch()
+        _set_modes(modes)
 
     def resume(self) -> None:
         """Let it run to its next stop, or its end; raise what it raised."""
-        self._mine.release()
-        self._theirs.acquire()
-        if self.error is not None:
-            raise self.error
+        self._enter(self.greenlet.switch)
 
     def abandon(self) -> None:
         """End it, wherever it is."""
-        if self.at is not None and self.is_alive():
-            self.abandoned = True
-            self._mine.release()
-            self.join()
+        if self.greenlet:
+            self._enter(lambda: self.greenlet.throw(GreenletExit))
 
-
-class _Abandoned(BaseException):
-    pass
+    def _enter(self, switch: Callable[[], Any]) -> None:
+        modes = _modes()
+        self.greenlet.parent = getcurrent()
+        try:
+            switch()
+        finally:
+            _set_modes(modes)
 
 
 def run_staged(
@@ -93,12 +97,12 @@ def run_staged(
         to_the_end: go on after the last stop.
     """
     runs = [_Run(call, number) for call, number in zip(calls, numbers, strict=True)]
-    of_thread: dict[int, _Run] = {}
+    of_greenlet = {run.greenlet: run for run in runs}
     reached = -1
 
     def hook(stop: int, observer: Observer) -> Callable[..., None]:
         def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
-            run = of_thread.get(threading.get_ident())
+            run = of_greenlet.get(getcurrent())
             # A module that is called again, or before its turn comes, is quantized already.
             if run is None or stop <= reached:
                 return
@@ -113,9 +117,6 @@ def run_staged(
             stack.callback(handle.remove)
         for run in runs:
             stack.callback(run.abandon)
-            run.start()
-            assert run.ident is not None
-            of_thread[run.ident] = run
         for stop in range(len(stops)):
             for run in runs:
                 # A batch may pass a stop by (an expert that none of its tokens is routed to).

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantmill.backend import BlockCalibrator
 from quantmill.calibration.block import Block
-from quantmill.calibration.loss import evenly, relative_loss
+from quantmill.calibration.loss import SEARCHED, evenly, relative_loss
 from quantmill.calibration.moments import Moments
 from quantmill.config import group_width
 from quantmill.forms import Form
@@ -73,7 +73,7 @@ class AwqCalibrator(BlockCalibrator[AwqConfig]):
         config = block.configs[group[0].name]
         assert isinstance(config, AwqConfig)
         weights = [block.weight(target) for target in group]
-        sample = [weight[evenly(weight.shape[0], weight.device)] for weight in weights]
+        sample = [weight[evenly(weight.shape[0], weight.device, SEARCHED)] for weight in weights]
         together = torch.cat(sample).to(torch.float32)
         inputs = moments.magnitude.clamp(min=1e-8)
         magnitude = _magnitude(together, group_width(config.group_size, together.shape[1]))

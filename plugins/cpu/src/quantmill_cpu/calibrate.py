@@ -12,13 +12,13 @@ from torch import Tensor
 from quantmill_cpu.buffers import address
 from quantmill_cpu.native import library, matmul_level, unavailable
 
-__all__ = ["compensate", "descend", "moments", "no_moments"]
+__all__ = ["compensate", "descend", "moments", "no_dots"]
 
 _DOTS = ("avx512bf16", "amx")
 
 
-def no_moments() -> str | None:
-    """Why :func:`moments` can't be used on this machine, or None."""
+def no_dots() -> str | None:
+    """Why kernels of bfloat16 dot products can't be used on this machine, or None."""
     reason = unavailable()
     if reason is None and matmul_level() not in _DOTS:
         reason = "the processor has no dot products of bfloat16, or they are not to be used"
@@ -46,7 +46,7 @@ def moments(x: Tensor, *, out: Tensor) -> None:
     if failed == -1:
         raise MemoryError(f"no memory for {columns} columns")
     if failed:
-        raise ValueError(no_moments())
+        raise ValueError(no_dots())
 
 
 def compensate(

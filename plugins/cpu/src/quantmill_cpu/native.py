@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -80,6 +80,7 @@ def library() -> ctypes.CDLL:
             [small, pointer, size, size, pointer, pointer, size, pointer, pointer, small],
         ),
         "qm_moments": (small, [pointer, size, size, pointer, small]),
+        "qm_attention": (small, [*[pointer] * 5, ctypes.c_float, small, small]),
         "qm_compensate": (
             small,
             [size, size, small, small, ctypes.c_float, *[pointer] * 7, small],

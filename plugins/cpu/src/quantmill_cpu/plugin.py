@@ -148,14 +148,17 @@ def quantmill_kernels() -> Sequence[Kernel]:
             cost=0.1,
             available=_AVAILABLE,
         ),
-        Kernel(
-            name="cpu-moments",
-            operation="moments",
-            form="tensor",
-            implementation="quantmill_cpu.calibrate:moments",
-            dtypes=("bfloat16",),
-            cost=0.4,
-            available="quantmill_cpu.calibrate:no_moments",
+        *(
+            Kernel(
+                name=f"cpu-{operation}",
+                operation=operation,
+                form="tensor",
+                implementation=f"quantmill_cpu.{module}:{operation}",
+                dtypes=("bfloat16",),
+                cost=0.4,
+                available="quantmill_cpu.calibrate:no_dots",
+            )
+            for operation, module in (("moments", "calibrate"), ("attention", "attention"))
         ),
         *(
             Kernel(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill.calibration.loss import evenly, relative_error
+from quantmill.calibration.loss import JUDGED, evenly, relative_error
 from quantmill.forms import Affine
 from quantmill.kernels import KernelRegistry
 from quantmill_gptq.columns import compensate, panels_of, preferred
@@ -81,21 +81,27 @@ def gptq(
     weight: Tensor, problem: Problem, config: GptqConfig, kernels: KernelRegistry
 ) -> tuple[Affine, float]:
     """The form of ``weight [out, in]`` and the relative squared error of its output."""
-    width = problem.width
-    work = weight.to(torch.float32, copy=True)
-    work[:, problem.dead] = 0.0
-    static = grid_of(work, width, config) if config.static_groups else None
+    width, owner = problem.width, problem.owner
+    static = None
+    if config.static_groups:
+        live = weight.to(torch.float32).masked_fill(problem.dead, 0.0)
+        static = grid_of(live, width, config)
     # Columns are rows here: what a step touches lies together.
-    turned = work.t() if problem.order is None else work.t()[problem.order]
-    turned = turned.contiguous()
+    turned = weight.t().contiguous()
+    dead = problem.dead
+    if problem.order is not None:
+        turned, dead = turned[problem.order], dead[problem.order]
+    turned = turned.to(torch.float32, copy=True)
+    turned[dead] = 0.0
+    exact = turned.clone() if config.passes > 1 else None
     codes, scales, zeros = _sweep(turned, problem, static, config, kernels)
-    owner = problem.owner
-    steps = codes.to(torch.float32).sub_(zeros[owner])
     if config.passes:
+        steps = codes.to(torch.float32).sub_(zeros[owner])
         slope = slope_of(turned, problem.root, problem.panels)
         for number in range(config.passes):
             if number:
-                slope = _slope(work, steps, scales, problem)
+                assert exact is not None
+                slope = _slope(exact, steps, scales, problem)
             refine(
                 steps,
                 scales,
@@ -107,9 +113,10 @@ def gptq(
                 config.maximum,
                 kernels,
             )
-        codes = (steps + zeros[owner]).to(torch.uint8)
-    index = evenly(weight.shape[0], weight.device)
-    values = steps[:, index] * scales[:, index][owner]
+        codes = steps.add_(zeros[owner]).to(torch.uint8)
+    index = evenly(weight.shape[0], weight.device, JUDGED)
+    values = codes[:, index].to(torch.float32).sub_(zeros[:, index][owner])
+    values.mul_(scales[:, index][owner])
     if problem.back is not None:
         codes, values = codes[problem.back], values[problem.back]
     loss = relative_error(weight[index], values.t(), problem.square)
@@ -192,10 +199,9 @@ def _owed(lacking: Tensor, root: Tensor, start: int, stop: int) -> Tensor:
     return root[:start, start:stop].t() @ lacking[:start]
 
 
-def _slope(work: Tensor, steps: Tensor, scales: Tensor, problem: Problem) -> Tensor:
+def _slope(exact: Tensor, steps: Tensor, scales: Tensor, problem: Problem) -> Tensor:
     """Damped moments times what the rounded weight lacks, ``[in, out]``."""
-    missing = work.t() if problem.order is None else work.t()[problem.order]
-    missing = missing - steps * scales[problem.owner]
+    missing = exact - steps * scales[problem.owner]
     slope = problem.hessian @ missing
     extra = float(problem.damping * problem.hessian.diagonal().mean())
     return slope.add_(missing, alpha=extra)

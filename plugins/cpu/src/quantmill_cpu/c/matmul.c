@@ -77,6 +77,8 @@ QM_API const char *qm_matmul_levels(void) {
 
 QM_API const char *qm_matmul_level(void) { return NAMES[level_used()]; }
 
+int qm_has_dots(void) { return level_used() >= BF16; }
+
 QM_API int qm_matmul_use_level(const char *name) {
     int found = -1;
     for (int i = 0; i <= level_here() && *name; i++)

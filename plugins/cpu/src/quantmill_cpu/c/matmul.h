@@ -99,6 +99,8 @@ int qm_matmul_grouped(const void *weights, int64_t each, int64_t count, const in
  * qm_use_level chose is used, unless another is asked for: */
 const char *qm_matmul_levels(void);
 const char *qm_matmul_level(void);
+/* Internal: whether that level has dot products of bf16. */
+int qm_has_dots(void);
 /* 0, or -1 where qm_matmul_levels() does not name it; an empty name: the best again. */
 int qm_matmul_use_level(const char *name);
 

@@ -2,14 +2,13 @@
 #include "moments.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "matmul.h"
 #include "pool.h"
 
 #define QM_API __attribute__((visibility("default")))
 #define SIDE QM_MOMENTS_SIDE
-#define RUN 1024 /* tokens */
+#define RUN 2048 /* tokens */
 
 typedef struct {
     const uint16_t *x;
@@ -17,11 +16,6 @@ typedef struct {
     uint32_t *packed;
     float *total;
 } Work;
-
-static int has_dots(void) {
-    const char *level = qm_matmul_level();
-    return strcmp(level, "avx512bf16") == 0 || strcmp(level, "amx") == 0;
-}
 
 #ifdef QM_AVX512BF16
 static int64_t width_of(const Work *w, int64_t block) {
@@ -54,7 +48,7 @@ static void multiply(void *argument, int64_t index, int worker) {
 
 QM_API int qm_moments(const uint16_t *x, int64_t tokens, int64_t columns, float *total,
                       int threads) {
-    if (!has_dots()) return -2;
+    if (!qm_has_dots()) return -2;
 #ifdef QM_AVX512BF16
     if (tokens <= 0 || columns <= 0) return 0;
     Work w = {.x = x, .columns = columns, .blocks = (columns + SIDE - 1) / SIDE, .total = total};

@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #include <string.h>
 
+#include "tile_bf16.h"
+
 #define SIDE QM_MOMENTS_SIDE
 
 void qm_moments_pack(const uint16_t *x, int64_t tokens, int64_t columns, int64_t block,
@@ -18,29 +20,13 @@ void qm_moments_pack(const uint16_t *x, int64_t tokens, int64_t columns, int64_t
     }
 }
 
-/* Four rows of a block: sixteen sums hide a product's latency. */
-static inline void four_rows(const uint32_t *first, const uint32_t *second, int64_t pairs,
-                             __m512 sums[4][4]) {
-    for (int r = 0; r < 4; r++)
-        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++, first += SIDE, second += SIDE) {
-        __m512bh right[4];
-#pragma GCC unroll 4
-        for (int c = 0; c < 4; c++) right[c] = (__m512bh)_mm512_loadu_si512(second + 16 * c);
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) {
-            __m512bh left = (__m512bh)_mm512_set1_epi32((int)first[r]);
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], left, right[c]);
-        }
-    }
-}
-
 void qm_moments_block(const uint32_t *first, const uint32_t *second, int64_t pairs, float *total,
                       int64_t stride, int64_t rows, int64_t columns) {
     for (int64_t row = 0; row < rows; row += 4) {
         __m512 sums[4][4];
-        four_rows(first + row, second, pairs, sums);
+        const void *at[4];
+        for (int r = 0; r < 4; r++) at[r] = first + row + r;
+        qm_tile_rows(at, 4 * SIDE, second, pairs, sums);
         for (int64_t r = 0; r < 4 && row + r < rows; r++)
             for (int64_t c = 0; c < 4 && 16 * c < columns; c++) {
                 float *to = total + (row + r) * stride + 16 * c;
