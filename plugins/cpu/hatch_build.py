@@ -107,7 +107,7 @@ def compile_library(
     newer, macros = _newer(compiler) if x86 and only is None else ({}, [])
     # Object, file, its flags; those that take longest first.
     sources = [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
-    plain = ("quantize", "panels", "pool", "operator", "ggml", "ggml_codes", "columns")
+    plain = ("quantize", "round", "panels", "pool", "operator", "ggml", "ggml_codes", "columns")
     sources += [(name, name, []) for name in (*plain, "moments", "attention")]
     flags += ["-DQM_X86_LEVELS", *macros] if x86 else []
     for level in LEVELS if x86 else ["baseline"]:

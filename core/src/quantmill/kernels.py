@@ -37,6 +37,12 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
     ``fn(block, *, by, out, group, multiply, top)``: ``block`` float ``[rows, in]`` and finite, over
     ``by`` (float32, shaped as above) or times it, held within ``top`` on both sides (int8: one
     further below) and rounded, half to even, into ``out``.
+``extremes`` of the form ``tensor``
+    ``fn(block, *, group)``: as ``absmax``, the least and the largest values; NaN in one of both
+    where NaN is inside.
+``round_codes`` of the form ``tensor``
+    ``fn(block, *, by, minus, plus, out, group, multiply, bits, middle, edge, limits)``: packed
+    codes of the same, as :meth:`quantmill.rounding.CodeRounding.store` says.
 ``moments`` of the form ``tensor``
     ``fn(x, *, out)``: add ``x.T @ x`` of ``x [tokens, columns]`` to float32 ``out [columns,
     columns]``, on and above its diagonal; what is below it has no meaning.

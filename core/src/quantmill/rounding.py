@@ -1,5 +1,5 @@
-"""Float weights to bytes with a scale per group of columns: what int8 and 8-bit floats have in
-common.
+"""Float weights to bytes, and to packed codes, with a scale per group of columns: what all methods
+that round to nearest have in common.
 
 A kernel reads a block of rows as it is stored, twice; in plain torch it becomes float32 first and
 each step goes over all of it.
@@ -13,9 +13,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantmill.forms import Codes
+from quantmill.forms.rows import lowest_edge, take_lowest
 from quantmill.kernels import KernelRegistry
 
-__all__ = ["BYTES", "ByteRounding"]
+__all__ = ["BYTES", "ByteRounding", "CodeRounding"]
 
 BYTES: Final = {torch.int8: 127.0, **{kind: torch.finfo(kind).max for kind in (
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
@@ -23,25 +25,19 @@ BYTES: Final = {torch.int8: 127.0, **{kind: torch.finfo(kind).max for kind in (
 """What weights are rounded to, and its largest number."""
 
 
-class ByteRounding:
-    """Rounds the blocks of one weight of ``dtype`` to ``values``, a key of :data:`BYTES`."""
+class _Rounding:
+    """Kernels for the blocks of one weight of ``dtype``, where there are any."""
 
-    def __init__(
-        self,
-        kernels: KernelRegistry,
-        device: torch.device,
-        dtype: torch.dtype,
-        values: torch.dtype,
-    ) -> None:
-        def kernel(operation: str) -> Callable[..., Any] | None:
-            traits = {"values": str(values).removeprefix("torch.")}
-            kind = str(dtype).removeprefix("torch.")
-            choice = kernels.choose(operation, "tensor", traits, device=device.type, dtype=kind)
-            return None if choice is None else choice.load()
+    def __init__(self, kernels: KernelRegistry, device: torch.device, dtype: torch.dtype) -> None:
+        self._kernels, self._device = kernels, device.type
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._absmax = self._kernel("absmax")
 
-        self._absmax = kernel("absmax")
-        self._round = kernel("round")
-        self._values = values
+    def _kernel(self, operation: str, **traits: object) -> Callable[..., Any] | None:
+        choice = self._kernels.choose(
+            operation, "tensor", traits, device=self._device, dtype=self._dtype
+        )
+        return None if choice is None else choice.load()
 
     def absmax(self, block: Tensor, group: int) -> Tensor:
         """Largest magnitudes of groups of ``group`` columns of a float ``[rows, in]``.
@@ -59,6 +55,21 @@ class ByteRounding:
         # Without abs(), which would be a copy of all of it.
         low, high = work.reshape(work.shape[0], -1, group).aminmax(dim=2)
         return torch.maximum(high, low.neg())
+
+
+class ByteRounding(_Rounding):
+    """Rounds the blocks of one weight of ``dtype`` to ``values``, a key of :data:`BYTES`."""
+
+    def __init__(
+        self,
+        kernels: KernelRegistry,
+        device: torch.device,
+        dtype: torch.dtype,
+        values: torch.dtype,
+    ) -> None:
+        super().__init__(kernels, device, dtype)
+        self._round = self._kernel("round", values=str(values).removeprefix("torch."))
+        self._values = values
 
     def store(
         self,
@@ -95,3 +106,92 @@ class ByteRounding:
             out.copy_(scaled.round_().clamp_(-most - 1, most))
         else:
             out.copy_(scaled.clamp_(-most, most))
+
+
+class CodeRounding(_Rounding):
+    """Rounds the blocks of one weight of ``dtype`` to packed codes of ``bits`` bits; groups divide
+    rows."""
+
+    def __init__(
+        self, kernels: KernelRegistry, device: torch.device, dtype: torch.dtype, bits: int
+    ) -> None:
+        super().__init__(kernels, device, dtype)
+        self._extremes = self._kernel("extremes")
+        self._round = self._kernel("round_codes")
+        self._bits = bits
+
+    def extremes(self, block: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Least and largest values of groups of ``group`` columns of a float ``[rows, in]``.
+
+        Returns:
+            Two of float32 ``[rows, in / group]``; their difference is not finite where something
+            in the group isn't.
+        """
+        if self._extremes is not None:
+            low, high = self._extremes(block, group=group)
+        else:
+            work = block.to(torch.float32).reshape(block.shape[0], -1, group)
+            low, high = work.amin(dim=2), work.amax(dim=2)
+        # Which zero is the least one is anybody's choice.
+        return low.add_(0.0), high.add_(0.0)
+
+    def store(
+        self,
+        block: Tensor,
+        by: Tensor,
+        out: Tensor,
+        group: int,
+        *,
+        minus: Tensor | None = None,
+        plus: Tensor | None = None,
+        multiply: bool = False,
+        middle: int = 0,
+        limits: tuple[int, int] | None = None,
+        lowest: bool = False,
+    ) -> None:
+        """Write ``round(value / by - minus) + plus + middle``, half to even, as packed codes.
+
+        Args:
+            block: finite float ``[rows, in]``, of which the codes fill bytes, or the last rows.
+            by: float32 ``[rows, in / group]``.
+            out: uint8, the bytes of all codes of the weight or of its rows from these on: the first
+                of them are written.
+            group: columns that share a number.
+            minus: shaped as ``by``; nothing if None.
+            plus: the same, whole numbers.
+            multiply: times ``by``, not over it.
+            middle: added to all.
+            limits: least and largest code; all of ``bits`` bits by default.
+            lowest: what lies a scale's rounding above the middle of the two lowest steps goes to
+                the lowest (:func:`quantmill.forms.rows.take_lowest`); without ``plus``.
+        """
+        bits = self._bits
+        least, most = limits or (0, 2**bits - 1)
+        out = out.reshape(-1)[: -(-block.numel() * bits // 8)]
+        if self._round is not None:
+            self._round(
+                block,
+                by=by.contiguous(),
+                minus=minus,
+                plus=plus,
+                out=out,
+                group=group,
+                multiply=multiply,
+                bits=bits,
+                middle=float(middle),
+                edge=lowest_edge(least - middle) if lowest else float("-inf"),
+                limits=(least, most),
+            )
+            return
+        work = block.to(torch.float32, copy=True).reshape(*by.shape, group)
+        wide = by.unsqueeze(2)
+        scaled = work.mul_(wide) if multiply else work.div_(wide)
+        if minus is not None:
+            scaled.sub_(minus.unsqueeze(2))
+        if lowest:
+            take_lowest(scaled, least - middle)
+        codes = scaled.round_()
+        if plus is not None:
+            codes.add_(plus.unsqueeze(2))
+        codes = codes.add_(middle).clamp_(least, most).to(torch.uint8)
+        out.copy_(Codes.pack(codes, bits, "dense").data)

@@ -61,6 +61,27 @@ def rows_int8(source: Tensor) -> list[Tensor]:
     return [torch.tensor(bad)] if bad >= 0 else [codes, scale]
 
 
+def rounded(source: Tensor, group: int) -> list[Tensor]:
+    """Ranges of groups, and the values as bytes and as packed codes of all widths."""
+    from quantmill_cpu.quantize import absmax, extremes, round_bytes, round_codes
+
+    top, (low, high) = absmax(source, group=group), extremes(source, group=group)
+    found = [item.nan_to_num(7.0) + 0.0 for item in (top, low, high)]
+    by = top.nan_to_num(1.0, posinf=1.0).clamp(min=1e-30)
+    for kind in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
+        out = torch.zeros(source.shape, dtype=kind)
+        if source.isfinite().all():
+            round_bytes(source, by=by, out=out, group=group, multiply=False, top=100.0)
+        found.append(out.view(torch.uint8))
+    for bits in range(1, 9):
+        out = torch.zeros(-(-source.numel() * bits // 8), dtype=torch.uint8)
+        how: dict[str, Any] = {"group": group, "multiply": bool(bits % 2), "bits": bits}
+        how |= {"middle": 1.0, "edge": -0.5, "limits": (0, 2**bits - 1)}
+        round_codes(source, by=by, minus=by, plus=None, out=out, **how)
+        found.append(out)
+    return found
+
+
 def ggml_types(name: str) -> list[Tensor]:
     """Blocks from values, and values from any bytes, few and many, aligned and not."""
     from quantmill_cpu.ggml import codes, dequantize, quantize
@@ -170,7 +191,8 @@ def digest() -> str:
                         found.update(tensor.numpy().tobytes())
         for shape in ROWS:
             for source in sources(shape[0] * shape[1], dtype):
-                for tensor in rows_int8(source.reshape(shape)):
+                block = source.reshape(shape)
+                for tensor in (*rows_int8(block), *rounded(block, 1), *rounded(block, 4096)):
                     found.update(tensor.numpy().tobytes())
     moments_run()
     attention_run()

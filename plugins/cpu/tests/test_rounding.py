@@ -1,4 +1,5 @@
-"""The kernels of :class:`ByteRounding` give the bytes of plain torch, on every level."""
+"""The kernels of :class:`ByteRounding` and :class:`CodeRounding` give the bytes of plain torch, on
+every level."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantmill.kernels import KernelRegistry
-from quantmill.rounding import BYTES, ByteRounding
+from quantmill.rounding import BYTES, ByteRounding, CodeRounding
 from quantmill_cpu import native
 from quantmill_cpu.plugin import quantmill_kernels
-from quantmill_cpu.quantize import round_bytes
+from quantmill_cpu.quantize import round_bytes, round_codes
 
 KINDS = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
 CPU = torch.device("cpu")
@@ -68,6 +69,62 @@ def test_rounding_is_that_of_torch(
     assert same(*outs)
 
 
+def coders(dtype: torch.dtype, bits: int) -> tuple[CodeRounding, CodeRounding]:
+    mine, plain = (
+        CodeRounding(KernelRegistry(kernels), CPU, dtype, bits)
+        for kernels in (quantmill_kernels(), [])
+    )
+    return mine, plain
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 31),
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 7, 32, 128, 1000, 4096, 5000]),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.integers(1, 8),
+    st.sampled_from(native.levels()),
+)
+def test_codes_are_those_of_torch(
+    seed: int, rows: int, groups: int, group: int, name: str, bits: int, level: str
+) -> None:
+    native.use_level(level)
+    dtype: torch.dtype = getattr(torch, name)
+    torch.manual_seed(seed)
+    block = torch.randn(rows, groups * group) * 10.0 ** torch.randint(-4, 4, (rows, 1))
+    block = (block + (seed & 1)).to(dtype)
+    mine, plain = coders(dtype, bits)
+    low, high = mine.extremes(block, group)
+    assert all(map(torch.equal, (low, high), plain.extremes(block, group)))
+    by = ((high - low) / (2**bits - 1)).clamp(min=1e-9)
+    middle = 2 ** (bits - 1)
+    how = {
+        "minus": low / by if seed & 2 else None,
+        "plus": torch.round(low / -by).clamp(-9, 9) if seed & 4 else None,
+        "multiply": bool(seed & 8),
+        "middle": middle if seed & 16 else 0,
+        "limits": (middle // 2, middle) if seed & 8 else None,
+        "lowest": not seed & 4,
+    }
+    by = 1.0 / by if seed & 8 else by
+    outs = [torch.zeros(-(-block.numel() * bits // 8) + 1, dtype=torch.uint8) for _ in range(2)]
+    for rounding, out in zip((mine, plain), outs, strict=True):
+        rounding.store(block, by, out, group, **how)  # type: ignore[arg-type]
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [0, 4095, 4999])
+def test_extremes_tell_what_is_not_finite(bad: float, where: int) -> None:
+    block = torch.zeros(2, 10000)
+    block[1, where] = bad
+    for rounding in coders(torch.float32, 4):
+        low, high = rounding.extremes(block, 5000)
+        assert (high - low).isfinite().tolist() == [[True, True], [False, True]]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("level", native.levels())
 def test_every_step_of_a_format_and_its_middles(kind: torch.dtype, level: str) -> None:
@@ -111,3 +168,23 @@ def test_what_the_library_may_not_touch_is_refused() -> None:
             call(**other)
     with pytest.raises(ValueError, match="out must be"):
         call(out=out[:1])
+
+    packed = torch.empty(8, dtype=torch.uint8)
+
+    def codes(**other: object) -> None:
+        given: dict[str, object] = {
+            "by": by,
+            "minus": None,
+            "plus": None,
+            "out": packed,
+            "group": 8,
+        }
+        given |= {"multiply": False, "bits": 4, "middle": 8.0, "edge": 0.0, "limits": (0, 15)}
+        round_codes(block, **(given | other))  # type: ignore[arg-type]
+
+    codes()
+    for other in ({"minus": by[:1]}, {"plus": by.half()}, {"bits": 9}, {"limits": (0, 16)}):
+        with pytest.raises(ValueError, match=r"must|bits"):
+            codes(**other)
+    with pytest.raises(ValueError, match="out must be"):
+        codes(out=packed[:7])

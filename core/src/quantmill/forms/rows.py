@@ -12,7 +12,7 @@ from torch import Tensor
 from quantmill.forms.affine import Affine
 from quantmill.forms.codes import Codes
 
-__all__ = ["join_rows", "take_lowest", "whole_bytes"]
+__all__ = ["join_rows", "lowest_edge", "take_lowest", "whole_bytes"]
 
 
 def whole_bytes(columns: int, bits: int) -> int:
@@ -30,7 +30,12 @@ def take_lowest(scaled: Tensor, least: float) -> None:
         scaled: weights over their scale, float32; changed in place.
         least: the lowest code.
     """
-    scaled.masked_fill_(scaled <= (least + 0.5) * (1 - 2**-8), least)
+    scaled.masked_fill_(scaled <= lowest_edge(least), least)
+
+
+def lowest_edge(least: float) -> float:
+    """The largest value that :func:`take_lowest` sets."""
+    return (least + 0.5) * (1 - 2**-8)
 
 
 def join_rows(parts: Iterable[tuple[int, Affine]], rows: int) -> Affine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import gcd
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from quantmill.backend import Quantizer, WeightSource
 from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Blocks, Channel, Codes, Form, Group, Grouping, PerTensor
-from quantmill.forms.rows import take_lowest
-from quantmill.rounding import ByteRounding
+from quantmill.forms.rows import take_lowest, whole_bytes
+from quantmill.rounding import ByteRounding, CodeRounding
 from quantmill.targeting.types import Target
 from quantmill_compressed_tensors.config import CompressedConfig
 from quantmill_compressed_tensors.forms import (
@@ -72,6 +71,9 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
         if _in_bytes(real):
             self._round_bytes(real, weight)
             return real
+        if isinstance(real, StoredAffine) and _in_codes(real):
+            self._round_codes(real, weight, args)
+            return real
         whole = None
         if isinstance(real.grouping, PerTensor):
             whole = self._range(weight)
@@ -99,10 +101,34 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
                 finite.look(block, start * columns, maxima=absmax)
                 # As the peer: integers have the whole range, and the top code is clamped.
                 scale = _scale(absmax / (TOP if real else 127.5), form.scale.dtype)
-                stored = scale.reshape(-1, *form.scale.shape[1:])
-                _put(form.scale, start, form.grouping, stored)
+                _put(form.scale, start, form.grouping, scale)
                 part = out[start : start + block.shape[0]]
                 rounding.store(block, scale.to(torch.float32), part, group)
+
+    def _round_codes(self, form: StoredAffine, weight: WeightSource, args: Args) -> None:
+        columns, bits = form.shape[1], form.codes.bits
+        group = form.grouping.size if isinstance(form.grouping, Group) else columns
+        middle = 2 ** (bits - 1)
+        rounding = CodeRounding(self.kernels, self.device, weight.dtype, bits)
+        with FiniteCheck(weight.name) as finite:
+            for start, block in weight.row_blocks(_step(form)):
+                if args.symmetric:
+                    high = rounding.absmax(block, group)
+                    low = -high
+                else:
+                    low, high = rounding.extremes(block, group)
+                finite.look(block, start * columns, maxima=high - low)
+                low, high = low.clamp(max=0), high.clamp(min=0)
+                scale, zero = _rule(form, start, low, high, args)
+                rounding.store(
+                    block,
+                    scale.to(torch.float32),
+                    form.codes.data.reshape(-1)[start * columns * bits // 8 :],
+                    group,
+                    plus=zero,
+                    middle=middle,
+                    lowest=args.symmetric and bits < 4,
+                )
 
     def _args(self, target: Target) -> Args:
         group = self._group(target)
@@ -159,12 +185,17 @@ def _in_bytes(form: StoredAffine | StoredFloat) -> bool:
     return form.codes.packing == "i8" and form.offset is None and form.codes.bits == 8
 
 
+def _in_codes(form: StoredAffine) -> bool:
+    """Packed codes with scales by rows or groups: the same."""
+    return form.layout.packed and isinstance(form.grouping, Channel | Group)
+
+
 def _step(form: StoredAffine | StoredFloat) -> int:
     """Rows that end where a byte of codes and a block of scales end."""
     if isinstance(form.grouping, Blocks):
         return form.grouping.rows
     if isinstance(form, StoredAffine) and form.layout.packed:
-        return 8 // gcd(8, form.shape[1] * form.codes.bits)
+        return whole_bytes(form.shape[1], form.codes.bits)
     return 1
 
 
@@ -194,7 +225,7 @@ def _put(whole: Tensor, start: int, grouping: Grouping, part: Tensor) -> None:
     first = start // grouping.rows if isinstance(grouping, Blocks) else start
     if whole.dtype == E8M0:
         whole, part = whole.view(torch.uint8), part.view(torch.uint8)
-    whole[first : first + part.shape[0]] = part
+    whole[first : first + part.shape[0]] = part.reshape(-1, *whole.shape[1:])
 
 
 def _float_rows(form: StoredFloat, start: int, work: Tensor, low: Tensor, high: Tensor) -> None:
@@ -205,34 +236,45 @@ def _float_rows(form: StoredFloat, start: int, work: Tensor, low: Tensor, high: 
     form.values[start : start + work.shape[0]].copy_(work.div_(wide).clamp_(-TOP, TOP))
 
 
+def _rule(
+    form: StoredAffine, start: int, low: Tensor, high: Tensor, args: Args
+) -> tuple[Tensor, Tensor | None]:
+    """Scales, and zero points where they are not 0, of the ranges of groups from row ``start`` on;
+    both are written into the form."""
+    assert isinstance(form.scale, Tensor)
+    least, most = -(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1
+    kind, zero = form.scale.dtype, None
+    if args.symmetric:
+        # As the peer: the range is divided by its whole length, and its top code is clamped.
+        scale = _scale(torch.maximum(-low, high) / ((most - least) / 2), kind)
+    else:
+        scale = _scale((high - low) / (most - least), kind)
+        zero = torch.round((least - low / scale.to(torch.float32)).clamp(least, most))
+    _put(form.scale, start, form.grouping, scale)
+    if isinstance(form.offset, Tensor):
+        shift = torch.zeros_like(low) if zero is None else zero
+        middle = -least if form.layout.packed else 0
+        _put(form.offset, start, form.grouping, (shift + middle).to(form.offset.dtype))
+    return scale, zero
+
+
 def _integer_rows(
     form: StoredAffine, start: int, work: Tensor, low: Tensor, high: Tensor, args: Args
 ) -> None:
-    assert isinstance(form.scale, Tensor)
     least, most = -(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1
     shape = tuple(work.shape)
-    if args.symmetric:
-        # As the peer: the range is divided by its whole length, and its top code is clamped.
-        scale = _scale(torch.maximum(-low, high) / ((most - least) / 2), form.scale.dtype)
-        zero = torch.zeros_like(low)
-    else:
-        scale = _scale((high - low) / (most - least), form.scale.dtype)
-        zero = torch.round((least - low / scale.to(torch.float32)).clamp(least, most))
-    _put(form.scale, start, form.grouping, scale)
+    scale, zero = _rule(form, start, low, high, args)
     wide = form.grouping.expand(scale.to(torch.float32), shape)
     scaled = work.div_(wide)
     if args.symmetric and args.num_bits < 4:
         take_lowest(scaled, least)
     codes = scaled.round_()
-    if not args.symmetric:
+    if zero is not None:
         codes.add_(form.grouping.expand(zero, shape))
     codes = codes.clamp_(least, most)
-    middle = -least if form.layout.packed else 0
-    if isinstance(form.offset, Tensor):
-        _put(form.offset, start, form.grouping, (zero + middle).to(form.offset.dtype))
     if not form.layout.packed:
         form.codes.data[start : start + shape[0]].copy_(codes)
         return
-    data = Codes.pack(codes.add_(middle).to(torch.uint8), form.codes.bits, "dense").data
+    data = Codes.pack(codes.sub_(least).to(torch.uint8), form.codes.bits, "dense").data
     first = start * shape[1] * form.codes.bits // 8
     form.codes.data[first : first + data.numel()] = data

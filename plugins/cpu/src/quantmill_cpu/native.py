@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -59,6 +59,15 @@ def library() -> ctypes.CDLL:
         "qm_round": (
             None,
             [pointer, small, *[size] * 3, pointer, small, small, ctypes.c_float, pointer, small],
+        ),
+        "qm_extremes": (None, [pointer, small, *[size] * 3, pointer, pointer, small]),
+        "qm_round_codes": (
+            None,
+            [
+                *[pointer, small, *[size] * 3, *[pointer] * 3, small, small],
+                *[ctypes.c_float] * 4,
+                *[pointer, small],
+            ],
         ),
         "qm_matmul": (small, [*[pointer] * 4, small, size, small]),
         "qm_matmul_grouped": (

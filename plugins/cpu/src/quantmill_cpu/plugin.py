@@ -148,6 +148,22 @@ def quantmill_kernels() -> Sequence[Kernel]:
             cost=0.1,
             available=_AVAILABLE,
         ),
+        Kernel(
+            name="cpu-extremes",
+            operation="extremes",
+            form="tensor",
+            implementation="quantmill_cpu.quantize:extremes",
+            cost=0.1,
+            available=_AVAILABLE,
+        ),
+        Kernel(
+            name="cpu-round-codes",
+            operation="round_codes",
+            form="tensor",
+            implementation="quantmill_cpu.quantize:round_codes",
+            cost=0.1,
+            available=_AVAILABLE,
+        ),
         *(
             Kernel(
                 name=f"cpu-{operation}",

@@ -12,7 +12,14 @@ from quantmill.rounding import BYTES
 from quantmill_cpu.buffers import SOURCES, address
 from quantmill_cpu.native import library
 
-__all__ = ["absmax", "quantize_codebook", "quantize_rows_int8", "round_bytes"]
+__all__ = [
+    "absmax",
+    "extremes",
+    "quantize_codebook",
+    "quantize_rows_int8",
+    "round_bytes",
+    "round_codes",
+]
 
 _KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 """Numbers of what weights are rounded to."""
@@ -154,6 +161,75 @@ def absmax(block: Tensor, *, group: int) -> Tensor:
         torch.get_num_threads(),
     )
     return found
+
+
+def extremes(block: Tensor, *, group: int) -> tuple[Tensor, Tensor]:
+    """Least and largest values of groups of columns of float ``[rows, in]``, each float32
+    ``[rows, groups]``.
+
+    Raises:
+        ValueError: ``block`` is of the wrong dtype, device, shape or layout.
+    """
+    rows, columns, groups = _matrix(block, group)
+    low, high = torch.empty(2, rows, groups, dtype=torch.float32)
+    library().qm_extremes(
+        _source(block),
+        SOURCES[block.dtype],
+        rows,
+        columns,
+        group,
+        low.data_ptr(),
+        high.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return low, high
+
+
+def round_codes(
+    block: Tensor,
+    *,
+    by: Tensor,
+    minus: Tensor | None,
+    plus: Tensor | None,
+    out: Tensor,
+    group: int,
+    multiply: bool,
+    bits: int,
+    middle: float,
+    edge: float,
+    limits: tuple[int, int],
+) -> None:
+    """Round finite float ``[rows, in]`` to packed codes, as the core's ``CodeRounding`` says.
+
+    ``by``, ``minus`` and ``plus`` are float32 ``[rows, groups]``, ``out`` a uint8 stream.
+
+    Raises:
+        ValueError: a tensor is of the wrong dtype, device, size or layout, or ``limits`` are no
+            codes of ``bits`` bits.
+    """
+    rows, columns, groups = _matrix(block, group)
+    if not 1 <= bits <= 8 or not 0 <= limits[0] <= limits[1] < 2**bits:
+        raise ValueError(f"codes from {limits[0]} to {limits[1]} are not of {bits} bits")
+    more = [
+        None if item is None else address(item, torch.float32, rows * groups, name)
+        for name, item in (("minus", minus), ("plus", plus))
+    ]
+    library().qm_round_codes(
+        _source(block),
+        SOURCES[block.dtype],
+        rows,
+        columns,
+        group,
+        address(by, torch.float32, rows * groups, "by"),
+        *more,
+        not multiply,
+        bits,
+        middle,
+        edge,
+        *limits,
+        address(out, torch.uint8, -(-rows * columns * bits // 8), "out"),
+        torch.get_num_threads(),
+    )
 
 
 def round_bytes(

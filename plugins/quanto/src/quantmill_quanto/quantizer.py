@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from math import gcd
-
 import torch
 from torch import Tensor
 
 from quantmill.backend import Quantizer, WeightSource
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Affine, Codes, Form, ScaledFloat
-from quantmill.rounding import BYTES, ByteRounding
+from quantmill.forms.rows import whole_bytes
+from quantmill.rounding import BYTES, ByteRounding, CodeRounding
 from quantmill.targeting.types import Target
 from quantmill_quanto.codec import abstract_form, group_size, grouping_of
 from quantmill_quanto.config import FLOATS, QuantoConfig
@@ -91,23 +90,19 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         scale = torch.empty(rows * per_row, dtype=dtype, device=self.device)
         offset = torch.empty_like(scale)
         top = float(2**bits - 1)
-        # A block ends where a byte of codes does.
+        rounding = CodeRounding(self.kernels, self.device, weight.dtype, bits)
         with FiniteCheck(weight.name) as finite:
-            for start, block in weight.row_blocks(8 // gcd(8, columns * bits)):
-                values = block.to(torch.float32, copy=True).reshape(-1, size)
-                first, last = start * per_row, start * per_row + values.shape[0]
-                least, most = values.amin(dim=1), values.amax(dim=1)
+            for start, block in weight.row_blocks(whole_bytes(columns, bits)):
+                least, most = rounding.extremes(block, size)
                 finite.look(block, start * columns, maxima=most - least)
                 # Divided first: the range of float32 numbers can exceed float32.
-                step = _positive((most / top - least / top).to(dtype))
-                scale[first:last], offset[first:last] = step, least.to(dtype)
-                wide = step.to(torch.float32).unsqueeze(1)
-                moved = values.div_(wide)
-                moved.sub_(offset[first:last].to(torch.float32).unsqueeze(1) / wide)
-                found = moved.round_().clamp_(0, top).to(torch.uint8)
-                packed = Codes.pack(found, bits, "dense").data.reshape(-1)
-                begin = start * columns * bits // 8
-                codes.data.reshape(-1)[begin : begin + packed.numel()] = packed
+                step, low = _positive((most / top - least / top).to(dtype)), least.to(dtype)
+                first = start * per_row
+                scale[first : first + step.numel()] = step.reshape(-1)
+                offset[first : first + step.numel()] = low.reshape(-1)
+                wide = step.to(torch.float32)
+                out = codes.data.reshape(-1)[start * columns * bits // 8 :]
+                rounding.store(block, wide, out, size, minus=low.to(torch.float32) / wide)
         grouping = grouping_of(columns, size)
         groups = grouping.scale_shape((rows, columns))
         return Affine(

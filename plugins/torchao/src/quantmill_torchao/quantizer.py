@@ -19,7 +19,7 @@ from quantmill.findings import Finding, declare
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Codes, Form, PerTensor
 from quantmill.forms.rows import take_lowest
-from quantmill.rounding import BYTES, ByteRounding
+from quantmill.rounding import BYTES, ByteRounding, CodeRounding
 from quantmill.targeting.types import Target
 from quantmill_torchao.config import TorchaoConfig
 from quantmill_torchao.forms import AoAffine, AoFloat, Layout, abstract_affine, abstract_float
@@ -75,8 +75,11 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
         if isinstance(form, AoAffine) and form.codes.packing == "dense":
             period = 8 // gcd(8, shape[1] * form.codes.bits)
             step = step * period // gcd(step, period)
-        if self._in_bytes(form):
-            self._round_bytes(form, weight, step)
+        if self._by_rows(form):
+            if isinstance(form, AoFloat) or form.codes.packing == "i8":
+                self._round_bytes(form, weight, step)
+            else:
+                self._round_codes(form, weight, step)
             return form
         whole = self._range(weight) if isinstance(form.grouping, PerTensor) else None
         with FiniteCheck(weight.name) as finite:
@@ -90,53 +93,90 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
                     self._integers(form, start, tiles, low, high)
         return form
 
-    def _in_bytes(self, form: AoAffine | AoFloat) -> bool:
-        """Bytes with scales of magnitudes by rows or groups, or codes that are packed from such:
-        kernels round those."""
+    def _by_rows(self, form: AoAffine | AoFloat) -> bool:
+        """Scales of ranges of rows or groups, of a rule that kernels round by."""
         if isinstance(form.grouping, PerTensor) or form.layout.block[0] != 1:
             return False
         if isinstance(form, AoFloat) or form.layout.tensor == "Int8Tensor":
             return True
-        plain = self.recipe.mapping == "SYMMETRIC" and self.recipe.algorithm != "HQQ_SCALE_ONLY"
-        # With fewer bits a tie goes to the lowest code (take_lowest); int4 has rules of its own.
-        return plain and form.layout.tensor != "Int4Tensor" and 4 <= form.codes.bits < 8
+        rule = self.recipe.algorithm != "HQQ_SCALE_ONLY" and form.layout.tensor != "Int4Tensor"
+        return rule and form.codes.packing == "dense"
 
     def _round_bytes(self, form: AoAffine | AoFloat, weight: WeightSource, step: int) -> None:
-        columns = form.shape[1]
-        group = form.layout.block[1]
+        columns, group = form.shape[1], form.layout.block[1]
         assert isinstance(form.scale, Tensor)
-        real, small = isinstance(form, AoFloat), False
         if isinstance(form, AoFloat):
-            kind, top = form.values.dtype, BYTES[form.values.dtype]
+            out, top = form.values, BYTES[form.values.dtype]
         else:
-            kind, top = torch.int8, 2.0 ** (form.codes.bits - 1) - 1
-            small = form.codes.packing != "i8"
+            out, top = form.codes.data, 127.0
         if self.recipe.reduced:
             top = top // 2
-        rounding = ByteRounding(self.kernels, self.device, weight.dtype, kind)
-        floor = _TINY if self.recipe.tensor == "Int8Tensor" else torch.finfo(form.scale.dtype).tiny
+        rounding = ByteRounding(self.kernels, self.device, weight.dtype, out.dtype)
         with FiniteCheck(weight.name) as finite:
             for start, block in weight.row_blocks(step):
                 absmax = rounding.absmax(block, group)
                 finite.look(block, start * columns, maxima=absmax)
+                real = isinstance(form, AoFloat)
                 if real:
                     scale = by = _float_scale(absmax, top)
                 else:
-                    scale = (absmax / (top + 0.5)).clamp(min=floor).to(form.scale.dtype)
+                    scale = self._stored(form, absmax / (top + 0.5))
                     by = 1.0 / scale.to(torch.float32)
                 _put(form, form.scale, start, scale)
-                if isinstance(form, AoFloat):
-                    part = form.values[start : start + block.shape[0]]
-                elif small:
-                    part = torch.empty(block.shape, dtype=torch.int8, device=self.device)
-                else:
-                    part = form.codes.data[start : start + block.shape[0]]
+                part = out[start : start + block.shape[0]]
                 rounding.store(block, by, part, group, multiply=not real, top=top)
-                if small:
-                    assert isinstance(form, AoAffine) and isinstance(form.offset, Tensor)
-                    middle = 2 ** (form.codes.bits - 1)
-                    _put(form, form.offset, start, torch.full_like(scale, middle).to(form.offset))
-                    _pack(form, start, part.add_(middle))
+
+    def _round_codes(self, form: AoAffine, weight: WeightSource, step: int) -> None:
+        columns, group, bits = form.shape[1], form.layout.block[1], form.codes.bits
+        mapping, (least, most) = self.recipe.mapping, self._limits(bits)
+        middle = 2 ** (bits - 1)
+        assert isinstance(form.scale, Tensor) and isinstance(form.offset, Tensor)
+        rounding = CodeRounding(self.kernels, self.device, weight.dtype, bits)
+        with FiniteCheck(weight.name) as finite:
+            for start, block in weight.row_blocks(step):
+                if mapping == "SYMMETRIC":
+                    high = rounding.absmax(block, group)
+                    low = -high
+                else:
+                    low, high = rounding.extremes(block, group)
+                finite.look(block, start * columns, maxima=high - low)
+                scale, zero = self._scale(form, low, high)
+                _put(form, form.scale, start, scale)
+                shift = torch.full_like(low, middle) if zero is None else zero + middle
+                _put(form, form.offset, start, shift.to(form.offset.dtype))
+                rounding.store(
+                    block,
+                    1.0 / scale.to(torch.float32),
+                    form.codes.data.reshape(-1)[start * columns * bits // 8 :],
+                    group,
+                    plus=zero,
+                    multiply=True,
+                    middle=middle,
+                    limits=(int(least) + middle, int(most) + middle),
+                    lowest=mapping == "SYMMETRIC" and 1 < bits < 4,
+                )
+
+    def _limits(self, bits: int) -> tuple[float, float]:
+        """The least and the largest signed code."""
+        least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+        return (least // 2, most // 2) if self.recipe.reduced else (least, most)
+
+    def _scale(self, form: AoAffine, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scales as they are stored, and zero points where they are not 0, of ranges."""
+        mapping, (least, most) = self.recipe.mapping, self._limits(form.codes.bits)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        if mapping == "SYMMETRIC":
+            return self._stored(form, torch.maximum(high, -low) / ((most - least) / 2)), None
+        if mapping == "SYMMETRIC_NO_CLIPPING_ERR":
+            return self._stored(form, torch.maximum(low / least, high / max(most, 1.0))), None
+        scale = self._stored(form, (high - low) / max(most - least, 1.0))
+        return scale, (least - torch.round(low / scale.to(torch.float32))).clamp(least, most)
+
+    def _stored(self, form: AoAffine | AoFloat, scale: Tensor) -> Tensor:
+        """Scales in the dtype of the form, none of them zero."""
+        assert isinstance(form.scale, Tensor)
+        floor = _TINY if self.recipe.tensor == "Int8Tensor" else torch.finfo(form.scale.dtype).tiny
+        return scale.clamp(min=floor).to(form.scale.dtype)
 
     def _empty(self, shape: tuple[int, int], dtype: torch.dtype) -> AoAffine | AoFloat:
         recipe = self.recipe
@@ -179,28 +219,19 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
         self, form: AoAffine, start: int, tiles: Tensor, low: Tensor, high: Tensor
     ) -> None:
         recipe, bits = self.recipe, form.codes.bits
-        least, most = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
-        if recipe.reduced:
-            least, most = least // 2, most // 2
-        assert isinstance(form.scale, Tensor)
         if form.layout.tensor == "Int4Tensor":
             self._int4(form, start, tiles, low, high)
             return
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        assert isinstance(form.scale, Tensor)
+        least, most = self._limits(bits)
         zero: Tensor | None = None
         if recipe.algorithm == "HQQ_SCALE_ONLY":
-            scale = _least_squares(tiles, torch.maximum(high, -low), least, most)
-        elif recipe.mapping == "SYMMETRIC":
-            scale = torch.maximum(high, -low) / ((most - least) / 2)
-        elif recipe.mapping == "SYMMETRIC_NO_CLIPPING_ERR":
-            scale = torch.maximum(low / least, high / max(most, 1.0))
+            scale = self._stored(
+                form, _least_squares(tiles, torch.maximum(high, -low), least, most)
+            )
         else:
-            scale = (high - low) / max(most - least, 1.0)
-        floor = _TINY if recipe.tensor == "Int8Tensor" else torch.finfo(form.scale.dtype).tiny
-        scale = scale.clamp(min=floor).to(form.scale.dtype)
+            scale, zero = self._scale(form, low, high)
         wide = scale.to(torch.float32)
-        if recipe.mapping == "ASYMMETRIC":
-            zero = (least - torch.round(low / wide)).clamp(least, most)
         _put(form, form.scale, start, scale)
         scaled = tiles.mul_(1.0 / wide)
         if recipe.mapping == "SYMMETRIC" and 1 < bits < 4:

@@ -158,7 +158,49 @@ static void to_bytes(const float *values, int64_t count, float by, int divide, i
     }
 }
 
+/* Bits as integers in the order of the numbers: NaN lies beyond infinity, on either side. */
+static inline int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
+
+static void extremes(const float *values, int64_t count, float *low, float *high) {
+    int32_t least = INT32_MAX, most = INT32_MIN;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t at = ordered((int32_t)qm_bits_of(values[i]));
+        least = at < least ? at : least;
+        most = at > most ? at : most;
+    }
+    *low = qm_float_of((uint32_t)ordered(least));
+    *high = qm_float_of((uint32_t)ordered(most));
+}
+
+static void to_codes(const float *values, int64_t count, const QmCodeRule *rule, uint8_t *out) {
+    const float by = rule->by, minus = rule->minus, plus = rule->plus, edge = rule->edge;
+    const float low = rule->low, high = rule->high, far = 4194303.0f;
+    float scaled[QM_CHUNK];
+    if (rule->divide) {
+        for (int64_t i = 0; i < count; i++) scaled[i] = values[i] / by - minus;
+    } else {
+        for (int64_t i = 0; i < count; i++) scaled[i] = values[i] * by - minus;
+    }
+    /* In a loop of its own: what follows is minima and maxima only. */
+    if (edge > -far)
+        for (int64_t i = 0; i < count; i++) scaled[i] = scaled[i] > edge ? scaled[i] : -far;
+    for (int64_t i = 0; i < count; i++) {
+        float at = scaled[i] > -far ? scaled[i] : -far; /* NaN too; the sum rounds within 2^22 */
+        at = at < far ? at : far;
+        at = ((at + 12582912.0f) - 12582912.0f) + plus;
+        at = at > low ? at : low;
+        at = at < high ? at : high;
+        out[i] = (uint8_t)(int32_t)at;
+    }
+}
+
+static void pairs(const uint8_t *restrict codes, int64_t count, uint8_t *restrict out) {
+    for (int64_t i = 0; i < count / 2; i++)
+        out[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
+    if (count % 2) out[count / 2] = codes[count - 1];
+}
+
 const QmKernels QM_JOIN(qm_kernels_, QM_LEVEL) = {
     QM_TEXT(QM_LEVEL), load, largest, scale, ranks15, pack, codes8, to_half, codes_int8,
-    to_bytes,
+    extremes, to_bytes, to_codes, pairs,
 };

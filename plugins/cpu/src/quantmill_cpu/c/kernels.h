@@ -9,6 +9,12 @@
 #define QM_CHUNK 4096 /* elements worked on at a time: fits the first-level cache */
 #define QM_INFINITE_BITS 0x7f800000u
 
+/* round(value / by - minus) + plus, times `by` unless `divide`, and `low` up to `edge`. */
+typedef struct {
+    float by, minus, plus, edge, low, high;
+    int divide;
+} QmCodeRule;
+
 typedef struct {
     const char *name;
     /* Elements [start, start + count) as float32; count is at most QM_CHUNK here and below. */
@@ -28,11 +34,20 @@ typedef struct {
     void (*to_half)(float *values, int64_t count);
     /* values * scale, half to even. */
     void (*codes_int8)(const float *values, int64_t count, float scale, int8_t *out);
+    /* The least and the largest value; NaN where one of them is. Not for a count of 0. */
+    void (*extremes)(const float *values, int64_t count, float *low, float *high);
     /* values / by, or values * by, held within [-top - (kind is QM_TO_INT8), top] and rounded, half to
      * even, to the kind's bytes. */
     void (*to_bytes)(const float *values, int64_t count, float by, int divide, int kind, float top,
                      uint8_t *out);
+    /* Codes: see qm_round_codes. */
+    void (*to_codes)(const float *values, int64_t count, const QmCodeRule *rule, uint8_t *out);
+    /* Codes of 4 bits, two to a byte, the first one low; an odd last one alone. */
+    void (*pairs)(const uint8_t *codes, int64_t count, uint8_t *out);
 } QmKernels;
+
+/* The kernels of the instruction set in use. */
+const QmKernels *qm_kernels(void);
 
 extern const QmKernels qm_kernels_baseline;
 #ifdef QM_X86_LEVELS

@@ -24,6 +24,23 @@ static uint64_t load_bytes(const uint8_t *from, int count) {
     return value;
 }
 
+/* Eight codes, each in a byte of a word, side by side in its lowest bits; and back. */
+static inline uint64_t gathered(uint64_t word, int bits) {
+    const uint64_t two = 0x00ff00ff00ff00ffull, four = 0x0000ffff0000ffffull, eight = 0xffffffffull;
+    word = (word & two) | (word & ~two) >> (8 - bits);
+    word = (word & four) | (word & ~four) >> (16 - 2 * bits);
+    return (word & eight) | (word & ~eight) >> (32 - 4 * bits);
+}
+
+static inline uint64_t spread(uint64_t word, int bits) {
+    const uint64_t one = (1ull << bits) - 1, two = (1ull << 2 * bits) - 1, four = (1ull << 4 * bits) - 1;
+    word = (word & four) | (word & four << 4 * bits) << (32 - 4 * bits);
+    const uint64_t low_two = two * 0x0000000100000001ull;
+    word = (word & low_two) | (word & low_two << 2 * bits) << (16 - 2 * bits);
+    const uint64_t low_one = one * 0x0001000100010001ull;
+    return (word & low_one) | (word & low_one << bits) << (8 - bits);
+}
+
 static void dense_unpack(const uint8_t *packed, int bits, int64_t start, int64_t count,
                          uint8_t *codes) {
     const unsigned mask = (1u << bits) - 1;
@@ -32,8 +49,8 @@ static void dense_unpack(const uint8_t *packed, int bits, int64_t start, int64_t
     for (;;) {
         if ((start + i) % 8 == 0)
             for (; i + 8 <= count; i += 8) {
-                uint64_t word = load_bytes(packed + (start + i) / 8 * bits, bits);
-                for (int k = 0; k < 8; k++) codes[i + k] = (uint8_t)(word >> (bits * k) & mask);
+                uint64_t word = spread(load_bytes(packed + (start + i) / 8 * bits, bits), bits);
+                for (int k = 0; k < 8; k++) codes[i + k] = (uint8_t)(word >> (8 * k));
             }
         if (i >= count) return;
         int64_t bit = (start + i) * bits;
@@ -46,8 +63,7 @@ static void dense_unpack(const uint8_t *packed, int bits, int64_t start, int64_t
 static void dense_pack(const uint8_t *codes, int bits, int64_t count, uint8_t *packed) {
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
-        uint64_t word = 0;
-        for (int k = 0; k < 8; k++) word |= (uint64_t)codes[i + k] << (bits * k);
+        const uint64_t word = gathered(load_bytes(codes + i, 8), bits);
         for (int k = 0; k < bits; k++) packed[i / 8 * bits + k] = (uint8_t)(word >> (8 * k));
     }
     if (i == count) return;
@@ -60,6 +76,7 @@ static void dense_pack(const uint8_t *codes, int bits, int64_t count, uint8_t *p
 QM_API void qm_codes_unpack(const uint8_t *packed, int packing, int bits, int64_t start,
                             int64_t count, uint8_t *codes) {
     const uint8_t half = (uint8_t)(1u << (bits - 1));
+    if (packing == QM_DENSE && bits == 4) packing = QM_LOW_FIRST; /* the same bytes */
     switch (packing) {
     case QM_BYTES:
         memcpy(codes, packed + start, (size_t)count);
@@ -87,6 +104,7 @@ QM_API void qm_codes_unpack(const uint8_t *packed, int packing, int bits, int64_
 QM_API void qm_codes_pack(const uint8_t *codes, int packing, int bits, int64_t count,
                           uint8_t *packed) {
     const uint8_t half = (uint8_t)(1u << (bits - 1));
+    if (packing == QM_DENSE && bits == 4) packing = QM_LOW_FIRST; /* the same bytes */
     switch (packing) {
     case QM_BYTES:
         memcpy(packed, codes, (size_t)count);

@@ -38,7 +38,7 @@ static int levels_here(void) {
 
 static _Atomic(const QmKernels *) in_use;
 
-static const QmKernels *kernels(void) {
+const QmKernels *qm_kernels(void) {
     const QmKernels *found = atomic_load_explicit(&in_use, memory_order_relaxed);
     if (!found) {
         found = LEVELS[levels_here() - 1];
@@ -54,7 +54,7 @@ QM_API const char *qm_levels(void) {
     return NAMES[levels_here() - 1];
 }
 
-QM_API const char *qm_level(void) { return kernels()->name; }
+QM_API const char *qm_level(void) { return qm_kernels()->name; }
 
 QM_API int qm_use_level(const char *name) {
     for (int i = 0; i < levels_here(); i++)
@@ -80,10 +80,6 @@ typedef struct {
     int8_t *rows_out;
     float *scale;
     int64_t bad; /* index of the first non-finite element, or -1 */
-    int64_t columns; /* of a row, in groups of `block` */
-    const float *by;
-    int divide, kind;
-    float top;
 } Task;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -223,32 +219,6 @@ static void *work_rows(void *argument) {
     return NULL;
 }
 
-/* Absmax of the groups of rows, or their values rounded where `by` is given. */
-static void *work_groups(void *argument) {
-    Task *t = argument;
-    float values[QM_CHUNK];
-    int64_t groups = (t->columns + t->block - 1) / t->block;
-    for (int64_t r = t->first; r < t->last; r++)
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t start = r * t->columns + g * t->block;
-            int64_t size = least(t->block, t->columns - g * t->block);
-            uint32_t top = 0;
-            for (int64_t at = 0; at < size; at += QM_CHUNK) {
-                int64_t n = least(QM_CHUNK, size - at);
-                t->kernels->load(t->source, t->dtype, start + at, n, values);
-                if (t->by) {
-                    t->kernels->to_bytes(values, n, t->by[r * groups + g], t->divide, t->kind,
-                                         t->top, t->out + start + at);
-                    continue;
-                }
-                uint32_t here = t->kernels->largest(values, n);
-                top = here > top ? here : top;
-            }
-            if (!t->by) t->scale[r * groups + g] = qm_float_of(top);
-        }
-    return NULL;
-}
-
 /* ---- The ABI --------------------------------------------------------------------------------- */
 
 /* Split [0, blocks) over threads; the caller is one of them. */
@@ -281,7 +251,7 @@ QM_API int64_t qm_quantize_codebook4(const void *source, int dtype, int64_t coun
                                      const float *bounds, const uint8_t *order, uint8_t *out,
                                      float *scale, int threads) {
     if (count <= 0) return -1;
-    Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .count = count,
+    Task t = {.kernels = qm_kernels(), .source = source, .dtype = dtype, .count = count,
               .block = block, .bounds = bounds, .out = out, .scale = scale};
     uint8_t pair_codes[256];
     for (int i = 0; i < 256; i++) {
@@ -297,7 +267,7 @@ QM_API int64_t qm_quantize_codebook8(const float *source, int64_t count, int64_t
                                      const uint8_t *nearest, uint8_t *out, float *scale,
                                      int threads) {
     if (count <= 0) return -1;
-    Task t = {.kernels = kernels(), .source = source, .count = count, .block = block,
+    Task t = {.kernels = qm_kernels(), .source = source, .count = count, .block = block,
               .nearest = nearest, .out = out, .scale = scale};
     return run(t, (count + block - 1) / block, threads, work_8bit);
 }
@@ -305,24 +275,7 @@ QM_API int64_t qm_quantize_codebook8(const float *source, int64_t count, int64_t
 QM_API int64_t qm_quantize_rows_int8(const void *source, int dtype, int64_t rows, int64_t columns,
                                      int8_t *out, float *scale, int threads) {
     if (rows <= 0) return -1;
-    Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .count = rows * columns,
+    Task t = {.kernels = qm_kernels(), .source = source, .dtype = dtype, .count = rows * columns,
               .block = columns, .scale = scale, .rows_out = out};
     return run(t, rows, threads, work_rows);
-}
-
-QM_API void qm_absmax(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
-                      float *out, int threads) {
-    if (rows <= 0) return;
-    Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .block = group,
-              .columns = columns, .scale = out};
-    run(t, rows, threads, work_groups);
-}
-
-QM_API void qm_round(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
-                     const float *by, int divide, int kind, float top, uint8_t *out, int threads) {
-    if (rows <= 0) return;
-    Task t = {.kernels = kernels(), .source = source, .dtype = dtype, .block = group,
-              .columns = columns, .by = by, .divide = divide, .kind = kind, .top = top,
-              .out = out};
-    run(t, rows, threads, work_groups);
 }

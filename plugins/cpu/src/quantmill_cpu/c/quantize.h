@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define QM_ABI_VERSION 9
+#define QM_ABI_VERSION 10
 
 enum { QM_F32 = 0, QM_BF16 = 1, QM_F16 = 2 };
 enum { QM_TO_INT8 = 0, QM_TO_E4M3 = 1, QM_TO_E5M2 = 2 };
@@ -48,9 +48,22 @@ int64_t qm_quantize_rows_int8(const void *source, int dtype, int64_t rows, int64
 void qm_absmax(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
                float *out, int threads);
 
+/* The least and the largest values of such groups, each shaped as above; NaN in one of both where NaN
+ * is inside. */
+void qm_extremes(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
+                 float *low, float *high, int threads);
+
 /* Each value over (`divide`), or times, its group's number in `by`, shaped as above; held within
  * [-top, top] (QM_TO_INT8: [-top - 1, top]) and rounded, half to even. `out`: a byte per value. */
 void qm_round(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
               const float *by, int divide, int kind, float top, uint8_t *out, int threads);
+
+/* Codes of `bits` bits: round(value / by - minus) + plus + middle, times `by` unless `divide`, held
+ * within [low, high] of 0 to 2^bits - 1; halves go to even, and what is at most `edge` before it is
+ * rounded to `low`. `minus` and `plus` are shaped as `by`, or NULL: 0. `out`: a stream of
+ * ceil(rows * columns * bits / 8) bytes, the first code in the lowest bits. */
+void qm_round_codes(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
+                    const float *by, const float *minus, const float *plus, int divide, int bits,
+                    float middle, float edge, float low, float high, uint8_t *out, int threads);
 
 #endif
