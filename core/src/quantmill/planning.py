@@ -11,7 +11,7 @@ from quantmill.targeting.types import Target
 
 __all__ = ["OVERHEAD_BYTES", "ModulePlan", "Plan"]
 
-OVERHEAD_BYTES: Final = 3 << 20
+OVERHEAD_BYTES: Final = 1 << 19
 """What every estimate allows for what is not counted: modules, threads, small tensors."""
 
 
@@ -64,8 +64,10 @@ class Plan:
     """Label to the method's name and options in words."""
     modules: list[ModulePlan]
     findings: Findings = field(default_factory=Findings)
-    buffer_bytes: int = 0
-    """Buffers of the streaming loader."""
+    loading_bytes: int = 0
+    """At the peak of loading, as the engine goes through the checkpoint."""
+    writing_bytes: int = 0
+    """At the peak of quantizing into a checkpoint without calibration."""
     calibrating_bytes: int = 0
     """What calibrating takes at once; zero where nothing is calibrated."""
 
@@ -76,18 +78,14 @@ class Plan:
         writing a checkpoint, which holds one module at a time, or what calibration holds."""
         quantized = [item for item in self.modules if item.action == "quantize"]
         weights = sum(item.parameters for item in quantized)
-        memory = sum(item.bytes_memory for item in self.modules)
-        working = max((item.working_bytes for item in self.modules), default=0)
-        held = max((item.working_bytes + item.bytes_after for item in self.modules), default=0)
         bits = 8 * sum(item.bytes_after for item in quantized) / weights if weights else 0.0
         return {
             "parameters": sum(item.parameters for item in self.modules),
             "bytes_before": sum(item.bytes_before for item in self.modules),
             "bytes_after": sum(item.bytes_after for item in self.modules),
-            "bytes_memory": memory,
-            "peak_bytes": memory + working + self.buffer_bytes + OVERHEAD_BYTES,
-            "quantizing_bytes": max(held + self.buffer_bytes, self.calibrating_bytes)
-            + OVERHEAD_BYTES,
+            "bytes_memory": sum(item.bytes_memory for item in self.modules),
+            "peak_bytes": self.loading_bytes + OVERHEAD_BYTES,
+            "quantizing_bytes": max(self.writing_bytes, self.calibrating_bytes) + OVERHEAD_BYTES,
             "bits_per_weight": bits,
             "quantized": len(quantized),
             "kept": sum(1 for item in self.modules if item.action == "keep"),

@@ -19,6 +19,9 @@ from quantmill.kernels import KernelRegistry
 
 __all__ = ["BYTES", "ByteRounding", "CodeRounding"]
 
+_SCALE_BYTES: Final = 28
+"""For each scale of a block: the largest magnitude, and what becomes of it on the way."""
+
 BYTES: Final = {torch.int8: 127.0, **{kind: torch.finfo(kind).max for kind in (
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
 )}}  # fmt: skip
@@ -71,6 +74,15 @@ class ByteRounding(_Rounding):
         self._round = self._kernel("round", values=str(values).removeprefix("torch."))
         self._values = values
 
+    def working_bytes(self, weights: int, columns: int, group: int) -> int:
+        """Memory that rounding a block of ``weights`` in rows of ``columns`` takes, with a scale
+        for each ``group`` of them: with kernels that of the scales, else float32 copies too."""
+        scales = weights // max(1, columns) * -(-columns // group)
+        copies = 0 if self._absmax is not None and self._round is not None else 1
+        if copies and group < columns:
+            copies = 2  # Scales for each weight, or a block that is filled up to whole groups.
+        return _SCALE_BYTES * scales + 4 * copies * weights
+
     def store(
         self,
         block: Tensor,
@@ -119,6 +131,14 @@ class CodeRounding(_Rounding):
         self._extremes = self._kernel("extremes")
         self._round = self._kernel("round_codes")
         self._bits = bits
+
+    def working_bytes(self, weights: int, columns: int, group: int) -> int:
+        """The same as :meth:`ByteRounding.working_bytes`; without kernels a float32 copy and its
+        codes, and their packing."""
+        scales = _SCALE_BYTES * (weights // max(1, columns) * -(-columns // group))
+        if self._absmax is not None and self._extremes is not None and self._round is not None:
+            return scales
+        return scales + 5 * weights + Codes.packing_bytes(weights, self._bits)
 
     def extremes(self, block: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Least and largest values of groups of ``group`` columns of a float ``[rows, in]``.

@@ -85,6 +85,16 @@ class Codes:
             raise ValueError(f"unknown packing {packing!r}")
         return cls(data.reshape(-1, 1), bits, shape, packing)
 
+    @staticmethod
+    def packing_bytes(count: int, bits: int) -> int:
+        """Memory that :meth:`pack` takes for so many codes to make the ``dense`` packing, with its
+        result."""
+        if bits == 8:
+            return count
+        if bits in (1, 2, 4):
+            return 2 * count
+        return 16 * min(count, _CHUNK) + count * bits // 8
+
     @classmethod
     def empty(
         cls, shape: tuple[int, ...], bits: int, packing: str, device: str | torch.device = "cpu"

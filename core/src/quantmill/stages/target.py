@@ -10,6 +10,7 @@ from quantmill.job import Job, Request
 from quantmill.planning import ModulePlan, Plan
 from quantmill.registrations import resolve
 from quantmill.stages.measure import ModulePlanner, as_float
+from quantmill.stages.peaks import loading_peak, writing_peak
 from quantmill.stages.select import add_selection
 from quantmill.targeting.rules import decide
 from quantmill.targeting.types import Decision, ModuleInfo, Rule
@@ -70,7 +71,8 @@ def make_plan(job: Job, decided: Mapping[str, Decision] | None = None) -> Plan:
             },
             modules=plans,
             findings=job.findings,
-            buffer_bytes=buffer_bytes(job),
+            loading_bytes=loading_peak(job, plans),
+            writing_bytes=writing_peak(job, plans),
             calibrating_bytes=_calibrating(job, plans, planner.dtype.itemsize),
         )
         return job.plan
@@ -83,16 +85,6 @@ def _calibrating(job: Job, modules: list[ModulePlan], itemsize: int) -> int:
 
     assert job.architecture is not None
     return calibrating_bytes(job, modules, job.architecture.settings, itemsize)
-
-
-def buffer_bytes(job: Job) -> int:
-    """What the engine takes to read with: two row blocks, unless all of it is mapped."""
-    import torch
-
-    from quantmill.backend import block_bytes
-
-    device = torch.device(job.device)
-    return 0 if job.prequantized and device.type == "cpu" else 2 * block_bytes(device)
 
 
 def decisions_for(job: Job, modules: list[ModuleInfo]) -> list[Decision]:

@@ -16,6 +16,7 @@ from quantmill.checkpoint.dtypes import code_of
 from quantmill.checkpoint.headers import TensorHeader
 from quantmill.findings import QuantmillError
 from quantmill.forms import Form
+from quantmill.registrations import Capabilities
 from quantmill.testing.base import (
     Conformance,
     MatrixSource,
@@ -220,6 +221,22 @@ class FormPromises(Conformance):
             said = quantizer.working_bytes(target, torch.bfloat16)
             beyond.append(peak.bytes - form.nbytes - said)
         assert beyond[1] - beyond[0] < 1024 * 512 // 4
+
+    def test_working_memory_is_what_the_quantizer_says(
+        self, quantizer: Quantizer[Any], able: Capabilities
+    ) -> None:
+        if not able.on_the_fly:
+            pytest.skip("what is calibrated is said by the calibrator")
+        shape = (512, 1024)
+        if self.refused(quantizer, shape):
+            pytest.skip("it takes no matrix of that size")
+        weight = normal(shape, dtype=torch.bfloat16)
+        target, source = make_target(*shape), MatrixSource(weight, rows=shape[0])
+        quantizer.quantize(target, source)  # tables that are made once, and the source's buffer
+        with PeakBytes() as peak:
+            form = quantizer.quantize(target, source)
+        said = quantizer.working_bytes(target, source.dtype)
+        assert said == pytest.approx(peak.bytes - form.nbytes, rel=0.1, abs=self.working_slack)
 
     def test_tensors_of_another_shape_are_refused(
         self, quantizer: Quantizer[Any], codec: Codec[Any]

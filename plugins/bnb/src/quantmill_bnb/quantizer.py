@@ -52,10 +52,17 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         return self._four_bit(weight)
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
-        if self.config.load_in_8bit or not self.config.bnb_4bit_use_double_quant:
-            return 0
-        # Scales are float32 until the last block is done, then quantized over temporaries.
-        return 16 * -(-target.weights // self.config.bnb_4bit_blocksize)
+        weights, block = self.block_weights(target, dtype), self.config.bnb_4bit_blocksize
+        if self.config.load_in_8bit:
+            # Without a kernel: in float16 and float32, and what is rounded.
+            return 0 if self._int8_kernel(_taken(dtype)) is not None else 16 * weights
+        # Without one: in float32, over its scales, with indices into the table of 8 bytes.
+        work = 0 if self._flat_kernel(_taken(dtype)) is not None else 24 * weights
+        if not self.config.bnb_4bit_use_double_quant:
+            return work
+        # Scales are float32 until the last block is done, then quantized over a copy.
+        scales = -(-target.weights // block)
+        return max(work + 4 * scales, 8 * scales)
 
     def _four_bit(self, weight: WeightSource) -> Codebook:
         kind, block = self.config.bnb_4bit_quant_type, self.config.bnb_4bit_blocksize
@@ -64,9 +71,7 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         codes = Codes.empty((rows, columns), 4, "hi4", self.device)
         absmax = self._scales(-(-rows * columns // block))
         packed = codes.data.reshape(-1)
-        kernel = self._kernel(
-            "codebook", dtype, bits=4, table=kind, grouping="flat", group_size=block
-        )
+        kernel = self._flat_kernel(dtype)
         # Blocks of scales cross rows: a piece must end where a block of scales and a byte end.
         step = max(block, 2)
         with FiniteCheck(weight.name) as finite:
@@ -136,9 +141,7 @@ class BnbQuantizer(Quantizer[BnbConfig]):
         codes = torch.empty((rows, columns), dtype=torch.int8, device=self.device)
         scale = self._scales(rows)
         dtype = _taken(weight.dtype)
-        kernel = self._kernel(
-            "affine", dtype, bits=8, grouping="channel", offset="none", packing="i8"
-        )
+        kernel = self._int8_kernel(dtype)
         with FiniteCheck(weight.name) as finite:
             for start, given in weight.row_blocks():
                 piece = given.to(dtype).contiguous()
@@ -164,6 +167,17 @@ class BnbQuantizer(Quantizer[BnbConfig]):
     def _scales(self, count: int) -> Tensor:
         # The process's default dtype need not be float32: training scripts change it.
         return torch.empty(count, dtype=torch.float32, device=self.device)
+
+    def _flat_kernel(self, dtype: torch.dtype) -> Any:
+        kind, block = self.config.bnb_4bit_quant_type, self.config.bnb_4bit_blocksize
+        return self._kernel(
+            "codebook", dtype, bits=4, table=kind, grouping="flat", group_size=block
+        )
+
+    def _int8_kernel(self, dtype: torch.dtype) -> Any:
+        return self._kernel(
+            "affine", dtype, bits=8, grouping="channel", offset="none", packing="i8"
+        )
 
     def _kernel(self, form: str, dtype: torch.dtype, **traits: Any) -> Any:
         choice = self.kernels.choose(

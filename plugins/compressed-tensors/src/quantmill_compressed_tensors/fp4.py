@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Final
 
 import torch
@@ -48,6 +49,7 @@ __all__ = [
     "decode_fp4",
     "e2m1",
     "encode_fp4",
+    "fp4_working_bytes",
     "measure_fp4",
     "nearest",
     "power_scales",
@@ -295,20 +297,10 @@ def quantize_fp4(form: StoredFp4, weight: WeightSource, device: torch.device) ->
                 top = torch.maximum(top, most.amax())
             whole = torch.where(top > 0, 448.0 * 6.0 / top, torch.ones_like(top)).reshape(1)
         for start, rows in weight.row_blocks():
-            work = rows.to(torch.float32, copy=True)
-            most = _absmax(work, size)
-            finite.look(rows, start * rows.shape[1], maxima=most)
-            scale, wide = _scales(most, whole)
-            parts.append(scale.view(torch.uint8))
-            tiles = work.unflatten(1, (-1, size)).div_(wide.unsqueeze(2))
-            found = torch.empty(work.shape, dtype=torch.uint8, device=device)
-            # What the rounding makes on its way stays in the cache.
-            step = max(1, _AT_ONCE // work.shape[1])
-            for part, out in zip(tiles.split(step), found.split(step), strict=True):
-                out.copy_(nearest(part.flatten(1)))
-            packed = Codes.pack(found, 4, "dense").data
             begin = start * form.shape[1] // 2
-            form.codes.data[begin : begin + packed.numel()] = packed
+            end = begin + -(-rows.numel() // 2)
+            scale, form.codes.data[begin:end] = _rounded(rows, start, size, whole, finite)
+            parts.append(scale.view(torch.uint8))
     eight = torch.cat(parts)
     table = _table().to(device)
     if whole is None:
@@ -320,6 +312,32 @@ def quantize_fp4(form: StoredFp4, weight: WeightSource, device: torch.device) ->
         dtype=torch.float32,
     )
     return replace(form, table=table, scale=nested, whole=whole)
+
+
+def fp4_working_bytes(form: StoredFp4, weights: int) -> int:
+    """Memory that :func:`quantize_fp4` takes for row blocks of so many weights: float32 and codes,
+    and their rounding or packing; a block's largest magnitudes and scales, and the scales of all
+    blocks until they are joined."""
+    size = STYLES[form.style].group
+    rounding = max(Codes.packing_bytes(weights, 4), 18 * min(weights, _AT_ONCE))
+    return 5 * weights + rounding + 9 * weights // size + prod(form.shape) // size
+
+
+def _rounded(
+    rows: Tensor, start: int, size: int, whole: Tensor | None, finite: FiniteCheck
+) -> tuple[Tensor, Tensor]:
+    """Scales as stored ``[rows, groups]``, and packed codes, of the rows from ``start``."""
+    work = rows.to(torch.float32, copy=True)
+    most = _absmax(work, size)
+    finite.look(rows, start * rows.shape[1], maxima=most)
+    scale, wide = _scales(most, whole)
+    tiles = work.unflatten(1, (-1, size)).div_(wide.unsqueeze(2))
+    found = torch.empty(work.shape, dtype=torch.uint8, device=rows.device)
+    # What the rounding makes on its way stays in the cache.
+    step = max(1, _AT_ONCE // work.shape[1])
+    for part, out in zip(tiles.split(step), found.split(step), strict=True):
+        out.copy_(nearest(part.flatten(1)))
+    return scale, Codes.pack(found, 4, "dense").data
 
 
 def _scales(most: Tensor, whole: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from quantmill_compressed_tensors.fp4 import (
     STYLES,
     StoredFp4,
     abstract_fp4,
+    fp4_working_bytes,
     quantize_fp4,
 )
 from quantmill_compressed_tensors.schemes import Args, Scheme
@@ -57,10 +59,29 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
             )
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
-        # Of a row block: float32 copies, for groups also codes, for FP4 both levels of scales.
-        args = self._args(target)
-        each = 4 if args.group_size is None else 7 if args.type == "int" else 12
-        return each * self.block_weights(target, dtype)
+        form, weights = self._empty(target, dtype), self.block_weights(target, dtype)
+        if isinstance(form, StoredFp4):
+            return fp4_working_bytes(form, weights)
+        columns = target.in_features
+        if _in_bytes(form):
+            group = form.grouping.size if isinstance(form.grouping, Group) else columns
+            values = form.values if isinstance(form, StoredFloat) else form.codes.data
+            rounding = ByteRounding(self.kernels, self.device, dtype, values.dtype)
+            return rounding.working_bytes(weights, columns, group)
+        if isinstance(form, StoredAffine) and _in_codes(form):
+            group = form.grouping.size if isinstance(form.grouping, Group) else columns
+            coding = CodeRounding(self.kernels, self.device, dtype, form.codes.bits)
+            return coding.working_bytes(weights, columns, group)
+        # Of a row block: it in float32, and scales for each weight; or codes on their way to bytes.
+        work = 4 * weights
+        if isinstance(form.grouping, Group):
+            work = 8 * weights
+        elif isinstance(form.grouping, Blocks):
+            work = 20 * weights  # To find the ranges, the number of its block for each weight.
+        if isinstance(form, StoredAffine) and form.layout.packed:
+            work = max(work, 5 * weights + Codes.packing_bytes(weights, form.codes.bits))
+        scales = weights * prod(form.grouping.scale_shape(form.shape)) // max(1, target.weights)
+        return work + 28 * scales
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         form = self._empty(target, weight.dtype)
@@ -81,11 +102,9 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
             for start, rows in weight.row_blocks(_step(real)):
                 work = rows.to(torch.float32, copy=True)
                 finite.look(work, start * target.in_features)
-                low, high = whole if whole is not None else _reduced(work, real.grouping)
-                if isinstance(real, StoredFloat):
-                    _float_rows(real, start, work, low, high)
-                else:
-                    _integer_rows(real, start, work, low, high, args)
+                _fill_rows(real, start, work, whole, args)
+                # The next rows must not be read beside these.
+                del work
         return real
 
     def _round_bytes(self, form: StoredAffine | StoredFloat, weight: WeightSource) -> None:
@@ -171,8 +190,8 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
         """Minimum and maximum of the whole weight, in a pass of its own."""
         low = high = torch.zeros((), dtype=torch.float32, device=self.device)
         for _, rows in weight.row_blocks():
-            work = rows.to(torch.float32)
-            low, high = torch.minimum(low, work.amin()), torch.maximum(high, work.amax())
+            least, most = rows.to(torch.float32).aminmax()
+            low, high = torch.minimum(low, least), torch.maximum(high, most)
         return low, high
 
 
@@ -228,12 +247,29 @@ def _put(whole: Tensor, start: int, grouping: Grouping, part: Tensor) -> None:
     whole[first : first + part.shape[0]] = part.reshape(-1, *whole.shape[1:])
 
 
+def _fill_rows(
+    form: StoredAffine | StoredFloat,
+    start: int,
+    work: Tensor,
+    whole: tuple[Tensor, Tensor] | None,
+    args: Args,
+) -> None:
+    """Round the rows from ``start``, float32, which are changed; ``whole`` is the weight's range
+    where it has one scale."""
+    low, high = whole if whole is not None else _reduced(work, form.grouping)
+    if isinstance(form, StoredFloat):
+        _float_rows(form, start, work, low, high)
+    else:
+        _integer_rows(form, start, work, low, high, args)
+
+
 def _float_rows(form: StoredFloat, start: int, work: Tensor, low: Tensor, high: Tensor) -> None:
     assert isinstance(form.scale, Tensor)
     scale = _scale(torch.maximum(-low, high) / TOP, form.scale.dtype)
     _put(form.scale, start, form.grouping, scale)
-    wide = form.grouping.expand(scale.to(torch.float32), tuple(work.shape))
-    form.values[start : start + work.shape[0]].copy_(work.div_(wide).clamp_(-TOP, TOP))
+    # Scales for each weight must not outlive the division: they are as large as the rows.
+    work.div_(form.grouping.expand(scale.to(torch.float32), tuple(work.shape)))
+    form.values[start : start + work.shape[0]].copy_(work.clamp_(-TOP, TOP))
 
 
 def _rule(
@@ -264,8 +300,7 @@ def _integer_rows(
     least, most = -(2 ** (args.num_bits - 1)), 2 ** (args.num_bits - 1) - 1
     shape = tuple(work.shape)
     scale, zero = _rule(form, start, low, high, args)
-    wide = form.grouping.expand(scale.to(torch.float32), shape)
-    scaled = work.div_(wide)
+    scaled = work.div_(form.grouping.expand(scale.to(torch.float32), shape))
     if args.symmetric and args.num_bits < 4:
         take_lowest(scaled, least)
     codes = scaled.round_()

@@ -36,12 +36,13 @@ class BlockQuantizer(Quantizer[Fp8Config]):
         return abstract_form(shape, grouping_of(self.config), kind, dtype)
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
-        # Tall blocks need more rows at once than the reader's buffer would have; in float32.
-        rows, columns = self.config.weight_block_size or (1, 1)
-        tall = 4 * min(rows, target.out_features) * target.in_features
-        # Then copies of a row block in float32, more of them where blocks lie within rows.
-        each = 8 if rows == 1 < columns else 2
-        return tall + each * self.block_weights(target, dtype)
+        rows, group = self.config.weight_block_size or (1, target.in_features)
+        weights = self.block_weights(target, dtype)
+        # Tall blocks can need more rows at once than the reader's buffers would have.
+        tall = min(rows, target.out_features) * target.in_features
+        beyond = 2 * dtype.itemsize * max(0, tall - weights)
+        rounding = ByteRounding(self.kernels, self.device, dtype, VALUES)
+        return beyond + rounding.working_bytes(max(weights, tall), target.in_features, group)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         rows, columns = weight.shape
@@ -93,8 +94,9 @@ class RowQuantizer(Quantizer[FbgemmFp8Config]):
         return abstract_form(shape, Channel(0), torch.float32, dtype)
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
-        # A row block in float32, and what becomes of it on the way to the values.
-        return 10 * self.block_weights(target, dtype)
+        rounding = ByteRounding(self.kernels, self.device, dtype, VALUES)
+        weights, columns = self.block_weights(target, dtype), target.in_features
+        return rounding.working_bytes(weights, columns, columns)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         rows, columns = weight.shape

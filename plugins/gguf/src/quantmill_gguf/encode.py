@@ -26,9 +26,9 @@ from quantmill_gguf import codes
 from quantmill_gguf.types import TYPES, BlockType, RawForm
 
 if TYPE_CHECKING:
-    from quantmill.kernels import KernelRegistry
+    from quantmill.kernels import Choice, KernelRegistry
 
-__all__ = ["MADE", "NotFinite", "decode", "encode"]
+__all__ = ["MADE", "NotFinite", "decode", "encode", "kernel_for"]
 
 _SURE = 2.0**14
 """A quarter of the largest float16."""
@@ -48,6 +48,15 @@ def _default_kernels() -> KernelRegistry:
     from quantmill.kernels import KernelRegistry
 
     return KernelRegistry.of(default_host())
+
+
+def kernel_for(
+    type_name: str, kernels: KernelRegistry, device: str, dtype: torch.dtype
+) -> Choice | None:
+    """The kernel that makes blocks of a type of weights of ``dtype``, if there is one."""
+    kind = str(dtype).removeprefix("torch.")
+    traits = {"table": type_name}
+    return kernels.choose("quantize", RawForm.kind, traits, device=device, dtype=kind)
 
 
 def encode(
@@ -85,11 +94,7 @@ def encode(
     if importance is not None:
         importance = _checked(importance, columns, name).to(values.device)
     rows = values.reshape(-1, columns)
-    traits = {"table": type_name}
-    dtype = str(values.dtype).removeprefix("torch.")
-    choice = (kernels or _default_kernels()).choose(
-        "quantize", RawForm.kind, traits, device=values.device.type, dtype=dtype
-    )
+    choice = kernel_for(type_name, kernels or _default_kernels(), values.device.type, values.dtype)
     shape = (*values.shape[:-1], kind.info.row_bytes(columns))
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=values.device)

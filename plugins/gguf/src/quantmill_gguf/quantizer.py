@@ -14,8 +14,9 @@ from quantmill.forms import Form
 from quantmill.targeting.types import Target
 from quantmill_gguf import codes
 from quantmill_gguf.config import GgufConfig
-from quantmill_gguf.encode import NotFinite, encode
+from quantmill_gguf.encode import NotFinite, encode, kernel_for
 from quantmill_gguf.types import RawForm
+from quantmill_gguf.types.base import piece_bytes
 from quantmill_gguf.types.sizes import BY_NAME
 
 __all__ = ["GgufQuantizer"]
@@ -42,6 +43,14 @@ class GgufQuantizer(Quantizer[GgufConfig]):
                 f" {info.name}",
                 f"keep it float: --skip {target.name}",
             )
+
+    def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
+        name = self.config.type_for(target.in_features)
+        if kernel_for(name, self.kernels, self.device.type, dtype) is not None:
+            return 0
+        # Of a row block: its bytes, and what becomes of a piece of it in the widest types.
+        block = self.block_weights(target, dtype)
+        return piece_bytes(block) + BY_NAME[name].row_bytes(block)
 
     def quantize(
         self, target: Target, weight: WeightSource, importance: Tensor | None = None

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["errors", "solve"]
+__all__ = ["errors", "search_bytes", "solve"]
 
 _BETA = 10.0
 _KAPPA = 1.01
@@ -31,6 +31,11 @@ _PATIENCE = {1: 8, 2: 8, 3: 8}
 bits, the more often a group gets worse on the way to its best."""
 _CHUNK = 1 << 17
 """Weights worked on at a time: what is computed with stays in the processor's cache."""
+
+
+def search_bytes(weights: int, iters: int) -> int:
+    """Memory that :func:`solve` takes for so many weights beside its arguments and results."""
+    return (36 if iters else 20) * min(weights, _CHUNK)
 
 
 def solve(

@@ -15,7 +15,7 @@ from quantmill.forms import Affine, Codes, Form
 from quantmill.targeting.types import Target
 from quantmill_hqq.config import HqqConfig
 from quantmill_hqq.forms import Layout, abstract_form, grouping_of
-from quantmill_hqq.optimiser import solve
+from quantmill_hqq.optimiser import search_bytes, solve
 from quantmill_hqq.packing import fits
 
 __all__ = ["HqqQuantizer"]
@@ -73,11 +73,18 @@ class HqqQuantizer(Quantizer[HqqConfig]):
             )
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
-        if self.config.axis == 1:
-            # Of a row block: it in float32, what the search tries, and the codes.
-            return 4 * self.block_weights(target, dtype)
-        # The weight as it is stored and by strides, and its codes before they are packed.
-        return target.weights * (2 * dtype.itemsize + 1)
+        layout = _layout(self.config, target)
+        iters = self.config.iters if self.config.optimize else 0
+        if layout.axis == 1:
+            # Of a row block: it in float32 and its codes; and the search, or their packing.
+            weights = self.block_weights(target, dtype)
+            packing = Codes.packing_bytes(weights, layout.bits)
+            return 5 * weights + max(packing, search_bytes(weights, iters))
+        # The weight as it is stored and its codes, and the same of some columns.
+        some = min(target.weights, _COLUMNS * layout.size)
+        whole = target.weights * (dtype.itemsize + 1)
+        packing = Codes.packing_bytes(target.weights, layout.bits)
+        return whole + max(packing, 5 * some + search_bytes(some, iters))
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         layout = _layout(self.config, target)
@@ -109,6 +116,13 @@ class HqqQuantizer(Quantizer[HqqConfig]):
             norm=config.lp_norm,
         )
 
+    def _packed(
+        self, values: Tensor, bits: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed codes, scales and zero points of groups."""
+        found, scales, zeros = self._solve(values, dtype)
+        return Codes.pack(found, bits, "dense").data.reshape(-1), scales, zeros
+
     def _rows(
         self,
         weight: WeightSource,
@@ -119,19 +133,18 @@ class HqqQuantizer(Quantizer[HqqConfig]):
     ) -> Codes:
         """Codes of consecutive groups; fills ``scale`` and ``zero``."""
         codes = Codes.empty(shape, layout.bits, "dense", self.device)
-        size, columns = layout.size, shape[1]
+        size, columns, packed = layout.size, shape[1], codes.data.reshape(-1)
         # A block ends where a group does, and with it a byte of codes.
         with FiniteCheck(weight.name) as finite:
             for row, block in weight.row_blocks(size // gcd(size, columns)):
                 start = row * columns
                 finite.look(block, start)
-                values = block.to(torch.float32).reshape(-1, size)
-                found, scales, zeros = self._solve(values, scale.dtype)
-                first, last = start // size, start // size + values.shape[0]
-                scale[first:last], zero[first:last] = scales, zeros
-                packed = Codes.pack(found, layout.bits, "dense").data.reshape(-1)
+                first, last = start // size, (start + block.numel()) // size
                 begin = start * layout.bits // 8
-                codes.data.reshape(-1)[begin : begin + packed.numel()] = packed
+                end = begin - (-block.numel() * layout.bits // 8)
+                packed[begin:end], scale[first:last], zero[first:last] = self._packed(
+                    block.to(torch.float32).reshape(-1, size), layout.bits, scale.dtype
+                )
         return codes
 
     def _whole(
@@ -150,7 +163,8 @@ class HqqQuantizer(Quantizer[HqqConfig]):
         codes = torch.empty(matrix.shape, dtype=torch.uint8, device=self.device)
         for first in range(0, matrix.shape[1], _COLUMNS):
             part = slice(first, first + _COLUMNS)
-            values = matrix[:, part].t().to(torch.float32).contiguous()
-            found, scale[part], zero[part] = self._solve(values, scale.dtype)
+            found, scale[part], zero[part] = self._solve(
+                matrix[:, part].t().to(torch.float32).contiguous(), scale.dtype
+            )
             codes[:, part] = found.t()
         return Codes.pack(codes.reshape(shape), layout.bits, "dense")

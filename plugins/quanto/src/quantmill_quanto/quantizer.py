@@ -47,6 +47,14 @@ class QuantoQuantizer(Quantizer[QuantoConfig]):
         one = torch.empty((), dtype=_taken(dtype), device="meta")
         return joined(form, (one, one.clone()))
 
+    def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
+        weights, columns = self.block_weights(target, dtype), target.in_features
+        if self.config.bits == 8:
+            rounding = ByteRounding(self.kernels, self.device, dtype, self._values)
+            return rounding.working_bytes(weights, columns, columns)
+        coding = CodeRounding(self.kernels, self.device, dtype, self.config.bits)
+        return coding.working_bytes(weights, columns, group_size(columns) or columns)
+
     @property
     def _values(self) -> torch.dtype:
         """Data type of 8-bit weights."""

@@ -66,6 +66,26 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
                 f"take another granularity, or keep it float: --skip {target.name}",
             )
 
+    def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
+        form = self._empty((target.out_features, target.in_features), dtype)
+        weights, columns = self.block_weights(target, dtype), target.in_features
+        rows, width = form.layout.block
+        small = isinstance(form, AoAffine) and form.codes.packing == "dense"
+        if self._by_rows(form):
+            if isinstance(form, AoAffine) and small:
+                coding = CodeRounding(self.kernels, self.device, dtype, form.codes.bits)
+                return coding.working_bytes(weights, columns, width)
+            kind = form.values.dtype if isinstance(form, AoFloat) else torch.int8
+            rounding = ByteRounding(self.kernels, self.device, dtype, kind)
+            return rounding.working_bytes(weights, columns, width)
+        # Of a row block: it in float32, and its codes and their packing; a search tries some more.
+        work = 4 * weights
+        if isinstance(form, AoAffine) and small:
+            work = 5 * weights + Codes.packing_bytes(weights, form.codes.bits)
+        if self.recipe.algorithm == "HQQ_SCALE_ONLY":
+            work = 16 * weights
+        return work + 28 * (weights // max(1, rows * width))
+
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         shape = (target.out_features, target.in_features)
         form = self._empty(shape, weight.dtype)
@@ -84,14 +104,25 @@ class TorchaoQuantizer(Quantizer[TorchaoConfig]):
         whole = self._range(weight) if isinstance(form.grouping, PerTensor) else None
         with FiniteCheck(weight.name) as finite:
             for start, rows in weight.row_blocks(step):
-                work = rows.to(torch.float32, copy=True)
-                tiles, low, high = _tiled(work, form.layout.block, whole)
-                finite.look(rows, start * shape[1], maxima=high - low)
-                if isinstance(form, AoFloat):
-                    self._floats(form, start, tiles, low, high)
-                else:
-                    self._integers(form, start, tiles, low, high)
+                self._fill(form, start, rows, whole, finite)
         return form
+
+    def _fill(
+        self,
+        form: AoAffine | AoFloat,
+        start: int,
+        rows: Tensor,
+        whole: tuple[Tensor, Tensor] | None,
+        finite: FiniteCheck,
+    ) -> None:
+        """Round the rows from ``start``; ``whole`` is the weight's range where it has one scale."""
+        work = rows.to(torch.float32, copy=True)
+        tiles, low, high = _tiled(work, form.layout.block, whole)
+        finite.look(rows, start * form.shape[1], maxima=high - low)
+        if isinstance(form, AoFloat):
+            self._floats(form, start, tiles, low, high)
+        else:
+            self._integers(form, start, tiles, low, high)
 
     def _by_rows(self, form: AoAffine | AoFloat) -> bool:
         """Scales of ranges of rows or groups, of a rule that kernels round by."""

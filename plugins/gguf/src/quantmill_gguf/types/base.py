@@ -17,11 +17,25 @@ _PIECE = 1 << 18
 """Values that are quantized at a time on a CPU, so that intermediate results stay in its cache."""
 _LARGE_PIECE = 1 << 25
 
-__all__ = ["BlockType", "Unpack", "half", "halves", "join_planes", "planes"]
+__all__ = [
+    "BlockType",
+    "Unpack",
+    "half",
+    "halves",
+    "join_planes",
+    "piece_bytes",
+    "planes",
+]
 
 Unpack = Callable[..., None]
 """``fn(data, *, type_name, out)``: a kernel that takes the codes out of blocks. ``data`` is uint8
 ``[rows, row bytes]``, ``out`` the memory of the codes in the packing of the type's form."""
+
+
+def piece_bytes(weights: int) -> int:
+    """Memory that :meth:`BlockType.quantize` takes on a CPU for so many weights beside its result,
+    in types with a choice to make; those of one scale take half, those with a table half more."""
+    return 32 * min(weights, _PIECE)
 
 
 def planes(data: Tensor, bits: int, width: int) -> Tensor:

@@ -1,0 +1,107 @@
+"""What the engine holds at its worst while it goes through a float checkpoint, from a plan.
+
+Modules come in the order of the checkpoint's files. One that is quantized streams through two
+buffers, which stay for those after it and count as far as they were filled; besides them there are
+its form and what its quantizer works with. One that stays as it is is read whole when it is
+written, and lies mapped from the file in a model on the CPU. A model keeps what it has; of a
+checkpoint that is written, each module is gone when the next one comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantmill.backend import block_bytes
+from quantmill.checkpoint.dtypes import torch_dtype
+
+if TYPE_CHECKING:
+    from quantmill.job import Job
+    from quantmill.planning import ModulePlan
+    from quantmill.targeting.types import Target
+
+__all__ = ["loading_peak", "writing_peak"]
+
+
+def loading_peak(job: Job, modules: Sequence[ModulePlan]) -> int:
+    """Bytes at the peak of loading a live model; what lies in mapped files counts as read."""
+    if job.prequantized and torch.device(job.device).type == "cpu":
+        return sum(item.bytes_memory for item in modules)
+    buffers = _Buffers(job)
+    # Mapped tensors may be read at any time: they count from the beginning.
+    held = sum(item.bytes_memory for item in modules if item.action != "quantize")
+    peak = held
+    for item in _ordered(job, modules):
+        if item.action != "quantize":
+            continue
+        streamed = buffers.take(item.target)
+        held += item.bytes_memory
+        peak = max(peak, held + streamed + item.working_bytes)
+    return peak
+
+
+def writing_peak(job: Job, modules: Sequence[ModulePlan]) -> int:
+    """Bytes at the peak of quantizing into a checkpoint, without calibration."""
+    buffers = _Buffers(job)
+    peak = 0
+    for item in _ordered(job, modules):
+        if item.action == "quantize":
+            own = buffers.take(item.target) + item.bytes_after + item.working_bytes
+        else:
+            changed = item.bytes_after if item.bytes_after != item.bytes_before else 0
+            own = buffers.filled + item.bytes_before + changed
+        peak = max(peak, own)
+    return peak
+
+
+class _Buffers:
+    """The reader's two buffers: how far they were filled up to now."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._size = block_bytes(torch.device(job.device))
+        self._one = self._two = 0
+
+    @property
+    def filled(self) -> int:
+        """Bytes of both."""
+        return self._one + self._two
+
+    def take(self, target: Target | None) -> int:
+        """Bytes in memory of what a target's weight is read with."""
+        if target is None:
+            return self.filled
+        parameter = target.module.parameters[target.parameter]
+        stored = torch_dtype(parameter.dtype)
+        size = target.weights * stored.itemsize
+        architecture = self._job.architecture
+        assert architecture is not None
+        if self._job.prequantized:
+            return self.filled
+        if target.transposed or target.experts or architecture.converted(parameter):
+            # It is made as a whole; turning it takes a copy.
+            return self.filled + size * (2 if target.transposed else 1)
+        self._one = max(self._one, min(self._size, size))
+        self._two = max(self._two, min(self._size, size - min(self._size, size)))
+        cast = self._job.dtype is not None and getattr(torch, self._job.dtype) != stored
+        copied = getattr(torch, self._job.dtype or "").itemsize if cast else 0
+        return self.filled + min(self._size, size) // stored.itemsize * copied
+
+
+def _ordered(job: Job, modules: Sequence[ModulePlan]) -> list[ModulePlan]:
+    """Entries as their tensors lie in the files."""
+    assert job.architecture is not None
+    places = {}
+    for module in job.architecture.modules:
+        sources = (s for item in module.parameters.values() for s in item.sources)
+        found = (job.headers.tensors.get(name) for name in sources)
+        first = next((header for header in found if header is not None), None)
+        places[module.name] = ("", -1) if first is None else (first.file, first.start)
+    absent = ("", -1)
+
+    def place(item: ModulePlan) -> tuple[str, int]:
+        return places.get(item.name if item.target is None else item.target.name, absent)
+
+    return sorted(modules, key=place)
