@@ -326,6 +326,11 @@ class LinearFactory(ABC, Generic[ConfigT]):
         """Bytes the module keeps in memory for ``form``, which may be on the meta device."""
         return form.nbytes
 
+    def building_bytes(self, form: Form) -> int:
+        """Bytes that :meth:`build` needs beside what the module keeps: none, unless it makes
+        something else of the form. ``form`` may be on the meta device."""
+        return 0
+
     def forward_bytes(self, form: Form, dtype: torch.dtype) -> int:
         """Bytes that a forward pass over many rows needs beside its input and output: the float
         weight, unless what computes does without. ``form`` may be on the meta device."""

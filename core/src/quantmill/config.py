@@ -30,10 +30,11 @@ INVALID_STORED = declare(
 _EXTRA = {"type": "extra_forbidden"}
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """``did you mean ...?``, or nothing when no known word is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else ""
+def suggestion(word: str, known: Iterable[str], *, cutoff: float = 0.6, form: str = "{}") -> str:
+    """``did you mean ...?``, or nothing when no known word is close; ``form`` is how a word is
+    written."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {form.format(close[0])}?" if close else ""
 
 
 def dtype_name(value: Any) -> Any:

@@ -259,6 +259,14 @@ class FormLinearFactory(LinearFactory[Any]):
     def resident_bytes(self, form: Form) -> int:
         return live_of(self.kernels, form, self.device, self.dtype).nbytes
 
+    def building_bytes(self, form: Form) -> int:
+        live = live_of(self.kernels, form, self.device, self.dtype)
+        if not isinstance(live, Prepared):
+            return 0
+        # A kernel's layout is made of the core's form, and that of a foreign one.
+        regular = live.skeleton.nbytes if live.skeleton.kind != form.kind else 0
+        return form.nbytes + regular
+
     def forward_bytes(self, form: Form, dtype: torch.dtype) -> int:
         live = live_of(self.kernels, form, self.device, self.dtype)
         skeleton = live.skeleton if isinstance(live, Prepared) else live
@@ -276,4 +284,5 @@ class FormLinearFactory(LinearFactory[Any]):
     def backward_bytes(self, form: Form, dtype: torch.dtype) -> int:
         # The reference computes in float32: codes and their products with the scales.
         rows, columns = form.shape[-2:]
-        return super().backward_bytes(form, dtype) + 2 * 4 * rows * columns
+        rounded = 0 if dtype == torch.float32 else super().backward_bytes(form, dtype)
+        return rounded + 2 * 4 * int(rows * columns)

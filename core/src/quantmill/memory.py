@@ -143,7 +143,8 @@ def needs(
         working = block + forward + sizes.vocabulary * (itemsize + 4)
         cache = cache_bytes(config, context, itemsize)
         return Needs(totals["bytes_memory"], totals["peak_bytes"], cache, working, 0)
-    linears = [item for item in plan.modules if item.action == "quantize"] or [
+    quantized = [item for item in plan.modules if item.action == "quantize"]
+    linears = [item for item in quantized if item.kind != "embedding"] or [
         item
         for item in plan.modules
         if item.kind in ("linear", "conv1d") and item.action != "not-a-target"
@@ -159,11 +160,15 @@ def needs(
     adapters *= _ADAPTER_BYTES
     kept = context * sizes.hidden * itemsize * sizes.layers
     loss = context * sizes.vocabulary * (itemsize + 4 * _LOSS_HELD)
-    # The backward pass holds a block's activations with their gradients, and a float weight. Blocks
-    # and experts are alike: what differs in a number only is the same linear.
+    # A quantized embedding whose weight is the head's too.
+    loss += max((item.backward_bytes for item in quantized if item.kind == "embedding"), default=0)
+    # The backward pass holds a block's activations, the gradients of half of them, which adapters
+    # give in float32, and a float weight. Blocks and experts are alike: what differs in a number
+    # only is the same linear.
+    gradients = context * (_HIDDEN_HELD * sizes.hidden + _INNER_HELD * sizes.inner) * 4 // 2
     weight = max((item.backward_bytes for item in linears), default=0)
     alike = [re.sub(r"\.\d+(?=\.)", "", item.name) for item in linears]
     widths = {name: width for name, (_, width) in zip(alike, ends, strict=True)}
-    adapted = context * sum(widths.values()) * _ADAPTER_INPUT
-    working = kept + max(loss, 2 * block + adapted + max(weight, forward))
+    adapted = context * sum(widths.values()) * _ADAPTER_INPUT if itemsize != _ADAPTER_INPUT else 0
+    working = kept + max(loss, block + gradients + adapted + max(weight, forward))
     return Needs(totals["bytes_memory"], totals["peak_bytes"], 0, working, adapters)

@@ -7,7 +7,6 @@ exception, for tensors that stay on the CPU exactly as they lie on the disk.
 from __future__ import annotations
 
 import ctypes
-import difflib
 import mmap
 import os
 import threading
@@ -94,8 +93,10 @@ class TensorReader:
         try:
             return self.headers.tensors[name]
         except KeyError:
-            near = difflib.get_close_matches(name, list(self.headers.tensors), 1)
-            fix = f"did you mean {near[0]}?" if near else "quantmill inspect lists its tensors"
+            from quantmill.config import suggestion
+
+            near = suggestion(name, self.headers.tensors)
+            fix = near or "quantmill inspect lists its tensors"
             cause = f"{self.headers.source.describe()} has no such tensor"
             raise QuantmillError(codes.UNKNOWN_TENSOR(name, cause, fix)) from None
 

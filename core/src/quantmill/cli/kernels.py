@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -231,13 +230,14 @@ def _operation(
 
 def _entry(modules: list[ModulePlan], name: str) -> ModulePlan:
     from quantmill.cli.errors import NO_SUCH_MODULE
+    from quantmill.config import suggestion
 
     quantized = [item for item in modules if item.action == "quantize"]
     for item in quantized:
         if item.name == name:
             return item
-    close = difflib.get_close_matches(name, [item.name for item in quantized], n=1, cutoff=0.4)
-    fix = f"did you mean {close[0]}?" if close else "see the names in `quantmill plan --all`"
+    near = suggestion(name, [item.name for item in quantized], cutoff=0.4)
+    fix = near or "see the names in `quantmill plan --all`"
     for item in modules:
         if item.name == name:
             cause = f"it stays float: {item.reason}"

@@ -6,7 +6,6 @@ names both. Everything here is plain integer arithmetic without torch.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -215,12 +214,13 @@ def get_protocol(protocol: str | Protocol) -> Protocol:
         return protocol
     if protocol in PROTOCOLS:
         return PROTOCOLS[protocol]
-    near = difflib.get_close_matches(protocol, PROTOCOLS, n=1, cutoff=0.5)
+    from quantmill.config import suggestion
+
     names = ", ".join(repr(name) for name in PROTOCOLS)
     raise QuantmillError(
         UNKNOWN_PROTOCOL(
             f"protocol {protocol!r}",
             f"the protocols are {names}",
-            f"did you mean {near[0]!r}?" if near else f"use one of {names}",
+            suggestion(protocol, PROTOCOLS, cutoff=0.5, form="'{}'") or f"use one of {names}",
         )
     )

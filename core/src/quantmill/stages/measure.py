@@ -57,7 +57,7 @@ def as_float(module: ModuleInfo) -> ModuleInfo:
 
 class _Measure(NamedTuple):
     """Of a form: its words, and bytes on the disk, in memory, while made, while computing forward
-    and backward, and for each row of activations then."""
+    and backward, for each row of activations then, and while its linear is built."""
 
     form: str
     stored: int
@@ -66,6 +66,7 @@ class _Measure(NamedTuple):
     forward: int
     backward: int
     row: int
+    building: int
 
 
 class ModulePlanner:
@@ -138,6 +139,7 @@ class ModulePlanner:
                 forward_bytes=measure.forward,
                 backward_bytes=measure.backward,
                 row_bytes=measure.row,
+                building_bytes=measure.building,
                 target=target,
             )
 
@@ -163,6 +165,7 @@ class ModulePlanner:
                 factory.forward_bytes(form, self.dtype),
                 factory.backward_bytes(form, self.dtype),
                 factory.row_bytes(form, self.dtype),
+                factory.building_bytes(form),
             )
         return self._cache[key]
 
@@ -215,9 +218,11 @@ class ModulePlanner:
         factory = factory_of(self.job, selection)
         resident, forward = factory.resident_bytes(form), factory.forward_bytes(form, self.dtype)
         backward = factory.backward_bytes(form, self.dtype)
-        row = factory.row_bytes(form, self.dtype)
+        row, building = factory.row_bytes(form, self.dtype), factory.building_bytes(form)
         if self.job.options.dequantize:
+            # The float weight is made of the form, in float32 first.
             resident = target.weights * self.dtype.itemsize
+            building = form.nbytes + 2 * 4 * target.weights
             forward = backward = row = 0
         return ModulePlan(
             name=module.name,
@@ -235,6 +240,7 @@ class ModulePlanner:
             forward_bytes=forward,
             backward_bytes=backward,
             row_bytes=row,
+            building_bytes=building,
             target=target,
         )
 

@@ -20,15 +20,12 @@ from quantmill.checkpoint.dtypes import torch_dtype
 if TYPE_CHECKING:
     from quantmill.job import Job
     from quantmill.planning import ModulePlan
-    from quantmill.targeting.types import Target
 
 __all__ = ["loading_peak", "writing_peak"]
 
 
 def loading_peak(job: Job, modules: Sequence[ModulePlan]) -> int:
     """Bytes at the peak of loading a live model; what lies in mapped files counts as read."""
-    if job.prequantized and torch.device(job.device).type == "cpu":
-        return sum(item.bytes_memory for item in modules)
     buffers = _Buffers(job)
     # Mapped tensors may be read at any time: they count from the beginning.
     held = sum(item.bytes_memory for item in modules if item.action != "quantize")
@@ -36,9 +33,9 @@ def loading_peak(job: Job, modules: Sequence[ModulePlan]) -> int:
     for item in _ordered(job, modules):
         if item.action != "quantize":
             continue
-        streamed = buffers.take(item.target)
+        streamed = buffers.take(item)
         held += item.bytes_memory
-        peak = max(peak, held + streamed + item.working_bytes)
+        peak = max(peak, held + streamed + max(item.working_bytes, item.building_bytes))
     return peak
 
 
@@ -48,7 +45,7 @@ def writing_peak(job: Job, modules: Sequence[ModulePlan]) -> int:
     peak = 0
     for item in _ordered(job, modules):
         if item.action == "quantize":
-            own = buffers.take(item.target) + item.bytes_after + item.working_bytes
+            own = buffers.take(item) + item.bytes_after + item.working_bytes
         else:
             changed = item.bytes_after if item.bytes_after != item.bytes_before else 0
             own = buffers.filled + item.bytes_before + changed
@@ -69,25 +66,30 @@ class _Buffers:
         """Bytes of both."""
         return self._one + self._two
 
-    def take(self, target: Target | None) -> int:
-        """Bytes in memory of what a target's weight is read with."""
-        if target is None:
-            return self.filled
+    def take(self, item: ModulePlan) -> int:
+        """Bytes in memory of what the weight of a quantized entry is read with."""
+        job, target = self._job, item.target
+        assert job.architecture is not None
+        if job.prequantized:
+            if torch.device(job.device).type != "cpu":
+                self._fill(item.bytes_before)
+            return self.filled  # On the CPU it lies mapped.
+        assert target is not None
         parameter = target.module.parameters[target.parameter]
         stored = torch_dtype(parameter.dtype)
         size = target.weights * stored.itemsize
-        architecture = self._job.architecture
-        assert architecture is not None
-        if self._job.prequantized:
-            return self.filled
-        if target.transposed or target.experts or architecture.converted(parameter):
+        if target.transposed or target.experts or job.architecture.converted(parameter):
             # It is made as a whole; turning it takes a copy.
             return self.filled + size * (2 if target.transposed else 1)
-        self._one = max(self._one, min(self._size, size))
-        self._two = max(self._two, min(self._size, size - min(self._size, size)))
-        cast = self._job.dtype is not None and getattr(torch, self._job.dtype) != stored
-        copied = getattr(torch, self._job.dtype or "").itemsize if cast else 0
-        return self.filled + min(self._size, size) // stored.itemsize * copied
+        self._fill(size)
+        wanted = stored if job.dtype is None else getattr(torch, job.dtype)
+        cast = 0 if wanted == stored else wanted.itemsize
+        return self.filled + min(self._size, size) // stored.itemsize * cast
+
+    def _fill(self, size: int) -> None:
+        first = min(self._size, size)
+        self._one = max(self._one, first)
+        self._two = max(self._two, min(self._size, size - first))
 
 
 def _ordered(job: Job, modules: Sequence[ModulePlan]) -> list[ModulePlan]:

@@ -17,12 +17,12 @@ regular expression over roles, layers and classes; a conjunction counts its part
 
 from __future__ import annotations
 
-import difflib
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
+from quantmill.config import suggestion
 from quantmill.findings import QuantmillError, declare
 from quantmill.targeting.types import ROLES, ModuleInfo
 
@@ -199,8 +199,7 @@ def _atom(text: str) -> Pattern:
         glob, literals = _glob(text)
         return _Regex(text, _compile(text, glob), (4, literals))
     if kind not in _KINDS:
-        hint = difflib.get_close_matches(kind, _KINDS, n=1)
-        fix = f"did you mean {hint[0]}:?" if hint else "use re:, cls:, layers: or role:"
+        fix = suggestion(kind, _KINDS, form="{}:") or "use re:, cls:, layers: or role:"
         raise _refuse(text, f"{kind!r} is no kind of pattern", fix)
     value = value.strip()
     if not value:
@@ -212,8 +211,8 @@ def _atom(text: str) -> Pattern:
     if kind == "layers":
         return _Layers(text, _ranges(text, value))
     if value not in ROLES:
-        hint = difflib.get_close_matches(value.lower(), ROLES, n=1)
-        fix = f"did you mean role:{hint[0]}?" if hint else f"use one of {', '.join(ROLES)}"
+        near = suggestion(value.lower(), ROLES, form="role:{}")
+        fix = near or f"use one of {', '.join(ROLES)}"
         raise _refuse(text, f"{value!r} is no role", fix)
     return _Role(text, value)
 

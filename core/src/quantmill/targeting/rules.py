@@ -8,10 +8,10 @@ more specific pattern wins; equal ones that disagree are an error.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from quantmill.config import suggestion
 from quantmill.findings import Findings, Severity, declare
 from quantmill.targeting.patterns import Pattern, parse
 from quantmill.targeting.types import Decision, ModuleInfo, Outcome, Rule, targets_of
@@ -240,5 +240,5 @@ def _hint(pattern: str, modules: Sequence[ModuleInfo]) -> str:
     else:
         names = [module.name for module in modules]
         words, wanted, prefix = {*names, *(name.rpartition(".")[2] for name in names)}, pattern, ""
-    close = difflib.get_close_matches(wanted, sorted(words), n=1, cutoff=0.5)
-    return f"did you mean {prefix}{close[0]}?" if close else "see the names in the plan."
+    near = suggestion(wanted, sorted(words), cutoff=0.5, form=f"{prefix}{{}}")
+    return near or "see the names in the plan."

@@ -72,6 +72,21 @@ def _words(fields: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 _PLAIN = tuple(range(8))
+_AT_ONCE = 1 << 18
+"""Weights that are turned at a time, so that what that takes stays in a processor's cache."""
+
+
+def _turned(words: Tensor) -> Codes:
+    """Codes ``[out, in]`` of GEMM's int32 ``[in, out / 8]``."""
+    columns = words.shape[0]
+    packed = Codes.empty((8 * words.shape[1], columns), 4, "dense", words.device)
+    # Eight rows of codes end with a byte, however many columns there are.
+    step, width = max(1, _AT_ONCE // max(1, 8 * columns)), 4 * columns
+    for first in range(0, words.shape[1], step):
+        codes = _fields(words[:, first : first + step], _FROM).t()
+        part = Codes.pack(codes, 4, "dense").data
+        packed.data[first * width : first * width + part.numel()] = part
+    return packed
 
 
 class AwqCodec(Codec[AwqConfig]):
@@ -122,10 +137,9 @@ class AwqCodec(Codec[AwqConfig]):
         if not tensors["scales"].is_floating_point():
             raise _refuse(target, f"scales is {tensors['scales'].dtype}, no float type")
         if version == "gemm":
-            codes = _fields(qweight, _FROM).t().contiguous()
+            packed = _turned(qweight)
             zeros = _fields(qzeros, _FROM).t().contiguous()
             scale = tensors["scales"].t().contiguous()
-            packed = Codes.pack(codes, 4, "dense")
         else:
             # In order already: the words are the dense stream.
             data = qweight.contiguous().view(torch.uint8).reshape(-1)

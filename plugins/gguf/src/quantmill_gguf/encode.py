@@ -13,7 +13,6 @@ Kernels of the registry for the form ``ggml``, with the type's name as the trait
 
 from __future__ import annotations
 
-import difflib
 import math
 from functools import cache
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quantmill.config import suggestion
 from quantmill.findings import QuantmillError
 from quantmill_gguf import codes
 from quantmill_gguf.types import TYPES, BlockType, RawForm
@@ -157,8 +157,7 @@ def _made(type_name: str) -> BlockType:
     kind = TYPES.get(type_name)
     if kind is not None and kind.makes:
         return kind
-    close = difflib.get_close_matches(type_name.upper(), MADE, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"take one of {', '.join(MADE)}"
+    hint = suggestion(type_name.upper(), MADE) or f"take one of {', '.join(MADE)}"
     raise QuantmillError(codes.TYPE(type_name, f"{type_name!r} is no type that can be made", hint))
 
 

@@ -6,11 +6,11 @@ A mix is a type for most matrices and a few better ones where errors cost most: 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from quantmill.config import suggestion
 from quantmill.findings import QuantmillError
 from quantmill.targeting.types import ModuleInfo
 from quantmill_gguf import codes
@@ -74,8 +74,7 @@ def mix_named(name: str) -> Mix:
     upper = name.upper()
     found = MIXES.get(_ALIASES.get(upper, upper))
     if found is None:
-        close = difflib.get_close_matches(upper, MIXES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(MIXES)}"
+        hint = suggestion(upper, MIXES) or f"use one of {', '.join(MIXES)}"
         raise QuantmillError(codes.UNKNOWN_MIX(name, f"{name!r} is no mix", hint))
     return found
 

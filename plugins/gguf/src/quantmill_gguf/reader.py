@@ -28,7 +28,7 @@ __all__ = ["GgufReader", "GgufSource", "headers_of", "read"]
 
 _ROWS_BYTES: Final = 4 << 20
 """Bytes that are decoded at a time."""
-_PAGES_BYTES: Final = 32 << 20
+_PAGES_BYTES: Final = 4 << 20
 """Bytes of the file that are looked at before their pages are given back."""
 
 

@@ -10,11 +10,11 @@ This module imports no PyTorch.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from quantmill.config import suggestion
 from quantmill.findings import Findings, QuantmillError
 from quantmill.targeting.rules import decide
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Rule
@@ -112,8 +112,7 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _known_type(name: str, where: str) -> None:
     if name not in BY_NAME:
-        close = difflib.get_close_matches(name.upper(), BY_NAME, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see the types in the documentation"
+        hint = suggestion(name.upper(), BY_NAME) or "see the types in the documentation"
         raise QuantmillError(codes.UNKNOWN_MIX(where, f"{name!r} is no type of ggml", hint))
 
 
