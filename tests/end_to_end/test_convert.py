@@ -270,6 +270,12 @@ def test_a_missing_tokenizer_is_named_where_it_is_needed(tmp_path: Path) -> None
     model = write_tiny_llama(tmp_path / "float")
     report = quantmill.convert(model, tmp_path / "out.gguf", "gguf-q8_0")
     assert "QM-GGUF-043" in {item.code for item in report.route.findings}
+    report = quantmill.convert(model, tmp_path / "folder", "fp16")
+    assert "QM-SOURCE-001" in {item.code for item in report.route.findings}
+    (model / "tokenizer.json").write_text("{}")
+    report = quantmill.convert(model, tmp_path / "whole", "fp16")
+    assert "QM-SOURCE-001" not in {item.code for item in report.route.findings}
+    (model / "tokenizer.json").unlink()
     text = tmp_path / "text.txt"
     text.write_text("Nobody can read this. " * 200)
     refused("QM-CALIB-050", model, tmp_path / "out", "gptq-4:group_size=32", calibration=text)

@@ -160,6 +160,8 @@ COMPANIONS = (
     "processor_config.json",
 )
 """Files beside the weights that belong to a model and hold no code."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Those that make a tokenizer."""
 
 
 class HeaderArchitecture(Architecture):

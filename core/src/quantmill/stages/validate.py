@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from quantmill.architecture import TOKENIZERS
+from quantmill.checkpoint.containers import container_of
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.hook_calls import accuse
 from quantmill.job import Job, Selection
@@ -20,6 +22,9 @@ DEVICE_UNSUPPORTED = declare("QM-DEVICE-002", "The method can't compute on this 
 DEVICE_TOO_OLD = declare("QM-DEVICE-003", "The device's compute capability is too low")
 OUT_OF_MEMORY = declare("QM-MEMORY-001", "The model does not fit into the memory there is")
 NO_SPACE = declare("QM-DISK-001", "The output does not fit on the disk")
+NO_TOKENIZER = declare(
+    "QM-SOURCE-001", "A language model that is to be written has no tokenizer", Severity.INFO
+)
 OUTPUT_EXISTS = declare("QM-DISK-002", "The file to be written is there already")
 NOT_SERIALISABLE = declare("QM-METHOD-001", "The method can't be written to a checkpoint")
 NEEDS_CALIBRATION = declare("QM-METHOD-002", "The method needs calibration data")
@@ -50,6 +55,7 @@ def core_findings(job: Job) -> Iterator[Finding]:
     yield from _methods(job)
     yield from _memory(job)
     yield from _disk(job)
+    yield from _tokenizer(job)
     yield from container_findings(job)
     used = {item.method.name for item in job.selections.values()}
     for validator in job.host.validators:
@@ -211,6 +217,24 @@ def _memory(job: Job) -> Iterator[Finding]:
                 "take a method with fewer bits: `quantmill plan --memory`",
             )
             return
+
+
+def _tokenizer(job: Job) -> Iterator[Finding]:
+    """Of a folder into a folder: formats of one file say themselves what they lack."""
+    source, config = job.headers.source, job.headers.config
+    if not job.options.output or job.container is not None:
+        return
+    if container_of(source.describe(), job.host) is not None:
+        return
+    language = config.get("text_config", config)
+    if not isinstance(language, Mapping) or "vocab_size" not in language:
+        return
+    if not any(source.exists(name) for name in TOKENIZERS):
+        yield NO_TOKENIZER(
+            source.describe(),
+            "it has no file of a tokenizer, and what is written will have none",
+            "add the tokenizer's files to either folder to work with text",
+        )
 
 
 def _disk(job: Job) -> Iterator[Finding]:
