@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ METHODS = [
     "gptq-3:group_size=32,desc_act=true,sym=false",
     "awq-4:group_size=32",
 ]
+GPTAQ = "gptq-3:group_size=32,gptaq_alpha=0.5"
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ class _Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", [*METHODS[1:], GPTAQ])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_killed_job_goes_on_with_the_same_bytes(
     method: str, at: int, folder: Path, tokens: Tensor, tmp_path: Path
@@ -112,6 +114,22 @@ def test_a_killed_job_goes_on_with_the_same_bytes(
     assert not resume_folder(out).exists()
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_what_the_blocks_before_did_is_made_up_for(
+    folder: Path, tokens: Tensor, tmp_path: Path
+) -> None:
+    exact: Any = quantmill.load(folder)
+    with torch.inference_mode():
+        wanted = exact(tokens).logits.log_softmax(-1)
+        errors = []
+        for method in (GPTAQ.partition(",")[0], GPTAQ):
+            quantmill.quantize(folder, tmp_path / "out", method, calibration=tokens)
+            model: Any = quantmill.load(tmp_path / "out")
+            found = model(tokens).logits.log_softmax(-1)
+            errors.append(float((wanted.exp() * (wanted - found)).sum(-1).mean()))
+            shutil.rmtree(tmp_path / "out")
+    assert errors[1] < 0.97 * errors[0]
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

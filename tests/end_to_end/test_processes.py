@@ -136,6 +136,18 @@ def test_every_call_shares_its_work_and_one_process_goes_on_after_two(
     assert_same_files(tmp_path / "ordered", out)
 
 
+def test_what_the_float_model_gives_is_shared_too(
+    folder: Path, tokens: Path, tmp_path: Path
+) -> None:
+    method = "gptq-3:group_size=32,gptaq_alpha=0.5"
+    done = run(
+        "-m", "quantmill", "quantize", folder, tmp_path / "two", method, "--calibration", tokens
+    )
+    assert done.returncode == 0, done.stderr
+    quantmill.quantize(folder, tmp_path / "one", method, calibration=tokens)
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)

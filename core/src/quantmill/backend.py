@@ -144,6 +144,12 @@ class BlockCalibrator(ABC, Generic[ConfigT]):
         """Give every target of ``block`` its form with :meth:`Block.put`. The engine has seen to
         it that all their weights are finite."""
 
+    @property
+    def exact_inputs(self) -> bool:
+        """Whether :attr:`Moments.cross` is asked for: each block then runs once more, on what the
+        float model's blocks before it give."""
+        return False
+
     def working_bytes(self, targets: Sequence[Target]) -> int:
         """Memory used while quantizing a block of ``targets``, beyond its weights, its inputs and
         what it computes of them: here a float32 matrix of the widest input's moments and some

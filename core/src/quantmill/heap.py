@@ -1,12 +1,12 @@
 """The C library's heap, where large tensors come and go.
 
-By default glibc keeps one heap per thread, and what lies free in one is lost to the others and to
-the system. While a model is calibrated, the batches of a block run in threads of their own. Mapping
-large tensors one by one instead would give them back at once, but every intermediate result of
-every batch would then be paged in anew, which took a fifth of the time. So :func:`one_heap` has all
-threads share one, which stays so for as long as the process lives. :func:`give_back` returns what
-is free wherever memory would otherwise run high: while a model is loaded, float weights leave holes
-between the packed ones. Elsewhere than with glibc nothing is done.
+By default glibc maps large tensors one by one and gives each back at once: every intermediate
+result of every batch of a calibration would be paged in anew, which took a fifth of the time. And
+it keeps one heap per thread, where what lies free in one is lost to the others. So :func:`one_heap`
+keeps what is freed for the next batch, in one heap, which stays so for as long as the process
+lives. :func:`give_back` returns what is free wherever memory would otherwise run high: while a
+model is loaded, float weights leave holes between the packed ones. Elsewhere than with glibc
+nothing is done.
 """
 
 from __future__ import annotations

@@ -45,6 +45,35 @@ def test_the_error_falls_with_every_pass(options: dict[str, object]) -> None:
         assert torch.equal(scales[0], scales[2])
 
 
+@pytest.mark.parametrize("options", [{}, {"desc_act": True}])
+def test_gptaq_fits_the_outputs_on_other_inputs(options: dict[str, object]) -> None:
+    """With 8 bits rounding is small beside what there is to make up for."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    inputs = torch.randn(400, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    exact = inputs + 0.3 * torch.randn(400, 64, generator=generator) * inputs.std()
+    square = inputs.t() @ inputs / len(inputs)
+    cross = inputs.t() @ (exact - inputs) / len(inputs)
+    least = torch.linalg.lstsq(inputs, exact @ weight.t()).solution
+    wanted = (exact @ weight.t() - inputs @ least).square().sum()
+    errors = []
+    for alpha in (0.0, 0.5, 1.0):
+        how = {
+            "bits": 8,
+            "group_size": WIDTH,
+            "gptaq_alpha": alpha,
+            "damp_percent": 1e-4,
+            **options,
+        }
+        config = GptqConfig.from_user(how)
+        problem = Problem(square, config, WIDTH, "layer.weight")
+        form, _ = gptq(weight, problem, config, KernelRegistry([]), cross)
+        lacking = exact @ weight.t() - inputs @ form.dequantize().t()
+        errors.append(float(lacking.square().sum() / wanted))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1.01
+
+
 @pytest.mark.parametrize(("width", "passes"), [(32, 1), (64, 1), (128, 0), (-1, 0)])
 def test_narrow_groups_are_chosen_twice_unless_told_otherwise(width: int, passes: int) -> None:
     assert GptqConfig.from_user({"group_size": width}).passes == passes

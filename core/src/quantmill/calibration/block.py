@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,9 @@ class Block:
         """Tokens that the inputs of an expert's matrix came from, by target name."""
         self.changed: dict[str, Tensor] = {}
         """Float parameters that the calibrator changed, by full name."""
+        self.exact: dict[str, dict[int, Tensor]] = {}
+        """Inputs in the float model, by name of the first of those that share them and number of
+        the batch, where a calibrator asks for them."""
         self.finished = False
         """The inputs of the next block are there already, from :meth:`in_order`."""
         self.wanted = True
@@ -308,7 +311,18 @@ class Block:
             self._share.processes,
             self._share.kernels,
             magnitudes,
+            self.exact.pop(group[0].name, None),
         )
+
+    def run_exact(self, targets: Collection[str]) -> None:
+        """Keep what ``targets`` (names) would get in the float model. Experts get none: there,
+        other tokens would be routed to them."""
+        linears = {
+            group[0].name: self.linear(group[0])
+            for group in self.call_order()
+            if group[0].name in targets and "weight" not in group[0].module.parts
+        }
+        self.exact = self._replay.run_exact(self.index, self.module, linears)
 
     @contextmanager
     def weights(self, changes: Mapping[str, Tensor]) -> Iterator[None]:

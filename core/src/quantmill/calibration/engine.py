@@ -157,6 +157,8 @@ class Run:
                     if last and (index + 1 < count or self._outside(inner)):
                         kept = self.progress.inputs(replay.numbers)
                         replay.hidden = [kept[n].to(job.device) for n in replay.numbers]
+                        kept = self.progress.inputs(replay.numbers, exact=True)
+                        replay.exact = [kept[n].to(job.device) for n in sorted(kept)]
                 else:
                     self._advance(index, total, name)
                     forms = self._block(model, replay, calibrators, name, index, inside, inner)
@@ -238,6 +240,9 @@ class Run:
         block = Block(index, name, module, members, configs, replay, self.share)
         block.wanted = index + 1 < len(replay.blocks) or bool(self._outside(inner))
         self._finite(block)
+        wanting = [names for calibrator, names in calibrators if calibrator.exact_inputs]
+        if wanting:
+            block.run_exact(set().union(*wanting))
         if block.targets:
             _calibrate(block, replay, calibrators)
             self._complete(block)
@@ -311,8 +316,16 @@ class Run:
             "forms": sorted(name for name, form in block.forms.items() if form is not None),
         }
         about["kept"] = sorted(name for name, form in block.forms.items() if form is None)
-        hidden = dict(zip(replay.numbers, replay.hidden, strict=True)) if block.wanted else {}
-        self.progress.save(block.index, tensors, about, hidden)
+        hidden, exact = replay.hidden, replay.exact
+        if not block.wanted:
+            hidden, exact = [], []
+        self.progress.save(
+            block.index,
+            tensors,
+            about,
+            dict(zip(replay.numbers, hidden, strict=False)),
+            dict(zip(replay.numbers, exact, strict=False)),
+        )
 
     def _restore(self, index: int, name: str) -> dict[str, Form | None]:
         tensors, about = self.progress.block(index)

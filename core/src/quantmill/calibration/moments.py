@@ -1,5 +1,8 @@
 """Second moments of a linear's inputs: what calibrated methods weigh errors with.
 
+Where the inputs that the float model would give are known too, what those add to the inputs at hand
+is correlated with them: ``cross``.
+
 Sums run in float32 over *lanes*: the batches are cut into at most eight runs, each is summed in
 the order of its batches, and the lanes' sums are added in their order. Whoever works on a lane,
 one process or several, the same additions happen in the same order: the same bytes come out.
@@ -7,7 +10,7 @@ one process or several, the same additions happen in the same order: the same by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +48,7 @@ class Moments:
         processes: Processes,
         kernels: KernelRegistry,
         magnitudes: bool = False,
+        exact: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Args:
         columns: width of the inputs.
@@ -53,10 +57,11 @@ class Moments:
         processes: those that share the batches.
         kernels: may have a faster ``moments``.
         magnitudes: whether ``magnitude`` is asked for.
+        exact: by batch, the inputs ``[tokens, in]`` in the float model, if ``cross`` is asked for.
         """
         self._columns, self._device = columns, device
         self._lanes, self._processes, self._kernels = lanes, processes, kernels
-        self._magnitudes = magnitudes
+        self._magnitudes, self._exact = magnitudes, exact
         self._tokens = [0] * (max(lanes, default=-1) + 1)
         self._lane = -1
         self._part: list[Tensor] | None = None
@@ -70,6 +75,8 @@ class Moments:
         """Mean of ``x x.T``, float32 ``[in, in]``, once joined."""
         self.magnitude = torch.empty(0, device=device)
         """Mean of ``|x|``, float32 ``[in]``, once joined."""
+        self.cross: Tensor | None = None
+        """Mean of ``x (f - x).T``, f being the float model's input, float32 ``[in, in]``."""
 
     def add(self, inputs: Tensor, batch: int) -> None:
         """Add inputs ``[tokens, in]`` of batch number ``batch``; batches come in order."""
@@ -83,12 +90,17 @@ class Moments:
         self._accumulate(inputs, self._part[0])
         if self._magnitudes:
             self._part[1] += inputs.abs().sum(0, dtype=torch.float64)
+        if self._exact is not None:
+            own = inputs.to(torch.float32)
+            self._part[-1].addmm_(own.t(), self._exact[batch].to(torch.float32) - own)
 
     def _zeros(self) -> list[Tensor]:
         # Made when the first inputs come: the moments of a block are not all there at once.
         made = [torch.zeros(self._columns, self._columns, device=self._device)]
         if self._magnitudes:
             made.append(torch.zeros(self._columns, dtype=torch.float64, device=self._device))
+        if self._exact is not None:
+            made.append(torch.zeros(self._columns, self._columns, device=self._device))
         return made
 
     def _accumulate(self, inputs: Tensor, total: Tensor) -> None:
@@ -148,6 +160,8 @@ class Moments:
         self.square = _mirrored(total[0]).div_(self.tokens)
         if self._magnitudes:
             self.magnitude = (total[1] / self.tokens).to(torch.float32)
+        if self._exact is not None:
+            self.cross = total[-1].div_(self.tokens)
 
     @property
     def finite(self) -> bool:
@@ -158,6 +172,7 @@ class Moments:
     def free(self) -> None:
         """They have served."""
         self.square = torch.empty(0, device=self._device)
+        self.cross = None
 
 
 def _add(total: list[Tensor], part: list[Tensor]) -> None:

@@ -9,7 +9,7 @@ block replaced by one that passes its input on, and the stored hidden states are
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -116,6 +116,8 @@ class Replay:
         self.total = total
         self.hidden: list[Tensor] = []
         """Input of the block at hand, per batch."""
+        self.exact: list[Tensor] = []
+        """The same in the float model, where asked for and after the first block."""
         self._rest: tuple[Any, ...] | None = None
 
     def like_output(self, hidden: Tensor) -> Any:
@@ -142,12 +144,16 @@ class Replay:
             for position in range(index):
                 self.blocks[position] = real[position]
 
-    def calls(self, index: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Arguments with which the model calls block ``index``, per batch."""
+    def calls(
+        self, index: int, hidden: Sequence[Tensor] | None = None
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Arguments with which the model calls block ``index``, per batch; with the hidden states
+        at hand, or others."""
+        hidden = self.hidden if hidden is None else hidden
         for number, batch in enumerate(self.batches):
             args, kwargs = self._arguments(index, batch)
-            if index > 0 or self.hidden:
-                args, kwargs = _with_hidden(args, kwargs, self.hidden[number])
+            if index > 0 or hidden:
+                args, kwargs = _with_hidden(args, kwargs, hidden[number])
             yield args, kwargs
 
     def _arguments(self, index: int, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -192,6 +198,33 @@ class Replay:
 
     def take(self, index: int, outputs: Sequence[Any]) -> None:
         """Take what block ``index`` gave as the inputs of the next."""
+        self.hidden = self._following(index, outputs)
+
+    def run_exact(
+        self, index: int, module: nn.Module, linears: Mapping[str, nn.Module]
+    ) -> dict[str, dict[int, Tensor]]:
+        """Run the still float block ``index`` on the float model's hidden states.
+
+        Returns:
+            Inputs ``[tokens, in]`` of ``linears``, by name and number of the batch.
+        """
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in linears}
+        outputs = []
+        with ExitStack() as stack:
+            for name, linear in linears.items():
+
+                def seen(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                    found[name][number] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+                stack.callback(linear.register_forward_pre_hook(seen).remove)
+            calls = zip(self.numbers, self.calls(index, self.exact), strict=True)
+            for number, (args, kwargs) in calls:  # noqa: B007 the hooks read it
+                with torch.no_grad():
+                    outputs.append(module(*args, **kwargs))
+        self.exact = self._following(index, outputs)
+        return found
+
+    def _following(self, index: int, outputs: Sequence[Any]) -> list[Tensor]:
         following = []
         for output in outputs:
             if isinstance(output, tuple):
@@ -206,7 +239,7 @@ class Replay:
                     )
                 )
             following.append(output)
-        self.hidden = following
+        return following
 
     def finish(self) -> Generator[Any]:
         """The model's output per batch, from the hidden states after the last block."""

@@ -82,12 +82,17 @@ class Progress:
         tensors: Mapping[str, Tensor],
         about: Mapping[str, Any],
         hidden: Mapping[int, Tensor],
+        exact: Mapping[int, Tensor],
     ) -> None:
         """Keep what block ``index`` became, and the inputs of the next by number of the batch
-        (those of this process)."""
+        (those of this process); those in the float model too, where they are needed."""
         if self.folder is None:
             return
-        inputs = {f"{number:06}": t.detach().cpu().contiguous() for number, t in hidden.items()}
+        inputs = {
+            _batch(number, kind): tensor.detach().cpu().contiguous()
+            for kind, members in enumerate((hidden, exact))
+            for number, tensor in members.items()
+        }
         self._write(_inputs(index + 1, str(self._processes.rank)), inputs, {})
         self._processes.wait()
         if self._processes.first:
@@ -113,15 +118,18 @@ class Progress:
             about: dict[str, Any] = json.loads((stored.metadata() or {}).get("about", "{}"))
         return load_file(path), about
 
-    def inputs(self, numbers: Sequence[int]) -> dict[int, Tensor]:
-        """Inputs of the block after the last finished one, of the batches ``numbers``."""
+    def inputs(self, numbers: Sequence[int], exact: bool = False) -> dict[int, Tensor]:
+        """Inputs of the block after the last finished one, of the batches ``numbers``; with
+        ``exact`` those in the float model, if there are any."""
         assert self.folder is not None
         found: dict[int, Tensor] = {}
         for path in sorted(self.folder.glob(_inputs(self.finished, "*"))):
             with safe_open(path, "pt") as stored:
-                for name in stored.keys():  # noqa: SIM118 it is no mapping
-                    if int(name) in numbers:
-                        found[int(name)] = stored.get_tensor(name)
+                there = set(stored.keys())
+                for number in numbers:
+                    name = _batch(number, exact)
+                    if name in there:
+                        found[number] = stored.get_tensor(name)
         return found
 
     def remove(self) -> None:
@@ -134,6 +142,10 @@ class Progress:
         """The job can't end well: nothing is worth going on from."""
         if self.folder is not None and self._processes.first:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _batch(number: int, exact: int) -> str:
+    return f"{number:06}.exact" if exact else f"{number:06}"
 
 
 def _block(index: int) -> str:

@@ -93,5 +93,15 @@ def calibrating_bytes(
     hidden = tokens * Sizes.of(settings).hidden * itemsize
     staged = staged_bytes(hidden)
     inputs = hidden + (staged if staged <= STAGED_BYTES else hidden)
+    # The float model's hidden states, and its inputs of a block's linears, each counted by itself.
+    inputs += max(
+        (
+            hidden + tokens * itemsize * sum(target.in_features for target in own)
+            for members in targets.values()
+            for label, own in members.items()
+            if calibrators[label].exact_inputs
+        ),
+        default=0,
+    )
     outside = sizes.pop("", 0)
     return outside + max(sizes.values(), default=0) + inputs + computed + working

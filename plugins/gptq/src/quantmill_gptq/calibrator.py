@@ -30,6 +30,10 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
             self._quantize(block, group, moments)
             moments.free()
 
+    @property
+    def exact_inputs(self) -> bool:
+        return self.config.gptaq_alpha > 0
+
     def working_bytes(self, targets: Sequence[Target]) -> int:
         # The moments, the same in order, and the factor with what it is made of, in float64 up to
         # a width; then the first three, and the weight in float32, turned, and what it lacks.
@@ -53,6 +57,6 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
             key = Problem.key(config, width)
             if key not in problems:
                 problems[key] = Problem(moments.square, config, width, target.weight_name)
-            return gptq(weight, problems[key], config, self.kernels)
+            return gptq(weight, problems[key], config, self.kernels, moments.cross)
 
         block.make(group, quantize)

@@ -72,6 +72,10 @@ class GptqConfig(MethodConfig):
     """Passes over all codes and scales after the first, each chosen again for the others as they
     are. The first of them costs as much as everything before it; unless told otherwise there is
     one for groups of less than 128 columns, where it lowers the divergence most."""
+    gptaq_alpha: float = Field(0.0, ge=0, le=1, exclude=True)
+    """Share of the errors of all linears before that a weight makes up for (GPTAQ, arXiv
+    2504.02692): its outputs on the inputs it gets are fitted to those that the float model has.
+    Each block then runs twice. 0 for none."""
     lm_head: bool = False
     """Quantize the output head too."""
     dynamic: dict[str, dict[str, Any]] | None = None

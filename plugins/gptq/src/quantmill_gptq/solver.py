@@ -78,9 +78,14 @@ class Problem:
 
 
 def gptq(
-    weight: Tensor, problem: Problem, config: GptqConfig, kernels: KernelRegistry
+    weight: Tensor,
+    problem: Problem,
+    config: GptqConfig,
+    kernels: KernelRegistry,
+    cross: Tensor | None = None,
 ) -> tuple[Affine, float]:
-    """The form of ``weight [out, in]`` and the relative squared error of its output."""
+    """The form of ``weight [out, in]`` and the relative squared error of its output. ``cross
+    [in, in]`` are moments of the inputs with what the float model's inputs add to them."""
     width, owner = problem.width, problem.owner
     static = None
     if config.static_groups:
@@ -93,6 +98,8 @@ def gptq(
         turned, dead = turned[problem.order], dead[problem.order]
     turned = turned.to(torch.float32, copy=True)
     turned[dead] = 0.0
+    if cross is not None and config.gptaq_alpha:
+        turned.add_(_made_up(turned, cross, problem), alpha=config.gptaq_alpha)
     exact = turned.clone() if config.passes > 1 else None
     codes, scales, zeros = _sweep(turned, problem, static, config, kernels)
     if config.passes:
@@ -123,6 +130,20 @@ def gptq(
     grid = Grid(scales.t().contiguous(), zeros.t().contiguous())
     order = None if problem.index is None else problem.index.to(torch.int32)
     return make_form(codes.t().contiguous(), grid, width, config, weight.dtype, order), loss
+
+
+def _made_up(turned: Tensor, cross: Tensor, problem: Problem) -> Tensor:
+    """What, added to a weight ``[in, out]`` in the problem's order, fits its outputs on the inputs
+    at hand to those on the float model's.
+
+    With H the moments of the inputs x and C those of x with what the float model adds to them, the
+    outputs' error ``|W' x - W (x + d)|`` is least for ``W' = W + W C.T inv(H)``: compensating the
+    rounding of W' minimises what GPTAQ does.
+    """
+    if problem.order is not None:
+        cross = cross[problem.order][:, problem.order]
+    wanted = torch.linalg.solve_triangular(problem.root, cross @ turned, upper=True)
+    return torch.linalg.solve_triangular(problem.root.t(), wanted, upper=False)
 
 
 def _order(moments: Tensor, width: int, config: GptqConfig) -> Tensor | None:
