@@ -1,11 +1,13 @@
 """Calibrated quantization beside GPTQModel: KL divergence, time, on the same windows.
 
-    python benchmarks/calibrated.py WORK [--peer-python PYTHON] [--only NAME ...] [--json]
+    python benchmarks/calibrated.py WORK [--peer-python PYTHON] [--python PYTHON] [--only NAME ...]
 
 Both quantize the same model with the same calibration tokens, and we load and judge both files:
 mean KL per token to the float model over held-out windows, and the paired difference per window.
 ``--wide 2`` times both on two random blocks of width 2048 instead, where start-up weighs little.
 Each run is a process of its own, the peer's with the interpreter of an environment that has it.
+``--python`` names one that has quantmill and what it needs only: transformers imports whatever
+quantizer it finds, so an environment with all of them starts slower.
 Times are from the start of the process until its files are written, and beside it without start-up:
 imports, reading the config, building the model.
 """
@@ -153,7 +155,7 @@ def times(options: argparse.Namespace, source: Path, name: str, rows: Tensor) ->
     """Quantize with both, and say what it took."""
     method, arguments = CASES[name]
     found: dict[str, Any] = {"case": name, "method": method}
-    mine = run(OURS, sys.executable, source, options.work / "ours", method, rows)
+    mine = run(OURS, options.python, source, options.work / "ours", method, rows)
     if not mine:
         sys.exit(1)
     found["seconds"], found["seconds_without_start"], blocks, moments, choosing = mine
@@ -228,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--peer-python", help="interpreter of an environment with GPTQModel")
+    parser.add_argument("--python", default=sys.executable, help="interpreter for ours")
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=40)
