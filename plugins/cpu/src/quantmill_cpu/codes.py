@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantmill.forms import Codes
+from quantmill_cpu.buffers import address
 from quantmill_cpu.native import library
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "pack_codes",
     "panels_of",
     "panels_of_groups",
+    "panels_of_values",
     "panels_size",
     "panels_to",
     "panels_to_groups",
@@ -100,6 +102,22 @@ def panels_to(panels: Tensor, like: Codes, order: Tensor | None) -> Tensor:
         rows,
         columns,
         None if order is None else order.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def panels_of_values(values: Tensor) -> Tensor:
+    """Values ``[rows, groups]`` of 1, 2 or 4 bytes as ``[panels, groups, 16]``, with zeros below
+    the last row."""
+    rows, groups = values.shape
+    out = values.new_empty((-(-rows // 16), groups, 16))
+    library().qm_panels_values(
+        address(values, values.dtype, rows * groups, "values"),
+        values.itemsize,
+        rows,
+        groups,
         out.data_ptr(),
         torch.get_num_threads(),
     )

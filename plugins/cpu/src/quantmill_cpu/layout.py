@@ -9,6 +9,7 @@ kernels can't ask for everything.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -136,11 +137,21 @@ def _same_zero(form: Form) -> Tensor | None:
         return None
     if offset.is_meta:
         return None if any(offset.stride()) else offset.new_empty(1)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[offset.itemsize]
-    flat = offset.contiguous().reshape(-1).view(bits)
-    if not bool((flat == flat[0]).all()) or not bool(offset.reshape(-1)[0].isfinite()):
+    flat = offset.contiguous().reshape(-1)
+    if not bool(flat[0].isfinite()) or not _all_same(flat):
         return None
-    return offset.reshape(-1)[:1].clone()
+    return flat[:1].clone()
+
+
+def _all_same(flat: Tensor) -> bool:
+    """Whether all elements have the same bits."""
+    size = flat.itemsize
+    if flat.device.type != "cpu":
+        whole = flat.view(torch.uint8).reshape(-1, size)
+        return bool((whole == whole[0]).all())
+    # Each its neighbour; not by PyTorch, whose threads go on spinning where others have work.
+    start, count = flat.data_ptr(), (flat.numel() - 1) * size
+    return ctypes.string_at(start, count) == ctypes.string_at(start + size, count)
 
 
 def prepare(form: Form) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -104,6 +104,7 @@ def library() -> ctypes.CDLL:
             [pointer, small, small, size, size, pointer, small, pointer, small],
         ),
         "qm_panels_unpack": (None, [pointer, small, small, size, size, pointer, pointer, small]),
+        "qm_panels_values": (None, [pointer, small, size, size, pointer, small]),
         "qm_codes_unpack": (None, [pointer, small, small, size, size, pointer]),
         "qm_codes_pack": (None, [pointer, small, small, size, pointer]),
     }

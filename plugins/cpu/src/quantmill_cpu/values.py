@@ -29,7 +29,7 @@ from quantmill.forms import (
     ScaledFloat,
     value_of,
 )
-from quantmill_cpu.codes import panels_of_groups, panels_to_groups
+from quantmill_cpu.codes import panels_of_groups, panels_of_values, panels_to_groups
 from quantmill_cpu.weight import CODED, KINDS, LEVEL_KINDS, ROW
 
 __all__ = ["Stored", "from_panels", "store"]
@@ -67,6 +67,9 @@ def _panels(values: Tensor) -> Tensor:
     """``[rows, groups]`` as ``[panels, groups, 16]``, with zeros below the last row."""
     rows, groups = values.shape
     panels = -(-rows // _PANEL)
+    if values.device.type == "cpu" and values.itemsize <= 4:
+        # Not by PyTorch, whose threads go on spinning where others have work by then.
+        return panels_of_values(values.contiguous())
     padded = values.new_zeros((panels * _PANEL, groups))
     padded[:rows] = values
     return padded.reshape(panels, _PANEL, groups).transpose(1, 2).contiguous()

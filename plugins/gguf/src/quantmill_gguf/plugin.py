@@ -133,7 +133,9 @@ def quantmill_containers() -> Sequence[Container]:
 
 @hookimpl
 def quantmill_target(job: Job) -> Iterable[Rule]:
-    rules: Iterable[Rule] = resolve("quantmill_gguf.planning:rules")(job)
+    rules: Iterable[Rule] = ()
+    if any(item.method.name == "gguf" for item in job.selections.values()):
+        rules = resolve("quantmill_gguf.planning:rules")(job)
     return rules
 
 

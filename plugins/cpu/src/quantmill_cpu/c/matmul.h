@@ -123,6 +123,11 @@ void qm_codes_unpack(const uint8_t *packed, int packing, int bits, int64_t start
                      uint8_t *codes);
 void qm_codes_pack(const uint8_t *codes, int packing, int bits, int64_t count, uint8_t *packed);
 
+/* Values of groups, 1, 2 or 4 bytes each, [rows, groups], as [panels, groups, 16], with zeros below
+ * the last row. */
+void qm_panels_values(const void *values, int bytes, int64_t rows, int64_t groups, void *out,
+                      int threads);
+
 /* Ask for large pages where a weight will be. */
 void qm_large_pages(void *memory, int64_t bytes);
 

@@ -259,6 +259,37 @@ QM_API void qm_panels_unpack(const uint8_t *panels, int packing, int bits, int64
     qm_parallel_own(unpack_piece, &move, ceil_of(rows, QM_PANEL), threads);
 }
 
+typedef struct {
+    const uint8_t *from;
+    uint8_t *to;
+    int bytes;
+    int64_t rows, groups;
+} Values;
+
+static void values_piece(void *argument, int64_t panel, int worker) {
+    const Values *v = argument;
+    (void)worker;
+    const int64_t first = panel * QM_PANEL, there = v->rows - first;
+    const int64_t count = there < QM_PANEL ? there : QM_PANEL;
+    uint8_t *to = v->to + panel * v->groups * QM_PANEL * v->bytes;
+    if (count < QM_PANEL) memset(to, 0, (size_t)(v->groups * QM_PANEL * v->bytes));
+    for (int64_t r = 0; r < count; r++) {
+        const uint8_t *from = v->from + (first + r) * v->groups * v->bytes;
+        for (int64_t g = 0; g < v->groups; g++) {
+            uint8_t *at = to + (g * QM_PANEL + r) * v->bytes;
+            if (v->bytes == 2) memcpy(at, from + 2 * g, 2);
+            else if (v->bytes == 4) memcpy(at, from + 4 * g, 4);
+            else *at = from[g];
+        }
+    }
+}
+
+QM_API void qm_panels_values(const void *values, int bytes, int64_t rows, int64_t groups, void *out,
+                             int threads) {
+    Values v = {values, out, bytes, rows, groups};
+    qm_parallel_own(values_piece, &v, ceil_of(rows, QM_PANEL), threads);
+}
+
 /* ---- Memory ----------------------------------------------------------------------------------- */
 
 /* Whole pages of 2 MiB within a run of memory that nobody wrote to yet: where small ones end, the
