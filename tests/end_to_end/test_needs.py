@@ -1,6 +1,6 @@
 """What plan and choose say a model needs, held against what a process then takes.
 
-Weights within 2 %, peaks within 10 %, or 7 MiB of a model of 43 to 65: of loading the float model
+Weights within 2 %, peaks within 10 %, or 2 MiB of a model of 33 to 114: of loading the float model
 with the method, of loading its checkpoint, of running, of training adapters, of quantizing.
 ``benchmarks/needs.py`` says how it is measured. A method of every backend is measured where
 ``QUANTMILL_ALL_BACKENDS`` is set (some ten minutes), else a few.
@@ -26,12 +26,11 @@ pytestmark = pytest.mark.slow
 FEW = ("bnb-nf4", "ct-int4")
 OTHERS = (
     *("float", "bnb-int8", "gptq-4", "awq-4", "fp8-block", "fp8-row", "gguf-q4_0", "gguf-q4_k_m"),
-    *("hqq-4", "quanto-int4", "torchao-int8wo", "torchao-int4wo", "ct-nvfp4"),
+    *("hqq-4", "quanto-int4", "quanto-int8", "torchao-int8wo", "torchao-int4wo", "ct-nvfp4"),
 )
 METHODS = FEW + (OTHERS if os.environ.get("QUANTMILL_ALL_BACKENDS") else ())
-SLACK = 7 << 20
-SMALL = 20 << 20
-"""Quantizing takes so little that percents of it say nothing: an estimate may be so far off."""
+SLACK = 2 << 20
+"""Quantizing takes 8 MiB with some methods, of which 10 % are what a process is off by anyway."""
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +53,6 @@ def test_estimates_are_what_is_measured(benchmark: ModuleType, work: Path, metho
     for what, (said, found) in row["bytes"].items():
         if what.endswith("weights"):
             assert said == pytest.approx(found, rel=0.02), what
-        elif what == "quantizing":
-            assert said == pytest.approx(found, rel=0.1, abs=SMALL), what
         else:
             assert said == pytest.approx(found, rel=0.1, abs=SLACK), what
     assert len(row["bytes"]) >= 3

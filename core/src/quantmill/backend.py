@@ -197,6 +197,15 @@ class Codec(ABC, Generic[ConfigT]):
             QuantmillError: shapes, dtypes or metadata contradict each other.
         """
 
+    def encoding_bytes(self, form: Form) -> int:
+        """Bytes that :meth:`encode` takes, with its result: none where a layout is the form's own.
+        ``form`` may be on the meta device."""
+        return 0
+
+    def decoding_bytes(self, form: Form) -> int:
+        """The same of :meth:`decode`, ``form`` being its result."""
+        return 0
+
     def annotate(self, form: Form, name: str) -> Mapping[str, str]:
         """Entries for the ``__metadata__`` of the files; ``name`` is the name of the weight of
         ``form`` there. What is under ``name`` comes back as :attr:`Target.note`."""

@@ -45,6 +45,8 @@ class ModulePlan:
     """While gradients go back through it, beside those."""
     row_bytes: int = 0
     """While it computes, for each row of its input, beside that and its output."""
+    encoding_bytes: int = 0
+    """While its form becomes what a checkpoint holds, beyond that form."""
     building_bytes: int = 0
     """While its form becomes what it computes with, beyond ``bytes_memory``."""
     target: Target | None = field(default=None, repr=False, compare=False)

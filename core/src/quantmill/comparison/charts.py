@@ -168,17 +168,23 @@ def lines(
             )
         ends.append((at(*ordered[-1])[1], name, colour))
     ends.sort()
-    floor = top
-    for y, name, colour in ends:
-        # Names must not cover each other: each moves down to the first free place.
-        place = max(y + 4, floor + _LINE)
-        floor = place
+    # Names must not cover each other: each moves down to the first free place, and where they would
+    # run out below the axis, the lowest ones up again.
+    places, floor = [], top
+    for y, _, _ in ends:
+        floor = max(y + 4, floor + _LINE)
+        places.append(floor)
+    ceiling = max(height - bottom + 4, top + _LINE * len(ends))
+    for index in range(len(places) - 1, -1, -1):
+        places[index] = min(places[index], ceiling)
+        ceiling = places[index] - _LINE
+    for place, (_, name, colour) in zip(places, ends, strict=True):
         body.append(
             f'<rect x="{width - right + 8:g}" y="{place - 8:g}" width="9" height="9"'
             f' rx="2" style="fill:{colour}"/>'
         )
         body.append(_text(width - right + 22, place, name, cls="name"))
-    return _svg(width, max(height + 8, floor + 8), body, label)
+    return _svg(width, max(height + 8, max(places) + 8), body, label)
 
 
 def bars(

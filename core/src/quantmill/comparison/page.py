@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from pathlib import PurePath
 
 from quantmill.comparison.charts import bars, heatmap, histogram, lines
 from quantmill.comparison.report import Comparison
@@ -58,6 +59,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 .scroll { max-height: 560px; overflow: auto; border: 1px solid var(--rule); border-radius: 8px;
   padding: 0 12px; background: var(--card); } .scroll th { position: sticky; top: 0;
   background: var(--card); }
+.lead { font-size: 17px; margin: 14px 0 4px; }
 .note { border-left: 3px solid var(--ramp-6); padding: 4px 12px; margin: 14px 0; }
 """
 _SORT = """
@@ -75,10 +77,13 @@ for (const head of document.querySelectorAll('th')) head.onclick = () => {
 
 def page(found: Comparison, size: Callable[[float], str]) -> str:
     """The whole document; ``size`` puts bytes into words."""
-    a, b = found.names
+    a, b = (PurePath(name).name or name for name in found.names)
     matrices = [item for item in found.modules if item.is_matrix]
     parts = [
-        f"<h1>{escape(b)}<br><span class='soft'>against {escape(a)}</span></h1>",
+        f"<h1 title='{escape(found.names[1], quote=True)}'>{escape(b)}<br>"
+        f"<span class='soft' title='{escape(found.names[0], quote=True)}'>"
+        f"against {escape(a)}</span></h1>",
+        f"<p class='lead'>{escape(_headline(found, matrices, a, b))}</p>",
         f"<p class='soft'>{escape(found.methods[1])} against {escape(found.methods[0])}</p>",
         _cards(found, size),
         *(
@@ -140,6 +145,29 @@ def _section(title: str, words: str, body: str) -> str:
 
 def _figure(svg: str) -> str:
     return f"<figure>{svg}</figure>" if svg else ""
+
+
+def _headline(found: Comparison, matrices: Sequence[ModuleComparison], a: str, b: str) -> str:
+    """In a sentence: what the second one saves, what it loses by that, and where."""
+    share = f"{b} takes {found.bytes[1] / max(1, found.bytes[0]):.0%} of the bytes of {a}"
+    placed = [item for item in matrices if item.layer is not None and not item.distance.equal]
+    if found.total.equal or not placed:
+        return f"{share}, and every weight has the same value."
+    said = ""
+    if found.judgement is not None:
+        judged = found.judgement
+        said = (
+            f" It gives the same most likely token {judged.top1_agreement:.1%} of the time, at"
+            f" {judged.kl:.4f} nats of KL divergence and a perplexity of {judged.perplexity[1]:.2f}"
+            f" for {judged.perplexity[0]:.2f}."
+        )
+    worst, best = (pick(placed, key=found.error) for pick in (max, min))
+    where = (
+        f" The error is largest in {worst.projection} of layer {worst.layer}"
+        f" ({found.error(worst):.1%}), smallest in {best.projection} of layer {best.layer}"
+        f" ({found.error(best):.1%})."
+    )
+    return f"{share}.{said}{where}"
 
 
 def _cards(found: Comparison, size: Callable[[float], str]) -> str:

@@ -95,6 +95,11 @@ class Codes:
             return 2 * count
         return 16 * min(count, _CHUNK) + count * bits // 8
 
+    @staticmethod
+    def unpacking_bytes(count: int, bits: int) -> int:
+        """The same of :meth:`unpack`."""
+        return 2 * count if bits == 4 else count + 40 * min(count, _CHUNK)
+
     @classmethod
     def empty(
         cls, shape: tuple[int, ...], bits: int, packing: str, device: str | torch.device = "cpu"

@@ -57,7 +57,8 @@ def as_float(module: ModuleInfo) -> ModuleInfo:
 
 class _Measure(NamedTuple):
     """Of a form: its words, and bytes on the disk, in memory, while made, while computing forward
-    and backward, for each row of activations then, and while its linear is built."""
+    and backward, for each row of activations then, while its linear is built, while it is
+    encoded."""
 
     form: str
     stored: int
@@ -67,6 +68,7 @@ class _Measure(NamedTuple):
     backward: int
     row: int
     building: int
+    encoding: int
 
 
 class ModulePlanner:
@@ -140,6 +142,7 @@ class ModulePlanner:
                 backward_bytes=measure.backward,
                 row_bytes=measure.row,
                 building_bytes=measure.building,
+                encoding_bytes=measure.encoding,
                 target=target,
             )
 
@@ -166,6 +169,7 @@ class ModulePlanner:
                 factory.backward_bytes(form, self.dtype),
                 factory.row_bytes(form, self.dtype),
                 factory.building_bytes(form),
+                codec_of(self.job, selection).encoding_bytes(form),
             )
         return self._cache[key]
 
@@ -213,6 +217,8 @@ class ModulePlanner:
                 )
             )
         stored = sum(item.nbytes for item in members.values())
+        # What is read lies mapped beside what is made of it, before the module's own is there.
+        decoding = stored + codec.decoding_bytes(form)
         names = {suffix.split(".")[0] for suffix in codec.suffixes}
         rest = sum(_bytes(p) for local, p in module.parameters.items() if local not in names)
         factory = factory_of(self.job, selection)
@@ -224,6 +230,7 @@ class ModulePlanner:
             resident = target.weights * self.dtype.itemsize
             building = form.nbytes + 2 * 4 * target.weights
             forward = backward = row = 0
+        building = max(building, decoding - resident)
         return ModulePlan(
             name=module.name,
             kind=target.kind,

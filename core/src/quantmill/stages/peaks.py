@@ -45,7 +45,8 @@ def writing_peak(job: Job, modules: Sequence[ModulePlan]) -> int:
     peak = 0
     for item in _ordered(job, modules):
         if item.action == "quantize":
-            own = buffers.take(item) + item.bytes_after + item.working_bytes
+            made = max(item.working_bytes, item.encoding_bytes)
+            own = buffers.take(item) + item.bytes_after + made
         else:
             changed = item.bytes_after if item.bytes_after != item.bytes_before else 0
             own = buffers.filled + item.bytes_before + changed

@@ -238,6 +238,23 @@ class FormPromises(Conformance):
         said = quantizer.working_bytes(target, source.dtype)
         assert said == pytest.approx(peak.bytes - form.nbytes, rel=0.1, abs=self.working_slack)
 
+    def test_memory_of_encoding_is_what_the_codec_says(
+        self, quantizer: Quantizer[Any], codec: Codec[Any]
+    ) -> None:
+        shape = (512, 1024)
+        if self.refused(quantizer, shape):
+            pytest.skip("it takes no matrix of that size")
+        target, weight = make_target(*shape), normal(shape, dtype=torch.bfloat16)
+        form = quantizer.quantize(target, MatrixSource(weight, rows=shape[0]))
+        stored = codec.encode(form)
+        codec.decode(stored, target, weight.dtype)  # tables that are made once
+        with PeakBytes() as peak:
+            codec.encode(form)
+        assert peak.bytes < 1.15 * codec.encoding_bytes(form) + self.moving_slack
+        with PeakBytes() as peak:
+            codec.decode(stored, target, weight.dtype)
+        assert peak.bytes < 1.15 * codec.decoding_bytes(form) + self.moving_slack
+
     def test_tensors_of_another_shape_are_refused(
         self, quantizer: Quantizer[Any], codec: Codec[Any]
     ) -> None:

@@ -13,6 +13,7 @@ Relative to the module, for 4 bits and groups of ``g`` input columns::
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +94,12 @@ class AwqCodec(Codec[AwqConfig]):
     """Reads GEMM and GEMV, writes the one that the config names."""
 
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+
+    def encoding_bytes(self, form: Form) -> int:
+        return 4 * prod(form.shape)
+
+    def decoding_bytes(self, form: Form) -> int:
+        return form.nbytes + 5 * min(prod(form.shape), _AT_ONCE)
 
     def encode(self, form: Form) -> dict[str, Tensor]:
         assert isinstance(form, Affine) and isinstance(form.grouping, Group)

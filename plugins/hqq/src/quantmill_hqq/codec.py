@@ -71,6 +71,16 @@ class HqqCodec(Codec[HqqConfig]):
         *_TEXTS,
     )
 
+    def encoding_bytes(self, form: Form) -> int:
+        assert isinstance(form, Affine)
+        return Codes.unpacking_bytes(form.codes.count, form.codes.bits)
+
+    def decoding_bytes(self, form: Form) -> int:
+        assert isinstance(form, Affine)
+        # Codes for each weight, in their old order and in the new one, and their packing.
+        count = form.codes.count
+        return max(3 * count, count + Codes.packing_bytes(count, form.codes.bits))
+
     def encode(self, form: Form) -> dict[str, Tensor]:
         assert isinstance(form, Affine)
         assert isinstance(form.scale, Tensor) and isinstance(form.offset, Tensor)

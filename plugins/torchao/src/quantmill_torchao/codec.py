@@ -87,6 +87,22 @@ class TorchaoCodec(Codec[TorchaoConfig]):
     )
     note_bytes: ClassVar[int] = NOTE_BYTES
 
+    def encoding_bytes(self, form: Form) -> int:
+        if not isinstance(form, AoAffine) or form.codes.packing != "dense":
+            return 0
+        if form.layout.tensor == "Int4Tensor":
+            return form.codes.nbytes  # In pairs already.
+        return Codes.unpacking_bytes(form.codes.count, form.codes.bits)
+
+    def decoding_bytes(self, form: Form) -> int:
+        if not isinstance(form, AoAffine) or form.codes.packing != "dense":
+            return 0
+        if form.layout.tensor == "Int4Tensor":
+            return form.codes.nbytes  # In pairs already.
+        # Codes for each weight, in their old order and in the new one, and their packing.
+        count = form.codes.count
+        return max(3 * count, count + Codes.packing_bytes(count, form.codes.bits))
+
     def encode(self, form: Form) -> dict[str, Tensor]:
         form = stored_form(form, self.config)
         assert isinstance(form.scale, Tensor)
