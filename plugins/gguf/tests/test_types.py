@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from quantmill.findings import QuantmillError
-from quantmill.forms import Affine, Codebook, Codes, Group
+from quantmill.forms import Affine, Codebook, Group
 from quantmill_gguf.byteorder import swapped
 from quantmill_gguf.codec import type_of
 from quantmill_gguf.types import TYPES
-from quantmill_gguf.types.coded import dense
 from quantmill_gguf.types.sizes import BY_NAME, PLAIN
 
 DATA = Path(__file__).parent / "data"
@@ -75,12 +74,6 @@ def test_what_kernels_know_is_a_form_of_the_core() -> None:
         assert isinstance(TYPES[name].form(random_bytes(name, 2)), Affine)
     for name in ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"):
         assert isinstance(TYPES[name].form(random_bytes(name, 2)), Codebook)
-
-
-@pytest.mark.parametrize("bits", range(1, 8))
-def test_the_stream_of_codes_is_that_of_the_core(bits: int) -> None:
-    codes = torch.randint(0, 2**bits, (8 * 1000,), dtype=torch.uint8)
-    assert torch.equal(dense(codes, bits), Codes.pack(codes, bits, "dense").data)
 
 
 def test_a_form_of_another_kind_has_no_type() -> None:

@@ -153,23 +153,29 @@ def _period(bits: int) -> tuple[int, int]:
 def _pack_dense(flat: Tensor, bits: int) -> Tensor:
     if bits in (1, 2, 4, 8):
         return _pack_whole(flat, bits)
-    codes, size = _period(bits)
-    out = torch.empty((flat.numel() * bits + 7) // 8, dtype=torch.uint8, device=flat.device)
-    step = _CHUNK // codes * codes
-    for start in range(0, flat.numel(), step):
-        part = flat[start : start + step]
-        rest = -part.numel() % codes
-        if rest:
-            part = torch.cat([part, part.new_zeros(rest)])
-        part = part.reshape(-1, codes).to(torch.int64)
-        word = torch.zeros(part.shape[0], dtype=torch.int64, device=flat.device)
-        for index in range(codes):
-            word |= part[:, index] << (bits * index)
-        packed = torch.stack([(word >> (8 * index)) & 0xFF for index in range(size)], dim=1)
-        where = start * bits // 8
-        packed = packed.to(torch.uint8).reshape(-1)[: out.numel() - where]
-        out[where : where + packed.numel()] = packed
+    # Eight codes fill bytes.
+    size = (flat.numel() * bits + 7) // 8
+    whole = flat.numel() // 8 * 8
+    out = torch.empty(size, dtype=torch.uint8, device=flat.device)
+    edge = whole // 8 * bits
+    _pack_runs(flat[:whole].reshape(-1, 8), bits, out[:edge].view(-1, bits))
+    if edge < size:
+        last = flat.new_zeros(1, 8)
+        last[0, : flat.numel() - whole] = flat[whole:]
+        end = out.new_empty(1, bits)
+        _pack_runs(last, bits, end)
+        out[edge:] = end[0, : size - edge]
     return out
+
+
+def _pack_runs(runs: Tensor, bits: int, out: Tensor) -> None:
+    """Codes ``[n, 8]`` as bytes ``[n, bits]``, byte by byte: nothing wider is made of them."""
+    for byte in range(bits):
+        first, last = byte * 8 // bits, (byte * 8 + 7) // bits
+        total = runs[:, first] >> (byte * 8 - first * bits)
+        for index in range(first + 1, last + 1):
+            total |= runs[:, index] << (index * bits - byte * 8)
+        out[:, byte] = total
 
 
 def _pack_whole(flat: Tensor, bits: int) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from quantmill.forms import Codes
 from quantmill_gguf.types.base import BlockType, Unpack
 
-__all__ = ["CodedType", "dense"]
+__all__ = ["CodedType"]
 
 
 class CodedType(BlockType):
@@ -32,23 +31,4 @@ class CodedType(BlockType):
             made = Codes.empty(shape, self.bits, packing, raw.device)
             unpack(raw, type_name=self.name, out=made.data)
             return made
-        codes = self.codes(self.blocks(raw)).reshape(shape)
-        if packing == "dense":
-            return Codes(dense(codes.reshape(-1), self.bits), self.bits, shape, packing)
-        return Codes.pack(codes, self.bits, packing)
-
-
-def dense(codes: Tensor, bits: int) -> Tensor:
-    """The core's ``dense`` stream of uint8 ``[n]``, ``n`` a multiple of 8.
-
-    The same bytes as :meth:`quantmill.forms.Codes.pack` gives, without its wide temporaries.
-    """
-    runs = codes.reshape(-1, 8)
-    out = torch.empty(runs.shape[0], bits, dtype=torch.uint8, device=codes.device)
-    for byte in range(bits):
-        first, last = byte * 8 // bits, (byte * 8 + 7) // bits
-        total = runs[:, first] >> (byte * 8 - first * bits)
-        for index in range(first + 1, last + 1):
-            total |= runs[:, index] << (index * bits - byte * 8)
-        out[:, byte] = total
-    return out.reshape(-1)
+        return Codes.pack(self.codes(self.blocks(raw)).reshape(shape), self.bits, packing)
