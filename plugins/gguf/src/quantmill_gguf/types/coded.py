@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from quantmill.forms import Codes
 from quantmill_gguf.types.base import BlockType, Unpack
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["CodedType"]
 
