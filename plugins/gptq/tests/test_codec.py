@@ -231,6 +231,15 @@ def test_two_configs_that_disagree_are_refused(inside: Any, beside: Any, tmp_pat
     assert "quantize_config.json" in found[0].where
 
 
+@pytest.mark.parametrize("change", [{}, {"bits": 2}, {"group_size": 32}])
+def test_a_config_of_other_tensors_is_told_of(change: dict[str, int], tmp_path: Path) -> None:
+    pytest.importorskip("quantmill_transformers")
+    folder = _copy(tmp_path / "copy", lambda c: {**c, **change}, lambda c: {**c, **change})
+    found = quantmill.plan(folder).findings
+    assert [item.code for item in found] == (["QM-GPTQ-011"] if change else [])
+    assert not found.errors
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_config_that_lies_beside_alone_is_read(named: bool, tmp_path: Path) -> None:
     """AutoGPTQ's early files: config.json says nothing, and no quant_method anywhere."""
