@@ -11,7 +11,12 @@ import torch
 import quantmill
 from quantmill.testing import write_tiny_llama
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytest.importorskip("quantmill_gptq")
+pytest.importorskip("quantmill_transformers")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
+]
 
 METHODS = [
     "gptq-4:group_size=32",
