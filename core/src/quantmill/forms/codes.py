@@ -93,7 +93,7 @@ class Codes:
             return count
         if bits in (1, 2, 4):
             return 2 * count
-        return 16 * min(count, _CHUNK) + count * bits // 8
+        return (3 + bits) * count // 8
 
     @staticmethod
     def unpacking_bytes(count: int, bits: int) -> int:
