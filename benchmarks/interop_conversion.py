@@ -1,6 +1,7 @@
 """Conversions held against the peers that own the formats.
 
     python benchmarks/interop_conversion.py WORK [--gptqmodel PYTHON] [--llamacpp BUILD/bin]
+        [--budgets]
 
 GPTQModel quantizes novella; we convert its checkpoint to AWQ, to GPTQ v2, to compressed-tensors and
 to GGUF, and each peer runs what is its own:
@@ -10,6 +11,8 @@ to GGUF, and each peer runs what is its own:
 - llama.cpp reads our GGUF: the perplexity of its own protocol on held-out text.
 
 Without a peer's option that part is left out; compressed-tensors has to be installed here.
+`--budgets` has them run mixtures made under a budget instead: GPTQ's `dynamic`, groups of
+compressed-tensors, types of tensors in a GGUF.
 """
 
 from __future__ import annotations
@@ -45,6 +48,12 @@ model = GPTQModel.load(source, config, device="cpu", dtype=torch.bfloat16)
 model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=4)
 model.save(out)
 """
+BUDGETS = {
+    "dynamic": ("4.25bpw", ["gptq-3", "gptq-4", "gptq-8"]),
+    "groups": ("5bpw", ["ct-int4", "ct-int8"]),
+    "types.gguf": ("5bpw", ["gguf-q4_0", "gguf-q5_0", "gguf-q8_0"]),
+}
+"""What is made under which budget of which methods."""
 LIMIT = 2e-3
 """Largest relative difference of logits: the AWQ kernels of the peer compute in float16."""
 
@@ -101,12 +110,28 @@ class Table:
         print(f"{what:64} {value:.2e}{'   TOO LARGE' if bad else ''}", flush=True)
 
 
-def gptqmodel(python: str, work: Path, source: Path, ids: Tensor, table: Table) -> None:
+def by_gptqmodel(python: str, work: Path, folder: Path, ids: Tensor, name: str = "gptq") -> Tensor:
     save_file({"input_ids": ids}, work / "inputs.safetensors")
-    logits = {}
-    for name, folder in (("gptq", source), ("awq", work / "awq"), ("v2", work / "v2")):
-        peer(python, RUN, folder, work / "inputs.safetensors", work / "logits.safetensors", name)
-        logits[name] = load_file(work / "logits.safetensors")["logits"]
+    peer(python, RUN, folder, work / "inputs.safetensors", work / "logits.safetensors", name)
+    return load_file(work / "logits.safetensors")["logits"]
+
+
+def by_transformers(folder: Path, ids: Tensor) -> Tensor:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map="cpu"
+    )
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+def gptqmodel(python: str, work: Path, source: Path, ids: Tensor, table: Table) -> None:
+    logits = {
+        name: by_gptqmodel(python, work, folder, ids, name)
+        for name, folder in (("gptq", source), ("awq", work / "awq"), ("v2", work / "v2"))
+    }
     table.row(
         "GPTQModel: our AWQ against its GPTQ", difference(logits["awq"], logits["gptq"]), LIMIT
     )
@@ -121,21 +146,15 @@ def gptqmodel(python: str, work: Path, source: Path, ids: Tensor, table: Table) 
 
 
 def compressed(work: Path, source: Path, ids: Tensor, table: Table) -> None:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        work / "ct", dtype=torch.float32, device_map="cpu"
-    )
-    with torch.no_grad():
-        theirs = model(input_ids=ids).logits
+    theirs = by_transformers(work / "ct", ids)
     table.row(
         "compressed-tensors: our file against the GPTQ", difference(theirs, ours(source, ids)), 1e-4
     )
 
 
-def llamacpp(bins: Path, work: Path, source: Path, table: Table) -> None:
+def llamacpp(bins: Path, file: Path, source: Path, table: Table) -> None:
     text = NOVELLA / "held.txt"
-    command = [str(bins / "llama-perplexity"), "-m", str(work / "model.gguf"), "-f", str(text)]
+    command = [str(bins / "llama-perplexity"), "-m", str(file), "-f", str(text)]
     command += ["-c", "512", "--chunks", "8", "-t", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
@@ -145,15 +164,38 @@ def llamacpp(bins: Path, work: Path, source: Path, table: Table) -> None:
     model: Any = quantmill.load(source, dtype="float32")
     result = evaluate_model(
         model,
-        quantmill.load_tokenizer(source),
+        quantmill.load_tokenizer(NOVELLA),
         text.read_text(encoding="utf-8"),
         protocol="llama.cpp",
         context=512,
         max_windows=8,
     )
-    print(f"llama.cpp's perplexity {theirs:.4f}, ours of the GPTQ {result.perplexity:.4f}")
+    print(f"llama.cpp's perplexity {theirs:.4f}, ours {result.perplexity:.4f}")
     # It rounds activations to 8 bits.
-    table.row("llama.cpp: our GGUF, perplexity", abs(theirs / result.perplexity - 1), 5e-3)
+    table.row(f"llama.cpp: our {file.name}, perplexity", abs(theirs / result.perplexity - 1), 5e-3)
+
+
+def budgets(options: argparse.Namespace, ids: Tensor, table: Table) -> None:
+    """Mixtures made under a budget, in the peers that own their formats."""
+    paths = {}
+    for name, (budget, methods) in BUDGETS.items():
+        paths[name] = path = options.work / name
+        if not path.exists():
+            quantmill.quantize_to_budget(
+                *(NOVELLA, path, budget, methods),
+                calibration=NOVELLA / "calib.txt",
+                samples=8,
+                length=128,
+            )
+    if options.gptqmodel:
+        theirs = by_gptqmodel(options.gptqmodel, options.work, paths["dynamic"], ids)
+        found = difference(theirs, ours(paths["dynamic"], ids))
+        table.row("GPTQModel: our mixture, its `dynamic`", found, 1e-4)
+    found = difference(by_transformers(paths["groups"], ids), ours(paths["groups"], ids))
+    table.row("compressed-tensors in transformers: our mixture, its groups", found, 1e-4)
+    if options.llamacpp:
+        file = paths["types.gguf"]
+        llamacpp(options.llamacpp, file, file, table)
 
 
 def main() -> None:
@@ -161,9 +203,15 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--gptqmodel", metavar="PYTHON")
     parser.add_argument("--llamacpp", type=Path, metavar="BUILD/bin")
+    parser.add_argument("--budgets", action="store_true")
     options = parser.parse_args()
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
+    if options.budgets:
+        ids = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
+        table = Table()
+        budgets(options, ids, table)
+        sys.exit(table.failed)
     source = make_source(options.gptqmodel, work)
     goals = {
         "awq": "awq",
@@ -185,7 +233,7 @@ def main() -> None:
         gptqmodel(options.gptqmodel, work, source, ids, table)
     compressed(work, source, ids, table)
     if options.llamacpp:
-        llamacpp(options.llamacpp, work, source, table)
+        llamacpp(options.llamacpp, work / "model.gguf", source, table)
     sys.exit(table.failed)
 
 
