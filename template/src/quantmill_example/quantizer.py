@@ -31,7 +31,7 @@ class ExampleQuantizer(Quantizer[ExampleConfig]):
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
         # Float copies of the block at hand, which has 4 MiB at most as it is read.
-        return 16 * min(target.weights, (4 << 20) // dtype.itemsize)
+        return 12 * min(target.weights, (4 << 20) // dtype.itemsize)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         bits, columns = self.config.bits, weight.shape[1]

@@ -26,7 +26,7 @@ class TernaryQuantizer(Quantizer[TernaryConfig]):
 
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
         # Float copies of the block at hand, which has 4 MiB at most as it is read.
-        return 20 * min(target.weights, (4 << 20) // dtype.itemsize)
+        return 21 * min(target.weights, (4 << 20) // dtype.itemsize)
 
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         shape = (target.out_features, target.in_features)
