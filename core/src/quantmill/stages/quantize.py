@@ -46,7 +46,7 @@ NOT_FINITE_KEPT = declare(
     fallback=True,
 )
 OVERFLOW = declare("QM-WEIGHT-003", "A value does not fit into the asked dtype")
-_HELD, _LARGE = 64 << 20, 16 << 20
+_HELD, _LARGE = 128 << 20, 64 << 20
 """Bytes read until what their work left free goes back to the system, and those of a module before
 which it does so in any case."""
 
