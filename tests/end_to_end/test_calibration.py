@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import quantmill
@@ -130,6 +131,25 @@ def test_what_the_blocks_before_did_is_made_up_for(
             errors.append(float((wanted.exp() * (wanted - found)).sum(-1).mean()))
             shutil.rmtree(tmp_path / "out")
     assert errors[1] < 0.97 * errors[0]
+
+
+def test_one_module_alone_may_make_up_for_them(
+    folder: Path, tokens: Tensor, tmp_path: Path
+) -> None:
+    name = "model.layers.2.self_attn.k_proj"
+    plain, own = (
+        {"method": "gptq-3", "group_size": 32},
+        {"+:.*layers.2.*k_proj$": {"gptaq_alpha": 0.5}},
+    )
+    found = []
+    for number, method in enumerate((plain, {**plain, "dynamic": own})):
+        quantmill.quantize(folder, tmp_path / str(number), method, calibration=tokens)
+        found.append(load_file(tmp_path / str(number) / "model.safetensors"))
+    changed = {key for key in found[0] if not torch.equal(found[0][key], found[1][key])}
+    assert f"{name}.qweight" in changed
+    assert all(
+        ".layers.2." in key and "q_proj" not in key and "v_proj" not in key for key in changed
+    )
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

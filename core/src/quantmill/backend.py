@@ -144,10 +144,9 @@ class BlockCalibrator(ABC, Generic[ConfigT]):
         """Give every target of ``block`` its form with :meth:`Block.put`. The engine has seen to
         it that all their weights are finite."""
 
-    @property
-    def exact_inputs(self) -> bool:
-        """Whether :attr:`Moments.cross` is asked for: each block then runs once more, on what the
-        float model's blocks before it give."""
+    def exact_inputs(self, config: ConfigT) -> bool:
+        """Whether a target with this config asks for :attr:`Moments.cross`: each block then runs
+        once more, on what the float model's blocks before it give."""
         return False
 
     def working_bytes(self, targets: Sequence[Target]) -> int:

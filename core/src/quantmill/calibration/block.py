@@ -80,8 +80,8 @@ class Block:
         self.changed: dict[str, Tensor] = {}
         """Float parameters that the calibrator changed, by full name."""
         self.exact: dict[str, dict[int, Tensor]] = {}
-        """Inputs in the float model, by name of the first of those that share them and number of
-        the batch, where a calibrator asks for them."""
+        """Inputs in the float model, by name of the target that asks for them and number of the
+        batch."""
         self.finished = False
         """The inputs of the next block are there already, from :meth:`in_order`."""
         self.wanted = True
@@ -304,6 +304,7 @@ class Block:
         self.finished = True
 
     def _moments(self, group: Sequence[Target], magnitudes: bool) -> Moments:
+        exact = [self.exact.pop(target.name, None) for target in group]
         return Moments(
             group[0].in_features,
             self._device,
@@ -311,18 +312,22 @@ class Block:
             self._share.processes,
             self._share.kernels,
             magnitudes,
-            self.exact.pop(group[0].name, None),
+            next((inputs for inputs in exact if inputs is not None), None),
         )
 
     def run_exact(self, targets: Collection[str]) -> None:
         """Keep what ``targets`` (names) would get in the float model. Experts get none: there,
         other tokens would be routed to them."""
-        linears = {
-            group[0].name: self.linear(group[0])
+        groups = {
+            group[0].name: [target.name for target in group if target.name in targets]
             for group in self.call_order()
-            if group[0].name in targets and "weight" not in group[0].module.parts
+            if "weight" not in group[0].module.parts
         }
-        self.exact = self._replay.run_exact(self.index, self.module, linears)
+        linears = {
+            name: self.model.get_submodule(name) for name, members in groups.items() if members
+        }
+        found = self._replay.run_exact(self.index, self.module, linears)
+        self.exact = {name: inputs for first, inputs in found.items() for name in groups[first]}
 
     @contextmanager
     def weights(self, changes: Mapping[str, Tensor]) -> Iterator[None]:

@@ -240,9 +240,14 @@ class Run:
         block = Block(index, name, module, members, configs, replay, self.share)
         block.wanted = index + 1 < len(replay.blocks) or bool(self._outside(inner))
         self._finite(block)
-        wanting = [names for calibrator, names in calibrators if calibrator.exact_inputs]
+        wanting = {
+            target
+            for calibrator, names in calibrators
+            for target in names
+            if calibrator.exact_inputs(self.calibrated[target][1].config)
+        }
         if wanting:
-            block.run_exact(set().union(*wanting))
+            block.run_exact(wanting)
         if block.targets:
             _calibrate(block, replay, calibrators)
             self._complete(block)
@@ -316,16 +321,11 @@ class Run:
             "forms": sorted(name for name, form in block.forms.items() if form is not None),
         }
         about["kept"] = sorted(name for name, form in block.forms.items() if form is None)
-        hidden, exact = replay.hidden, replay.exact
-        if not block.wanted:
-            hidden, exact = [], []
-        self.progress.save(
-            block.index,
-            tensors,
-            about,
-            dict(zip(replay.numbers, hidden, strict=False)),
-            dict(zip(replay.numbers, exact, strict=False)),
-        )
+        hidden = dict(zip(replay.numbers, replay.hidden, strict=True)) if block.wanted else {}
+        exact = {}
+        if block.wanted and replay.exact:
+            exact = dict(zip(replay.numbers, replay.exact, strict=True))
+        self.progress.save(block.index, tensors, about, hidden, exact)
 
     def _restore(self, index: int, name: str) -> dict[str, Form | None]:
         tensors, about = self.progress.block(index)

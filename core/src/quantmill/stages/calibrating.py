@@ -99,7 +99,7 @@ def calibrating_bytes(
             hidden + tokens * itemsize * sum(target.in_features for target in own)
             for members in targets.values()
             for label, own in members.items()
-            if calibrators[label].exact_inputs
+            if calibrators[label].exact_inputs(job.selections[label].config)
         ),
         default=0,
     )

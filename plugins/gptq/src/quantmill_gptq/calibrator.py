@@ -30,9 +30,8 @@ class GptqCalibrator(BlockCalibrator[GptqConfig]):
             self._quantize(block, group, moments)
             moments.free()
 
-    @property
-    def exact_inputs(self) -> bool:
-        return self.config.gptaq_alpha > 0
+    def exact_inputs(self, config: GptqConfig) -> bool:
+        return config.gptaq_alpha > 0
 
     def working_bytes(self, targets: Sequence[Target]) -> int:
         # The moments, the same in order, and the factor with what it is made of, in float64 up to
