@@ -59,6 +59,10 @@ class _Rounding:
         low, high = work.reshape(work.shape[0], -1, group).aminmax(dim=2)
         return torch.maximum(high, low.neg())
 
+    @staticmethod
+    def _scale_bytes(weights: int, columns: int, group: int) -> int:
+        return _SCALE_BYTES * (weights // max(1, columns) * -(-columns // group))
+
 
 class ByteRounding(_Rounding):
     """Rounds the blocks of one weight of ``dtype`` to ``values``, a key of :data:`BYTES`."""
@@ -77,11 +81,11 @@ class ByteRounding(_Rounding):
     def working_bytes(self, weights: int, columns: int, group: int) -> int:
         """Memory that rounding a block of ``weights`` in rows of ``columns`` takes, with a scale
         for each ``group`` of them: with kernels that of the scales, else float32 copies too."""
-        scales = weights // max(1, columns) * -(-columns // group)
+        scales = self._scale_bytes(weights, columns, group)
         copies = 0 if self._absmax is not None and self._round is not None else 1
         if copies and group < columns:
             copies = 2  # Scales for each weight, or a block that is filled up to whole groups.
-        return _SCALE_BYTES * scales + 4 * copies * weights
+        return scales + 4 * copies * weights
 
     def store(
         self,
@@ -135,7 +139,7 @@ class CodeRounding(_Rounding):
     def working_bytes(self, weights: int, columns: int, group: int) -> int:
         """The same as :meth:`ByteRounding.working_bytes`; without kernels a float32 copy and its
         codes, and their packing."""
-        scales = _SCALE_BYTES * (weights // max(1, columns) * -(-columns // group))
+        scales = self._scale_bytes(weights, columns, group)
         if self._absmax is not None and self._extremes is not None and self._round is not None:
             return scales
         return scales + 5 * weights + Codes.packing_bytes(weights, self._bits)

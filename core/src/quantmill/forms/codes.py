@@ -100,6 +100,11 @@ class Codes:
         """The same of :meth:`unpack`."""
         return 2 * count if bits == 4 else count + 40 * min(count, _CHUNK)
 
+    @staticmethod
+    def reordering_bytes(count: int, bits: int) -> int:
+        """The same of unpacking, putting in another order, and packing."""
+        return max(3 * count, count + Codes.packing_bytes(count, bits))
+
     @classmethod
     def empty(
         cls, shape: tuple[int, ...], bits: int, packing: str, device: str | torch.device = "cpu"

@@ -131,13 +131,16 @@ def quantmill_kernels() -> Sequence[Kernel]:
             cost=0.1,
             available=_AVAILABLE,
         ),
-        Kernel(
-            name="cpu-absmax",
-            operation="absmax",
-            form="tensor",
-            implementation="quantmill_cpu.quantize:absmax",
-            cost=0.1,
-            available=_AVAILABLE,
+        *(
+            Kernel(
+                name=f"cpu-{operation.replace('_', '-')}",
+                operation=operation,
+                form="tensor",
+                implementation=f"quantmill_cpu.quantize:{operation}",
+                cost=0.1,
+                available=_AVAILABLE,
+            )
+            for operation in ("absmax", "extremes", "round_codes")
         ),
         Kernel(
             name="cpu-round",
@@ -145,22 +148,6 @@ def quantmill_kernels() -> Sequence[Kernel]:
             form="tensor",
             implementation="quantmill_cpu.quantize:round_bytes",
             constraints={"values": ("int8", "float8_e4m3fn", "float8_e5m2")},
-            cost=0.1,
-            available=_AVAILABLE,
-        ),
-        Kernel(
-            name="cpu-extremes",
-            operation="extremes",
-            form="tensor",
-            implementation="quantmill_cpu.quantize:extremes",
-            cost=0.1,
-            available=_AVAILABLE,
-        ),
-        Kernel(
-            name="cpu-round-codes",
-            operation="round_codes",
-            form="tensor",
-            implementation="quantmill_cpu.quantize:round_codes",
             cost=0.1,
             available=_AVAILABLE,
         ),

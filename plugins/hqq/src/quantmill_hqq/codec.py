@@ -77,9 +77,7 @@ class HqqCodec(Codec[HqqConfig]):
 
     def decoding_bytes(self, form: Form) -> int:
         assert isinstance(form, Affine)
-        # Codes for each weight, in their old order and in the new one, and their packing.
-        count = form.codes.count
-        return max(3 * count, count + Codes.packing_bytes(count, form.codes.bits))
+        return Codes.reordering_bytes(form.codes.count, form.codes.bits)
 
     def encode(self, form: Form) -> dict[str, Tensor]:
         assert isinstance(form, Affine)

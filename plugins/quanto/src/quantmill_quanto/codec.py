@@ -129,9 +129,7 @@ class QuantoCodec(Codec[QuantoConfig]):
     def decoding_bytes(self, form: Form) -> int:
         if not isinstance(form, Affine) or form.codes.bits == 8:
             return 0
-        # Codes for each weight, in their old order and in the new one, and their packing.
-        count = form.codes.count
-        return max(3 * count, count + Codes.packing_bytes(count, form.codes.bits))
+        return Codes.reordering_bytes(form.codes.count, form.codes.bits)
 
     def encode(self, form: Form) -> dict[str, Tensor]:
         assert isinstance(form, Affine | ScaledFloat) and isinstance(form.scale, Tensor)

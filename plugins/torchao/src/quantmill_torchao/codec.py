@@ -99,9 +99,7 @@ class TorchaoCodec(Codec[TorchaoConfig]):
             return 0
         if form.layout.tensor == "Int4Tensor":
             return form.codes.nbytes  # In pairs already.
-        # Codes for each weight, in their old order and in the new one, and their packing.
-        count = form.codes.count
-        return max(3 * count, count + Codes.packing_bytes(count, form.codes.bits))
+        return Codes.reordering_bytes(form.codes.count, form.codes.bits)
 
     def encode(self, form: Form) -> dict[str, Tensor]:
         form = stored_form(form, self.config)
