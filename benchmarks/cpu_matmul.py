@@ -34,8 +34,8 @@ from quantmill.kernels import Prepared
 from quantmill.registrations import Kernel
 from quantmill_cpu import native
 from quantmill_cpu.matmul import bind, torch_library
+from quantmill_cpu.pages import large_pages
 from quantmill_cpu.plugin import quantmill_kernels
-from quantmill_cpu.weight import large_pages
 from quantmill_gguf.encode import encode
 from quantmill_gguf.types.raw import RawForm
 from quantmill_gguf.types.sizes import BY_NAME

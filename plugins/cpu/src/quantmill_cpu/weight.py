@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantmill_cpu.native import library
+from quantmill_cpu.pages import weight_memory, written
 
 __all__ = [
     "CODED",
@@ -24,7 +25,6 @@ __all__ = [
     "Spec",
     "assemble",
     "finish",
-    "large_pages",
     "parts_of",
 ]
 
@@ -78,13 +78,6 @@ def _ceil(size: int) -> int:
     return -(-size // _STEP) * _STEP
 
 
-def large_pages(size: int) -> Tensor:
-    """uint8 ``[size]``, not filled, in pages of 2 MiB where the system has them."""
-    memory = torch.empty(size, dtype=torch.uint8)
-    library().qm_large_pages(memory.data_ptr(), size)
-    return memory
-
-
 def assemble(spec: Spec, parts: Mapping[str, Tensor], codes: int, device: torch.device) -> Tensor:
     """The weight with every part but the codes filled, uint8; ``codes`` is the size of these.
 
@@ -101,7 +94,7 @@ def assemble(spec: Spec, parts: Mapping[str, Tensor], codes: int, device: torch.
             at = _ceil(at + sizes[name])
     if device.type == "meta":
         return torch.empty(at, dtype=torch.uint8, device=device)
-    weight = large_pages(at)
+    weight = weight_memory.take(at)
     head = weight[:_HEAD].view(torch.int64)
     head.zero_()
     head[:_NUMBERS] = torch.tensor(spec.numbers)
@@ -124,6 +117,7 @@ def assemble(spec: Spec, parts: Mapping[str, Tensor], codes: int, device: torch.
 def finish(weight: Tensor) -> None:
     """Let the library work out what it needs to know of the lookup."""
     library().qm_weight_finish(weight.data_ptr())
+    written(weight)
 
 
 def parts_of(weight: Tensor) -> dict[str, Tensor]:
