@@ -17,28 +17,45 @@ from quantmill.forms import Codes
 from quantmill.forms.rows import lowest_edge, take_lowest
 from quantmill.kernels import KernelRegistry
 
-__all__ = ["BYTES", "ByteRounding", "CodeRounding"]
+__all__ = ["BYTES", "ByteRounding", "CodeRounding", "nearest_e2m1"]
 
 _SCALE_BYTES: Final = 28
 """For each scale of a block: the largest magnitude, and what becomes of it on the way."""
 
-BYTES: Final = {torch.int8: 127.0, **{kind: torch.finfo(kind).max for kind in (
+_PAIRS: Final = torch.float4_e2m1fn_x2
+BYTES: Final = {torch.int8: 127.0, _PAIRS: 6.0, **{kind: torch.finfo(kind).max for kind in (
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
 )}}  # fmt: skip
-"""What weights are rounded to, and its largest number."""
+"""What weights are rounded to, and its largest number. Two of the 4-bit floats are in a byte."""
+
+_AT_ONCE: Final = 1 << 18
+"""Weights that become 4-bit floats at once in plain torch, so that what is made on the way stays
+in the cache."""
+
+
+def nearest_e2m1(values: Tensor) -> Tensor:
+    """uint8 codes of the nearest 4-bit float, ties to the even code; float32 in, any shape."""
+    size = values.abs()
+    bits = size.view(torch.int32)
+    # One bit of mantissa is kept of 23, rounded; exponents begin at 126 in place of 0.
+    normal = (bits + 0x1FFFFF + ((bits >> 22) & 1) >> 22) - 252
+    # Below 1 the step is a half: that of the last bit of a float32 from 2**22 on.
+    small = (size + 4194304.0).view(torch.int32) & 3
+    codes = torch.where(size < 1, small, normal).clamp_(max=7).to(torch.uint8)
+    return codes | (torch.signbit(values).to(torch.uint8) << 3)
 
 
 class _Rounding:
     """Kernels for the blocks of one weight of ``dtype``, where there are any."""
 
     def __init__(self, kernels: KernelRegistry, device: torch.device, dtype: torch.dtype) -> None:
-        self._kernels, self._device = kernels, device.type
+        self._kernels, self.device = kernels, device
         self._dtype = str(dtype).removeprefix("torch.")
         self._absmax = self._kernel("absmax")
 
     def _kernel(self, operation: str, **traits: object) -> Callable[..., Any] | None:
         choice = self._kernels.choose(
-            operation, "tensor", traits, device=self._device, dtype=self._dtype
+            operation, "tensor", traits, device=self.device.type, dtype=self._dtype
         )
         return None if choice is None else choice.load()
 
@@ -85,7 +102,8 @@ class ByteRounding(_Rounding):
         copies = 0 if self._absmax is not None and self._round is not None else 1
         if copies and group < columns:
             copies = 2  # Scales for each weight, or a block that is filled up to whole groups.
-        return scales + 4 * copies * weights
+        pairs = 18 * min(weights, _AT_ONCE) if copies and self._values == _PAIRS else 0
+        return scales + 4 * copies * weights + pairs
 
     def store(
         self,
@@ -102,7 +120,8 @@ class ByteRounding(_Rounding):
         Args:
             block: the weights.
             by: float32 ``[rows, ceil(in / group)]``, or one row of that for all rows.
-            out: of the dtype ``values``, the shape of ``block``.
+            out: of the dtype ``values``, the shape of ``block``; for pairs of 4-bit floats half as
+                wide, the first of them in the low half.
             group: columns that share a number.
             multiply: times ``by``, not over it.
             top: values are held within it on both sides (int8: one further below); by default the
@@ -120,6 +139,12 @@ class ByteRounding(_Rounding):
         scaled = work.mul_(by) if multiply else work.div_(by)
         if self._values == torch.int8:
             out.copy_(scaled.round_().clamp_(-most - 1, most))
+        elif self._values == _PAIRS:
+            step = max(1, _AT_ONCE // columns)
+            pairs = out.view(torch.uint8).split(step)
+            for part, made in zip(scaled.clamp_(-most, most).split(step), pairs, strict=True):
+                codes = nearest_e2m1(part)
+                torch.bitwise_or(codes[:, ::2], codes[:, 1::2] << 4, out=made)
         else:
             out.copy_(scaled.clamp_(-most, most))
 

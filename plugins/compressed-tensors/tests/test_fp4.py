@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import quantmill
 from quantmill.findings import FindingsError, QuantmillError
 from quantmill.kernels import KernelRegistry
+from quantmill.rounding import nearest_e2m1
 from quantmill.testing import MatrixSource, make_target, write_tiny_llama
 from quantmill_compressed_tensors.codec import CompressedCodec
 from quantmill_compressed_tensors.config import CompressedConfig
-from quantmill_compressed_tensors.fp4 import STYLES, StoredFp4, nearest
+from quantmill_compressed_tensors.fp4 import STYLES, StoredFp4
 from quantmill_compressed_tensors.inputs import quantize_inputs
 from quantmill_compressed_tensors.native import Mxfp4Codec, Mxfp4Config, Nvfp4Codec, Nvfp4Config
 from quantmill_compressed_tensors.quantizer import CompressedQuantizer
@@ -117,11 +118,11 @@ def test_rounding_is_to_nearest_with_ties_to_even() -> None:
     table = torch.tensor(VALUES)
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0])
     wanted = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
-    assert table[nearest(ties).long()].tolist() == wanted
-    assert table[nearest(-ties).long()].tolist() == [-value for value in wanted]
-    assert nearest(torch.tensor([-0.1, 0.1])).tolist() == [8, 0]
+    assert table[nearest_e2m1(ties).long()].tolist() == wanted
+    assert table[nearest_e2m1(-ties).long()].tolist() == [-value for value in wanted]
+    assert nearest_e2m1(torch.tensor([-0.1, 0.1])).tolist() == [8, 0]
     x = torch.linspace(-7, 7, 1001)
-    off = (table[nearest(x).long()] - x).abs()
+    off = (table[nearest_e2m1(x).long()] - x).abs()
     assert torch.equal(off, (table[:, None] - x).abs().amin(dim=0))
 
 

@@ -73,6 +73,10 @@ def rounded(source: Tensor, group: int) -> list[Tensor]:
         if source.isfinite().all():
             round_bytes(source, by=by, out=out, group=group, multiply=False, top=100.0)
         found.append(out.view(torch.uint8))
+    halves = torch.zeros(-(-source.numel() // 2), dtype=torch.uint8)
+    out = halves.view(torch.float4_e2m1fn_x2)
+    round_bytes(source, by=by, out=out, group=group, multiply=True, top=6.0)
+    found.append(halves)
     for bits in range(1, 9):
         out = torch.zeros(-(-source.numel() * bits // 8), dtype=torch.uint8)
         how: dict[str, Any] = {"group": group, "multiply": bool(bits % 2), "bits": bits}
@@ -145,6 +149,19 @@ def panels(columns: int, rows: int, width: int) -> list[Tensor]:
     return found
 
 
+def values_in_panels() -> list[Tensor]:
+    """Scales of few and many rows in panels, of all sizes of a value."""
+    from quantmill_cpu.codes import panels_of_values
+
+    return [
+        panels_of_values(torch.arange(rows * groups).reshape(rows, groups).to(dtype)).to(
+            torch.int32
+        )
+        for rows, groups in ((1, 1), (16, 3), (17, 1), (100, 9))
+        for dtype in (torch.int8, torch.float16, torch.float32)
+    ]
+
+
 def moments_run() -> None:
     """Sums may be ordered otherwise: run, and not compared."""
     from quantmill_cpu.calibrate import moments, no_dots
@@ -196,6 +213,8 @@ def digest() -> str:
                     found.update(tensor.numpy().tobytes())
     moments_run()
     attention_run()
+    for tensor in values_in_panels():
+        found.update(tensor.numpy().tobytes())
     for columns, rows, width in PANELS:
         for tensor in panels(columns, rows, width):
             found.update(tensor.numpy().tobytes())

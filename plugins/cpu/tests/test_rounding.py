@@ -16,6 +16,7 @@ from quantmill_cpu.plugin import quantmill_kernels
 from quantmill_cpu.quantize import round_bytes, round_codes
 
 KINDS = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+PAIRS = torch.float4_e2m1fn_x2
 CPU = torch.device("cpu")
 
 
@@ -67,6 +68,50 @@ def test_rounding_is_that_of_torch(
     for rounding, out in zip((mine, plain), outs, strict=True):
         rounding.store(block, by, out, group, multiply=multiply, top=top)
     assert same(*outs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 7),
+    st.integers(1, 9),
+    st.integers(1, 2500),
+    st.sampled_from([2, 16, 32, 4098]),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.sampled_from(native.levels()),
+)
+def test_pairs_are_those_of_torch(
+    seed: int, rows: int, half: int, group: int, name: str, level: str
+) -> None:
+    native.use_level(level)
+    torch.manual_seed(seed)
+    block = (torch.randn(rows, 2 * half) * 10.0 ** torch.randint(-6, 4, (rows, 1))).to(
+        getattr(torch, name)
+    )
+    mine, plain = pair(block.dtype, PAIRS)
+    by = (mine.absmax(block, group) / 6.0).clamp(min=1e-12) * (0.5 if seed & 1 else 1.0)
+    outs = [torch.empty(rows, half, dtype=torch.uint8).view(PAIRS) for _ in range(2)]
+    for rounding, out in zip((mine, plain), outs, strict=True):
+        rounding.store(block, by, out, group)
+    assert same(*outs)
+
+
+@pytest.mark.parametrize("level", native.levels())
+def test_every_step_of_4_bits_and_its_middles(level: str) -> None:
+    native.use_level(level)
+    steps = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    middles = (steps[1:] + steps[:-1]) / 2
+    # The even code of the two; then what is just above and just below.
+    values = torch.cat(
+        [steps, middles, torch.nextafter(middles, steps[1:]), torch.nextafter(middles, steps[:-1])]
+    )
+    wanted = [*range(8), 0, 2, 2, 4, 4, 6, 6, *range(1, 8), *range(7), 7, 7]
+    block = torch.cat([values, torch.tensor([7.0, 1e30])])
+    block = torch.cat([block, -block]).reshape(1, -1)
+    out = torch.empty(1, block.numel() // 2, dtype=torch.uint8).view(PAIRS)
+    pair(torch.float32, PAIRS)[0].store(block, torch.ones(1, 1), out, block.numel())
+    packed = out.view(torch.uint8)[0]
+    codes = torch.stack([packed & 15, packed >> 4], dim=1).reshape(-1).tolist()
+    assert codes == [*wanted, *(8 + code for code in wanted)]
 
 
 def coders(dtype: torch.dtype, bits: int) -> tuple[CodeRounding, CodeRounding]:

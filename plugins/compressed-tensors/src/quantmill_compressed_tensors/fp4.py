@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Final
 
 import torch
@@ -38,10 +37,12 @@ from quantmill.findings import QuantmillError, declare
 from quantmill.finite import FiniteCheck
 from quantmill.forms import Codebook, Codes, Group, PerTensor, ScaledFloat, register_table
 from quantmill.forms.convert import not_exact
+from quantmill.rounding import ByteRounding, nearest_e2m1
 from quantmill.targeting.types import Target
 
 __all__ = [
     "E8M0",
+    "FP4",
     "STYLES",
     "StoredFp4",
     "Style",
@@ -51,7 +52,6 @@ __all__ = [
     "encode_fp4",
     "fp4_working_bytes",
     "measure_fp4",
-    "nearest",
     "power_scales",
     "quantize_fp4",
     "restyled",
@@ -62,10 +62,7 @@ BAD_SCALE = declare("QM-CT-021", "A scale of 4-bit floats is no scale")
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 TABLE: Final = "e2m1"
 E8M0 = torch.float8_e8m0fnu
-
-
-_AT_ONCE = 1 << 18
-"""Weights that are rounded at once."""
+FP4: Final = torch.float4_e2m1fn_x2
 
 
 def _table() -> Tensor:
@@ -278,66 +275,47 @@ def restyled(form: StoredFp4) -> StoredFp4:
     return replace(form, style=style, whole=whole, inputs=inputs)
 
 
-def quantize_fp4(form: StoredFp4, weight: WeightSource, device: torch.device) -> StoredFp4:
+def quantize_fp4(form: StoredFp4, weight: WeightSource, rounding: ByteRounding) -> StoredFp4:
     """Fill a form of the meta device: scales from each group's range, values to the nearest.
 
     NVFP4 has its whole scale such that the largest scale of a group is the largest E4M3; MXFP4 the
     power of two that brings the largest of a group below 7 (OCP's rule clips from 6 on).
     """
-    size = STYLES[form.style].group
+    size, columns = STYLES[form.style].group, form.shape[1]
+    device = rounding.device
     form = form.map_tensors(lambda item: torch.empty_like(item, device=device))
     whole = None
-    parts = []
+    nested = form.scale
+    stored = nested.values if isinstance(nested, ScaledFloat) else nested
+    assert isinstance(stored, Tensor)
+    codes = form.codes.data.view(FP4).reshape(form.shape[0], columns // 2)
     with FiniteCheck(weight.name) as finite:
         if form.whole is not None:
             top = torch.zeros((), dtype=torch.float32, device=device)
             for start, rows in weight.row_blocks():
-                most = _absmax(rows.to(torch.float32), rows.shape[1])
-                finite.look(rows, start * rows.shape[1], maxima=most)
+                most = rounding.absmax(rows, columns)
+                finite.look(rows, start * columns, maxima=most)
                 top = torch.maximum(top, most.amax())
-            whole = torch.where(top > 0, 448.0 * 6.0 / top, torch.ones_like(top)).reshape(1)
+            scale = (448.0 * 6.0 / top).clamp(max=torch.finfo(torch.float32).max)
+            whole = torch.where(top > 0, scale, torch.ones_like(top)).reshape(1)
         for start, rows in weight.row_blocks():
-            begin = start * form.shape[1] // 2
-            end = begin + -(-rows.numel() // 2)
-            scale, form.codes.data[begin:end] = _rounded(rows, start, size, whole, finite)
-            parts.append(scale.view(torch.uint8))
-    eight = torch.cat(parts)
-    table = _table().to(device)
+            most = rounding.absmax(rows, size)
+            finite.look(rows, start * columns, maxima=most)
+            stop = start + rows.shape[0]
+            scale, wide = _scales(most, whole)
+            stored[start:stop] = scale
+            rounding.store(rows, wide, codes[start:stop], size)
+    form = replace(form, table=_table().to(device))
     if whole is None:
-        return replace(form, table=table, scale=eight.view(E8M0))
-    nested = ScaledFloat(
-        eight.view(torch.float8_e4m3fn),
-        whole.reciprocal().reshape(()),
-        PerTensor(),
-        dtype=torch.float32,
-    )
-    return replace(form, table=table, scale=nested, whole=whole)
+        return form
+    factor = whole.reciprocal().reshape(())
+    nested = ScaledFloat(stored, factor, PerTensor(), dtype=torch.float32)
+    return replace(form, scale=nested, whole=whole)
 
 
-def fp4_working_bytes(form: StoredFp4, weights: int) -> int:
-    """Memory that :func:`quantize_fp4` takes for row blocks of so many weights: float32 and codes,
-    and their rounding or packing; a block's largest magnitudes and scales, and the scales of all
-    blocks until they are joined."""
-    size = STYLES[form.style].group
-    rounding = max(Codes.packing_bytes(weights, 4), 18 * min(weights, _AT_ONCE))
-    return 5 * weights + rounding + 9 * weights // size + prod(form.shape) // size
-
-
-def _rounded(
-    rows: Tensor, start: int, size: int, whole: Tensor | None, finite: FiniteCheck
-) -> tuple[Tensor, Tensor]:
-    """Scales as stored ``[rows, groups]``, and packed codes, of the rows from ``start``."""
-    work = rows.to(torch.float32, copy=True)
-    most = _absmax(work, size)
-    finite.look(rows, start * rows.shape[1], maxima=most)
-    scale, wide = _scales(most, whole)
-    tiles = work.unflatten(1, (-1, size)).div_(wide.unsqueeze(2))
-    found = torch.empty(work.shape, dtype=torch.uint8, device=rows.device)
-    # What the rounding makes on its way stays in the cache.
-    step = max(1, _AT_ONCE // work.shape[1])
-    for part, out in zip(tiles.split(step), found.split(step), strict=True):
-        out.copy_(nearest(part.flatten(1)))
-    return scale, Codes.pack(found, 4, "dense").data
+def fp4_working_bytes(form: StoredFp4, weights: int, rounding: ByteRounding) -> int:
+    """Memory that :func:`quantize_fp4` takes for row blocks of so many weights."""
+    return rounding.working_bytes(weights, form.shape[1], STYLES[form.style].group)
 
 
 def _scales(most: Tensor, whole: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -357,27 +335,9 @@ def power_scales(most: Tensor, offset: int) -> Tensor:
     return (power + 127).to(torch.uint8).view(E8M0)
 
 
-def _absmax(work: Tensor, size: int) -> Tensor:
-    """float32 largest magnitudes of groups of ``size`` columns."""
-    tiles = work.unflatten(1, (-1, size))
-    return torch.maximum(tiles.amax(dim=2), -tiles.amin(dim=2))
-
-
-def nearest(values: Tensor) -> Tensor:
-    """uint8 codes of the nearest 4-bit float, ties to the even code; float32 in, any shape."""
-    size = values.abs()
-    bits = size.view(torch.int32)
-    # One bit of mantissa is kept of 23, rounded; exponents begin at 126 in place of 0.
-    normal = (bits + 0x1FFFFF + ((bits >> 22) & 1) >> 22) - 252
-    # Below 1 the step is a half: that of the last bit of a float32 from 2**22 on.
-    small = (size + 4194304.0).view(torch.int32) & 3
-    codes = torch.where(size < 1, small, normal).clamp_(max=7).to(torch.uint8)
-    return codes | (torch.signbit(values).to(torch.uint8) << 3)
-
-
 def e2m1(values: Tensor) -> Tensor:
     """float32 ``values`` as the nearest 4-bit floats."""
-    return _table().to(values.device)[nearest(values).to(torch.int32)]
+    return _table().to(values.device)[nearest_e2m1(values).to(torch.int32)]
 
 
 def _sound(wide: Tensor, name: str, target: Target, *, zeros: bool) -> None:

@@ -26,6 +26,7 @@ from quantmill_compressed_tensors.forms import (
 )
 from quantmill_compressed_tensors.fp4 import (
     E8M0,
+    FP4,
     STYLES,
     StoredFp4,
     abstract_fp4,
@@ -61,7 +62,7 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
     def working_bytes(self, target: Target, dtype: torch.dtype) -> int:
         form, weights = self._empty(target, dtype), self.block_weights(target, dtype)
         if isinstance(form, StoredFp4):
-            return fp4_working_bytes(form, weights)
+            return fp4_working_bytes(form, weights, self._pairs(dtype))
         columns = target.in_features
         if _in_bytes(form):
             group = form.grouping.size if isinstance(form.grouping, Group) else columns
@@ -86,7 +87,7 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
     def quantize(self, target: Target, weight: WeightSource) -> Form:
         form = self._empty(target, weight.dtype)
         if isinstance(form, StoredFp4):
-            return quantize_fp4(form, weight, self.device)
+            return quantize_fp4(form, weight, self._pairs(weight.dtype))
         args = self._args(target)
         real = form.map_tensors(lambda item: torch.empty_like(item, device=self.device))
         if _in_bytes(real):
@@ -148,6 +149,9 @@ class CompressedQuantizer(Quantizer[CompressedConfig]):
                     middle=middle,
                     lowest=args.symmetric and bits < 4,
                 )
+
+    def _pairs(self, dtype: torch.dtype) -> ByteRounding:
+        return ByteRounding(self.kernels, self.device, dtype, FP4)
 
     def _args(self, target: Target) -> Args:
         group = self._group(target)

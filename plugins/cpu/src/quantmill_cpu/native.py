@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 11
+ABI_VERSION = 13
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 

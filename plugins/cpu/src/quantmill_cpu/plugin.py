@@ -147,7 +147,7 @@ def quantmill_kernels() -> Sequence[Kernel]:
             operation="round",
             form="tensor",
             implementation="quantmill_cpu.quantize:round_bytes",
-            constraints={"values": ("int8", "float8_e4m3fn", "float8_e5m2")},
+            constraints={"values": ("int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2")},
             cost=0.1,
             available=_AVAILABLE,
         ),

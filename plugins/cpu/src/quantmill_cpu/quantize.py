@@ -21,7 +21,12 @@ __all__ = [
     "round_codes",
 ]
 
-_KINDS = {torch.int8: 0, torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
+_KINDS = {
+    torch.int8: 0,
+    torch.float8_e4m3fn: 1,
+    torch.float8_e5m2: 2,
+    torch.float4_e2m1fn_x2: 3,
+}
 """Numbers of what weights are rounded to."""
 
 
@@ -236,7 +241,7 @@ def round_bytes(
     block: Tensor, *, by: Tensor, out: Tensor, group: int, multiply: bool, top: float
 ) -> None:
     """Round finite float ``[rows, in]`` over, or times, ``by`` float32 ``[rows, groups]`` into
-    int8 or 8-bit floats ``out``.
+    int8, 8-bit floats or pairs of 4-bit ones, ``out``.
 
     Raises:
         ValueError: a tensor is of the wrong dtype, device, size or layout, or ``top`` is more than
@@ -245,6 +250,7 @@ def round_bytes(
     rows, columns, groups = _matrix(block, group)
     if out.dtype not in _KINDS or not 0 < top <= BYTES[out.dtype]:
         raise ValueError(f"{out.dtype} within {top} is not supported")
+    count = -(-rows * columns // (2 if out.dtype == torch.float4_e2m1fn_x2 else 1))
     library().qm_round(
         _source(block),
         SOURCES[block.dtype],
@@ -255,6 +261,6 @@ def round_bytes(
         not multiply,
         _KINDS[out.dtype],
         top,
-        address(out, out.dtype, rows * columns, "out"),
+        address(out, out.dtype, count, "out"),
         torch.get_num_threads(),
     )

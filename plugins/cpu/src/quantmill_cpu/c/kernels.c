@@ -152,9 +152,14 @@ static void to_bytes(const float *values, int64_t count, float by, int divide, i
     } else if (kind == QM_TO_E4M3) {
         for (int64_t i = 0; i < count; i++)
             out[i] = narrow(scaled[i], 3, 120u, 0.015625f, 16384.0f);
-    } else {
+    } else if (kind == QM_TO_E5M2) {
         for (int64_t i = 0; i < count; i++)
             out[i] = narrow(scaled[i], 2, 112u, 6.103515625e-05f, 128.0f);
+    } else {
+        for (int64_t i = 0; i < count; i++) {
+            const uint8_t wide = narrow(scaled[i], 1, 126u, 1.0f, 4194304.0f);
+            out[i] = (uint8_t)((wide >> 4 & 8) | (wide & 7));
+        }
     }
 }
 

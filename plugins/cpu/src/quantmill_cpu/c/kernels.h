@@ -37,7 +37,7 @@ typedef struct {
     /* The least and the largest value; NaN where one of them is. Not for a count of 0. */
     void (*extremes)(const float *values, int64_t count, float *low, float *high);
     /* values / by, or values * by, held within [-top - (kind is QM_TO_INT8), top] and rounded, half to
-     * even, to the kind's bytes. */
+     * even, to the kind's bytes; QM_TO_E2M1: to its codes, each in a byte. */
     void (*to_bytes)(const float *values, int64_t count, float by, int divide, int kind, float top,
                      uint8_t *out);
     /* Codes: see qm_round_codes. */

@@ -8,10 +8,10 @@
 
 #include <stdint.h>
 
-#define QM_ABI_VERSION 11
+#define QM_ABI_VERSION 13
 
 enum { QM_F32 = 0, QM_BF16 = 1, QM_F16 = 2 };
-enum { QM_TO_INT8 = 0, QM_TO_E4M3 = 1, QM_TO_E5M2 = 2 };
+enum { QM_TO_INT8 = 0, QM_TO_E4M3 = 1, QM_TO_E5M2 = 2, QM_TO_E2M1 = 3 };
 
 int qm_abi_version(void);
 
@@ -54,7 +54,8 @@ void qm_extremes(const void *source, int dtype, int64_t rows, int64_t columns, i
                  float *low, float *high, int threads);
 
 /* Each value over (`divide`), or times, its group's number in `by`, shaped as above; held within
- * [-top, top] (QM_TO_INT8: [-top - 1, top]) and rounded, half to even. `out`: a byte per value. */
+ * [-top, top] (QM_TO_INT8: [-top - 1, top]) and rounded, half to even. `out`: a byte per value;
+ * QM_TO_E2M1: ceil(rows * columns / 2) bytes, the first code in the low half. */
 void qm_round(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
               const float *by, int divide, int kind, float top, uint8_t *out, int threads);
 

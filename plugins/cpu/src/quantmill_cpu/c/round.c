@@ -37,11 +37,13 @@ static void visit_row(const Job *job, int64_t r, Visit visit, void *state) {
         const int64_t whole = job->group < QM_CHUNK ? job->columns : (at / job->group + 1) * job->group;
         const int64_t n = least_of(step, least_of(whole, job->columns) - at);
         job->kernels->load(job->source, job->dtype, row + at, n, values);
+        int64_t g = first + at / job->group, inside = at % job->group;
         for (int64_t i = 0; i < n;) {
-            const int64_t g = (at + i) / job->group, inside = (at + i) % job->group;
             const int64_t count = least_of(n - i, job->group - inside);
-            visit(job, values + i, count, row + at + i, first + g, inside == 0, state);
+            visit(job, values + i, count, row + at + i, g, inside == 0, state);
             i += count;
+            inside += count;
+            if (inside == job->group) inside = 0, g++;
         }
         at += n;
     }
@@ -84,18 +86,30 @@ static void flush(const Job *job, Stream *stream, int64_t count) {
     memmove(stream->codes, stream->codes + count, (size_t)stream->count);
 }
 
+/* Room for `count` codes more. */
+static uint8_t *room(const Job *job, Stream *stream, int64_t count) {
+    if (stream->count + count > QM_CHUNK) flush(job, stream, stream->count / 8 * 8);
+    stream->count += count;
+    return stream->codes + stream->count - count;
+}
+
+/* To 4-bit floats. */
+static void to_pairs(const Job *job, const float *values, int64_t count, int64_t start, int64_t g,
+                     int begins, void *state) {
+    (void)start, (void)begins;
+    uint8_t *codes = room(job, state, count);
+    job->kernels->to_bytes(values, count, job->by[g], job->divide, job->kind, job->top, codes);
+}
+
 static void to_codes(const Job *job, const float *values, int64_t count, int64_t start, int64_t g,
                      int begins, void *state) {
     (void)start, (void)begins;
-    Stream *stream = state;
-    if (stream->count + count > QM_CHUNK) flush(job, stream, stream->count / 8 * 8);
     const QmCodeRule rule = {
         job->by[g], job->minus ? job->minus[g] : 0.0f,
         (job->plus ? job->plus[g] : 0.0f) + job->middle, job->edge, job->least, job->most,
         job->divide,
     };
-    job->kernels->to_codes(values, count, &rule, stream->codes + stream->count);
-    stream->count += count;
+    job->kernels->to_codes(values, count, &rule, room(job, state, count));
 }
 
 static void piece(void *argument, int64_t index, int worker) {
@@ -105,7 +119,8 @@ static void piece(void *argument, int64_t index, int worker) {
     Stream stream = {.count = 0};
     (void)worker;
     if (job->bits) stream.to = job->out + first * job->columns * job->bits / 8;
-    const Visit visit = job->bits ? to_codes : job->by ? to_bytes : look;
+    const Visit coded = job->kind == QM_TO_E2M1 ? to_pairs : to_codes;
+    const Visit visit = job->bits ? coded : job->by ? to_bytes : look;
     for (int64_t r = first; r < last; r++) visit_row(job, r, visit, &stream);
     if (job->bits) flush(job, &stream, stream.count);
 }
@@ -134,7 +149,8 @@ QM_API void qm_extremes(const void *source, int dtype, int64_t rows, int64_t col
 QM_API void qm_round(const void *source, int dtype, int64_t rows, int64_t columns, int64_t group,
                      const float *by, int divide, int kind, float top, uint8_t *out, int threads) {
     run((Job){.source = source, .dtype = dtype, .rows = rows, .columns = columns, .group = group,
-              .by = by, .divide = divide, .kind = kind, .top = top, .out = out}, threads);
+              .by = by, .divide = divide, .kind = kind, .bits = kind == QM_TO_E2M1 ? 4 : 0,
+              .top = top, .out = out}, threads);
 }
 
 QM_API void qm_round_codes(const void *source, int dtype, int64_t rows, int64_t columns,
