@@ -28,6 +28,8 @@ INVALID_STORED = declare(
     "QM-CONFIG-005", "A checkpoint's config has an invalid value", Severity.ERROR
 )
 _EXTRA = {"type": "extra_forbidden"}
+_SHOWN = 80
+"""Characters of a wrong value that a finding shows; what is wrong in a longer one is in the message."""
 
 
 def suggestion(word: str, known: Iterable[str], *, cutoff: float = 0.6, form: str = "{}") -> str:
@@ -229,9 +231,10 @@ class MethodConfig(BaseModel):
                 f"use one of: {', '.join(cls.field_names())}" if not hint else "correct the name",
             )
         message = error["msg"].removeprefix("Value error, ")
-        finding: Finding = code(
-            path, f"{path}={error.get('input')!r}: {message}", "give a value the field allows"
-        )
+        given = repr(error.get("input"))
+        if len(given) > _SHOWN:
+            given = f"{given[:_SHOWN]}…"
+        finding: Finding = code(path, f"{path}={given}: {message}", "give a value the field allows")
         return finding
 
     def changed(self) -> dict[str, Any]:

@@ -141,10 +141,11 @@ class ByteRounding(_Rounding):
             out.copy_(scaled.round_().clamp_(-most - 1, most))
         elif self._values == _PAIRS:
             step = max(1, _AT_ONCE // columns)
-            pairs = out.view(torch.uint8).split(step)
-            for part, made in zip(scaled.clamp_(-most, most).split(step), pairs, strict=True):
-                codes = nearest_e2m1(part)
-                torch.bitwise_or(codes[:, ::2], codes[:, 1::2] << 4, out=made)
+            scaled.clamp_(-most, most)
+            pairs = out.view(torch.uint8)
+            for start in range(0, rows, step):
+                codes = nearest_e2m1(scaled[start : start + step])
+                pairs[start : start + step] = codes[:, ::2] | codes[:, 1::2] << 4
         else:
             out.copy_(scaled.clamp_(-most, most))
 

@@ -103,7 +103,8 @@ class TorchaoLinear(FormLinear):
     def _by_rows(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """A product with integers, in float32: rounded before the weight's scales follow."""
         assert self._rows is not None
-        sums = self.product(codes.to(torch.float32)) / self._rows
+        # Whole numbers, but for what the scales' rounding leaves.
+        sums = (self.product(codes.to(torch.float32)) / self._rows).round_()
         if zero is None:
             return (sums * scale).to(codes.dtype) * self._rows
         # There the zero point of inputs is taken off last.
