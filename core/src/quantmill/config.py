@@ -29,7 +29,7 @@ INVALID_STORED = declare(
 )
 _EXTRA = {"type": "extra_forbidden"}
 _SHOWN = 80
-"""Characters of a wrong value that a finding shows; what is wrong in a longer one is in the message."""
+"""Characters of a wrong value that a finding shows; the message says what is wrong in it."""
 
 
 def suggestion(word: str, known: Iterable[str], *, cutoff: float = 0.6, form: str = "{}") -> str:

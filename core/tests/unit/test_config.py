@@ -113,6 +113,8 @@ def test_a_checkpoints_unknown_keys_are_found_and_kept() -> None:
 def test_a_checkpoints_invalid_value_is_an_error() -> None:
     (finding,) = refused({"bits": "many", "new_key": 1}, stored=True)
     assert (finding.code, finding.where) == ("QM-CONFIG-005", "bits")
+    (finding,) = refused({"bits": ["many"] * 100}, stored=True)
+    assert "integer" in finding.cause and len(finding.cause) < 200
 
 
 def test_a_field_with_an_alias_is_read_by_both_names_and_written_by_the_peers() -> None:

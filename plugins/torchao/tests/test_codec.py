@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,22 @@ def test_encoding_is_undone_by_decoding(kind: str) -> None:
     # Without its note the config decides.
     bare = codec.decode(stored, make_target(16, 64), torch.bfloat16)
     assert torch.equal(bare.dequantize(), form.dequantize())
+
+
+def test_products_with_rounded_inputs_are_torchaos() -> None:
+    pytest.importorskip("quantmill_transformers")
+    quantization = pytest.importorskip("torchao.quantization")
+    for mapping in quantization.MappingType.SYMMETRIC, quantization.MappingType.ASYMMETRIC:
+        plain = torch.nn.Linear(96, 40, bias=False)
+        plain.weight.data = random(40, 96).float() / 3
+        model = torch.nn.Sequential(torch.nn.Sequential(plain))
+        config = quantization.Int8DynamicActivationInt8WeightConfig(act_mapping_type=mapping)
+        theirs = copy.deepcopy(model)
+        quantization.quantize_(theirs, config)
+        quantmill.quantize_model(model, config)
+        x = random(7, 96, seed=1).float()
+        with torch.inference_mode():
+            assert torch.equal(model(x), theirs(x))
 
 
 @settings(max_examples=40, deadline=None)

@@ -170,5 +170,7 @@ def test_an_unknown_type_in_a_checkpoint_is_an_error(tmp_path: Any) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises(QuantmillError) as caught:
         quantmill.plan(tmp_path / "out")
-    assert caught.value.findings[0].code == "QM-CONFIG-005"
+    (finding,) = caught.value.findings
+    assert finding.code == "QM-CONFIG-005"
+    assert "'Int5Config' is not known; known are" in finding.cause and "…" in finding.cause
     assert read(described("Int8WeightOnlyConfig", {})).bits == 8

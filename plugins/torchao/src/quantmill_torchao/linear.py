@@ -103,15 +103,16 @@ class TorchaoLinear(FormLinear):
     def _by_rows(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """A product with integers, in float32: rounded before the weight's scales follow."""
         assert self._rows is not None
-        # Whole numbers, but for what the scales' rounding leaves.
-        sums = (self.product(codes.to(torch.float32)) / self._rows).round_()
+        sums = self.product(codes.to(torch.float32)) / self._rows
+        if not sums.requires_grad:
+            sums = sums.round_()  # Whole numbers, but for what the scales' rounding left.
         if zero is None:
             return (sums * scale).to(codes.dtype) * self._rows
         # There the zero point of inputs is taken off last.
         ones = codes.new_ones(1, codes.shape[-1], dtype=torch.float32)
-        off = zero * (self.product(ones) / self._rows).round()
-        whole = ((sums + off) * scale).to(codes.dtype)
-        return (whole - (off * scale).to(codes.dtype)) * self._rows
+        across = (self.product(ones) / self._rows).round()
+        whole = ((sums + zero * across) * scale).to(codes.dtype)
+        return (whole - (zero * scale * across).to(codes.dtype)) * self._rows
 
 
 class _Rounded(torch.autograd.Function):
