@@ -76,10 +76,6 @@ class _Rounding:
         low, high = work.reshape(work.shape[0], -1, group).aminmax(dim=2)
         return torch.maximum(high, low.neg())
 
-    @staticmethod
-    def _scale_bytes(weights: int, columns: int, group: int) -> int:
-        return _SCALE_BYTES * (weights // max(1, columns) * -(-columns // group))
-
 
 class ByteRounding(_Rounding):
     """Rounds the blocks of one weight of ``dtype`` to ``values``, a key of :data:`BYTES`."""
@@ -95,10 +91,13 @@ class ByteRounding(_Rounding):
         self._round = self._kernel("round", values=str(values).removeprefix("torch."))
         self._values = values
 
-    def working_bytes(self, weights: int, columns: int, group: int) -> int:
+    def working_bytes(
+        self, weights: int, columns: int, group: int, scale_bytes: int = _SCALE_BYTES
+    ) -> int:
         """Memory that rounding a block of ``weights`` in rows of ``columns`` takes, with a scale
-        for each ``group`` of them: with kernels that of the scales, else float32 copies too."""
-        scales = self._scale_bytes(weights, columns, group)
+        for each ``group`` of them, which takes ``scale_bytes``: with kernels that of the scales,
+        else float32 copies too."""
+        scales = scale_bytes * (weights // max(1, columns) * -(-columns // group))
         copies = 0 if self._absmax is not None and self._round is not None else 1
         if copies and group < columns:
             copies = 2  # Scales for each weight, or a block that is filled up to whole groups.
@@ -165,7 +164,7 @@ class CodeRounding(_Rounding):
     def working_bytes(self, weights: int, columns: int, group: int) -> int:
         """The same as :meth:`ByteRounding.working_bytes`; without kernels a float32 copy and its
         codes, and their packing."""
-        scales = self._scale_bytes(weights, columns, group)
+        scales = _SCALE_BYTES * (weights // max(1, columns) * -(-columns // group))
         if self._absmax is not None and self._extremes is not None and self._round is not None:
             return scales
         return scales + 5 * weights + Codes.packing_bytes(weights, self._bits)

@@ -63,6 +63,8 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 TABLE: Final = "e2m1"
 E8M0 = torch.float8_e8m0fnu
 FP4: Final = torch.float4_e2m1fn_x2
+_SCALE_BYTES: Final = 13
+"""For each scale of a block: the largest magnitude, and two steps from it to what is stored."""
 
 
 def _table() -> Tensor:
@@ -315,7 +317,7 @@ def quantize_fp4(form: StoredFp4, weight: WeightSource, rounding: ByteRounding) 
 
 def fp4_working_bytes(form: StoredFp4, weights: int, rounding: ByteRounding) -> int:
     """Memory that :func:`quantize_fp4` takes for row blocks of so many weights."""
-    return rounding.working_bytes(weights, form.shape[1], STYLES[form.style].group)
+    return rounding.working_bytes(weights, form.shape[1], STYLES[form.style].group, _SCALE_BYTES)
 
 
 def _scales(most: Tensor, whole: Tensor | None) -> tuple[Tensor, Tensor]:
