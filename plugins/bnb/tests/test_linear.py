@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from typing import Any
 
 import bitsandbytes as bnb
@@ -232,6 +233,22 @@ def test_gradients_are_the_references(made: Any, preset: str, training: bool, wh
         wanted = upstream.float() @ form.dequantize(torch.float32)
         assert x.grad is not None and off(x.grad, wanted) < 0.01
         assert off(module.bias.grad, upstream.float().sum((0, 1))) < 0.02
+
+
+def test_int8_trains_as_the_library_does_without_keeping_its_input(bench: Any) -> None:
+    made = bench(load_in_8bit=True)
+    module = made.linear(made.form((64, 128))).train()
+    x, upstream = inputs(2, 3, 128).requires_grad_(), inputs(2, 3, 64, seed=5)
+    held = x * 1
+    kept = weakref.ref(held)
+    result = module(held)
+    del held
+    assert kept() is None
+    (ours,) = torch.autograd.grad(result, x, upstream)
+    other = bnb.nn.Linear8bitLt.forward(module, x.reshape(-1, 128)).reshape(2, 3, 64)
+    (theirs,) = torch.autograd.grad(other, x, upstream)
+    assert off(result, other.float()) < 1e-3
+    assert off(ours, theirs.float()) < 1e-3
 
 
 def test_an_input_without_rows_has_a_result_without_rows(made: Any) -> None:

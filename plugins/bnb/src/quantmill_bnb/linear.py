@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,16 +86,16 @@ def _form_of(data: Tensor, state: QuantState, nested_dtype: torch.dtype) -> Code
 
 
 class _Dequantized(torch.autograd.Function):
-    """``x @ W.T`` that keeps the form and not the float weight for the backward pass."""
+    """``x @ W.T`` that keeps neither its input nor the float weight for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, form: Form) -> Tensor:
-        ctx.form = form
-        return nn.functional.linear(x, form.dequantize(x.dtype))
+    def forward(ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, weight(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.form.dequantize(grad.dtype), None
+        return grad @ ctx.weight(grad.dtype), None
 
 
 @contextmanager
@@ -126,9 +126,11 @@ def _empty_result(module: nn.Linear, x: Tensor) -> Tensor:
     return x.sum(-1, keepdim=True).expand(*x.shape[:-1], module.out_features)
 
 
-def _computed(module: nn.Module, x: Tensor, form: Form) -> Tensor:
-    """The linear by its definition, in the dtype of ``x``."""
-    result: Tensor = _Dequantized.apply(x, form)
+def _computed(
+    module: nn.Module, x: Tensor, weight: Callable[[torch.dtype], Tensor]
+) -> Tensor:
+    """The linear by its definition, in the dtype of ``x``, in which ``weight`` gives its weight."""
+    result: Tensor = _Dequantized.apply(x, weight)
     bias = module._parameters["bias"]
     return result if bias is None else result + bias.to(result.dtype)
 
@@ -228,7 +230,7 @@ class QuantmillLinear4bit(bnb.nn.Linear4bit):
             self.unpack()
         if x.device.type == "cpu" and self._ragged:
             work = x.to(self.compute_dtype or x.dtype)
-            return _computed(self, work, self.exact_form()).to(x.dtype)
+            return _computed(self, work, self.exact_form().dequantize).to(x.dtype)
         exact = None
         if not self._is_packed():
             # The library changes the state it packs in place: let it change a copy.
@@ -314,11 +316,20 @@ class QuantmillLinear8bit(bnb.nn.Linear8bitLt):
             return _empty_result(self, x)
         if self.in_features == 1 and x.device.type == "cpu":
             # torch._int_mm, which the library uses, gives wrong sums there (torch 2.13).
-            return _computed(self, x, self.exact_form())
+            return _computed(self, x, self.exact_form().dequantize)
+        if self.training and x.device.type == "cpu":
+            # The library would keep the input of every layer, gradient checkpointing or not.
+            return _computed(self, x, self._floats)
         # The library takes two or three dimensions.
         with _bias_as(self, x.dtype):
             result: Tensor = super().forward(x.reshape(-1, self.in_features))
         return result.reshape(*x.shape[:-1], self.out_features)
+
+    def _floats(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the library trains with on a CPU: rounded once, by its arithmetic."""
+        form = self.exact_form()
+        assert isinstance(form.scale, Tensor)
+        return form.codes.data.to(dtype).mul_(form.scale[:, None] * form.factor)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantmillLinear8bit:
         super()._apply(fn, recurse)
