@@ -138,6 +138,7 @@ def _typed(error: BaseException, where: str) -> HubError:
         codes.HUB_FAILED(
             where,
             f"the Hub cannot be reached: {said}",
-            "check the network, HF_ENDPOINT and the proxy; HF_HUB_OFFLINE=1 uses the local cache",
+            "check the name, where a local folder is meant: there is none of it; else the network,"
+            " HF_ENDPOINT and the proxy; HF_HUB_OFFLINE=1 uses the local cache",
         )
     )

@@ -152,7 +152,12 @@ def _read_one(source: Source, file: str) -> _Header | QuantmillError:
         if isinstance(source, HubSource) and source.offline:
             return QuantmillError(source.not_cached(file))
         return QuantmillError(
-            codes.SHARD_MISSING(file, "the index names it and it is not there", "add the file")
+            codes.SHARD_MISSING(
+                file,
+                "the index places tensors in it, and the folder has no such file",
+                "the checkpoint was not copied or written to its end: get this file, or all of it,"
+                " from where it comes from",
+            )
         )
     try:
         size = source.size(file)

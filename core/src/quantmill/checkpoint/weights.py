@@ -181,7 +181,8 @@ def _check_shards(choice: _Choice, problems: list[Finding], notes: Findings) -> 
     missing = [name for name in expected if name not in present]
     if missing:
         cause = f"{len(missing)} of {choice.total} numbered shards are missing: {_some(missing)}"
-        problems.append(codes.SHARD_MISSING(missing[0], cause, "add the missing files"))
+        fix = "get them from where the checkpoint comes from: it was not copied to its end"
+        problems.append(codes.SHARD_MISSING(missing[0], cause, fix))
         return
     notes.add(
         codes.NO_INDEX(

@@ -327,7 +327,7 @@ def _stored_target(module: ModuleInfo, config: Mapping[str, Any]) -> Target:
     if weight is None:
         cause = "its weight is packed, and no installed framework knows this architecture"
         fix = 'pip install "quantmill[transformers]"'
-        if not config:
+        if "model_type" not in config and "architectures" not in config:
             cause = "its weight is packed, and there is no config.json to say what model this is"
             fix = "get the checkpoint's config.json"
         raise QuantmillError(NO_SHAPE(module.name, cause, fix))

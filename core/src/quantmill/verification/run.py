@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantmill.architecture import TOKENIZERS
 from quantmill.backend import Codec
 from quantmill.checkpoint.containers import container_of
 from quantmill.checkpoint.dtypes import torch_dtype
@@ -134,7 +135,7 @@ def _tokenizer(job: Job, found: Verification) -> None:
     path = job.headers.source.describe()
     container = container_of(path, job.host)
     if container is None or container.tokenizer is None:
-        there = any(job.headers.source.exists(name) for name in _TOKENIZERS)
+        there = any(job.headers.source.exists(name) for name in TOKENIZERS)
     else:
         cause = "the file holds none, or no framework that reads it is installed"
         fix = "convert the model again with its tokenizer"
@@ -145,9 +146,6 @@ def _tokenizer(job: Job, found: Verification) -> None:
             there, cause, fix = False, first.cause, first.fix
     if not there:
         found.add("headers", [NO_TOKENIZER("tokenizer", cause, fix)])
-
-
-_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 def _checksums(job: Job, found: Verification) -> None:
