@@ -126,9 +126,7 @@ def _empty_result(module: nn.Linear, x: Tensor) -> Tensor:
     return x.sum(-1, keepdim=True).expand(*x.shape[:-1], module.out_features)
 
 
-def _computed(
-    module: nn.Module, x: Tensor, weight: Callable[[torch.dtype], Tensor]
-) -> Tensor:
+def _computed(module: nn.Module, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
     """The linear by its definition, in the dtype of ``x``, in which ``weight`` gives its weight."""
     result: Tensor = _Dequantized.apply(x, weight)
     bias = module._parameters["bias"]
