@@ -342,3 +342,37 @@ def test_several_threads(pair: tuple[Path, dict[str, torch.Tensor]]) -> None:
 
     with reader_of(pair[0], buffer_bytes=1) as reader, ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda number: work(reader, number), range(8)))
+
+
+def test_what_was_begun_is_what_comes(pair: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    with reader_of(pair[0], buffer_bytes=1) as reader:
+
+        def places(name: str, rows: int) -> set[int]:
+            found, blocks = set(), []
+            for _, block in reader.row_blocks(name, rows):
+                found.add(block.data_ptr())
+                blocks.append(block.clone())
+            assert torch.equal(torch.cat(blocks), pair[1][name])
+            return found
+
+        first = places("t0", 90)
+        for name, rows in (("t1", 90), ("t1", 64), ("t2", 90)):
+            reader.begin("t1", 90)
+            reader.begin("t2", 90)  # one at a time
+            assert places(name, rows) <= first
+        reader.begin("t0", 90)
+        assert torch.equal(reader.tensor("t3"), pair[1]["t3"])
+        assert places("t0", 90) == first
+        reader.begin("t0", 90)
+
+
+def test_what_can_not_be_begun_is_told_when_it_is_asked_for(
+    pair: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    with reader_of(pair[0]) as reader:
+        next(reader.row_blocks("t1", 1))
+        os.truncate(pair[0], 1000)
+        reader.begin("t1", 50)
+        with pytest.raises(QuantmillError) as caught:
+            list(reader.row_blocks("t1", 50))
+        assert code(caught) == "QM-CKPT-030"

@@ -11,8 +11,9 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,6 +70,7 @@ class TensorReader:
         # Kept for all tensors: new ones for each would fault in their pages again and leave
         # holes in the heap between what stays. A pair is lent to one iteration at a time.
         self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._begun: _Blocks | None = None
 
     def __enter__(self) -> TensorReader:
         return self
@@ -88,6 +90,7 @@ class TensorReader:
             self._files.clear()
             self._maps.clear()
             self._pairs.clear()
+            self._begun = None
 
     def _header(self, name: str) -> TensorHeader:
         try:
@@ -220,43 +223,91 @@ class TensorReader:
         Raises:
             ValueError: the tensor has no rows to speak of: it is a scalar.
         """
+        with self._lock:
+            begun, self._begun = self._begun, None
+        if begun is not None and (begun.name, begun.asked) == (name, rows):
+            blocks = begun
+        else:
+            if begun is not None:
+                self._leave_off(begun)
+            blocks = self._blocks(name, rows)
+        try:
+            start = 0
+            while start < blocks.total:
+                block = blocks.next(start, self._ahead)
+                yield start, block
+                start += block.shape[0]
+        finally:
+            self._leave_off(blocks)
+
+    def begin(self, name: str, rows: int) -> None:
+        """Read the first block of what ``row_blocks(name, rows)`` is asked for next."""
+        with self._lock:
+            if self._begun is not None:
+                return
+        blocks = self._blocks(name, rows)
+        if blocks.total:
+            blocks.fetch(0, self._ahead)
+            with self._lock:
+                self._begun = blocks
+
+    def _blocks(self, name: str, rows: int) -> _Blocks:
         header = self._header(name)
         dtype = torch_dtype(header.dtype, name)
         shape = torch_shape(header.dtype, tuple(header.shape))
         if not shape:
             raise ValueError(f"{name} is a scalar and has no rows")
         total, rest = shape[0], shape[1:]
-        if total == 0:
-            return
-        width = header.nbytes // total
-        rows = max(1, min(rows, total))
-        pair = self._lend(rows * width)
-        buffers = [buffer[: rows * width].view(dtype).reshape(rows, *rest) for buffer in pair]
+        width = header.nbytes // max(1, total)
+        count = min(max(1, rows), total)
+        pair = self._lend(count * width)
+        buffers = [buffer[: count * width].view(dtype).reshape(count, *rest) for buffer in pair]
 
-        def fetch(index: int, start: int) -> Tensor:
-            block = buffers[index][: min(rows, total - start)]
+        def read(index: int, start: int) -> Tensor:
+            block = buffers[index][: min(count, total - start)]
             self._fill(header, block, start * width, block.shape[0] * width)
             return block
 
-        pending: Future[Tensor] | None = None
-        try:
-            pending = self._ahead.submit(fetch, 0, 0)
-            turn, start = 0, 0
-            while pending is not None:
-                block = pending.result()
-                following = start + block.shape[0]
-                turn = 1 - turn
-                pending = self._ahead.submit(fetch, turn, following) if following < total else None
-                yield start, block
-                start = following
-        finally:
-            # A caller may leave early. What is still being read then is read before anything else
-            # that these buffers are used for: there is one thread, and it works in order.
-            if pending is not None:
-                pending.cancel()
-            with self._lock:
-                if not self._closed:
-                    self._pairs.append(pair)
+        return _Blocks(name, rows, total, count, pair, read)
+
+    def _leave_off(self, blocks: _Blocks) -> None:
+        # A caller may leave early. What is still being read then is read before anything else
+        # that these buffers are used for: there is one thread, and it works in order.
+        if blocks.pending is not None:
+            blocks.pending.cancel()
+        with self._lock:
+            if not self._closed:
+                self._pairs.append(blocks.pair)
+
+
+@dataclass(slots=True)
+class _Blocks:
+    """A tensor that is read by blocks of ``count`` rows, in turn into a pair of buffers."""
+
+    name: str
+    asked: int
+    """Rows that the caller asked for."""
+    total: int
+    count: int
+    pair: tuple[Tensor, Tensor]
+    read: Callable[[int, int], Tensor]
+    """Fill a buffer of the pair with the rows from one on."""
+    pending: Future[Tensor] | None = None
+
+    def fetch(self, start: int, hand: ThreadPoolExecutor) -> None:
+        """Begin to read the block from row ``start`` on."""
+        self.pending = hand.submit(self.read, start // self.count % 2, start)
+
+    def next(self, start: int, hand: ThreadPoolExecutor) -> Tensor:
+        """The block from row ``start`` on; the one after it is being read then."""
+        if self.pending is None:
+            self.fetch(start, hand)
+        assert self.pending is not None
+        block = self.pending.result()
+        self.pending = None
+        if start + block.shape[0] < self.total:
+            self.fetch(start + block.shape[0], hand)
+        return block
 
 
 def _leave(file: mmap.mmap, start: int, stop: int) -> None:

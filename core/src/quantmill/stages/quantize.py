@@ -182,8 +182,16 @@ def run_modules(
     plan, architecture = job.plan, job.architecture
     assert plan is not None and architecture is not None
     planned = _planned(job)
+    ordered = sorted(modules, key=lambda item: _position(item, job))
+    waiting = [
+        pair
+        for module in ordered
+        for pair in planned.get(module.name, [])
+        if forms is None or pair[0].name not in forms
+    ]
+    after = dict(zip(map(_key, waiting), waiting[1:], strict=False))
     read = 0
-    for module in sorted(modules, key=lambda item: _position(item, job)):
+    for module in ordered:
         size = _source_bytes(module, job)
         if read + size >= _HELD or size >= _LARGE:
             give_back()
@@ -197,7 +205,7 @@ def run_modules(
                     continue
                 bias = _bias(job, reader, target)
                 sink.put_form(selection, target, form, bias)
-            elif not _one(job, reader, sink, target, selection):
+            elif not _one(job, reader, sink, (target, selection), after):
                 continue
             made.add(target.parameter)
         for local, parameter in module.parameters.items():
@@ -233,16 +241,26 @@ def _bias(job: Job, reader: TensorReader, target: Target) -> Tensor | None:
     return job.architecture.assemble(info, reader).to(job.device)
 
 
-def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: Selection) -> bool:
-    """Quantize or decode one target. False when it stays float after all."""
+def _key(pair: tuple[Target, Selection]) -> tuple[str, str]:
+    return pair[0].name, pair[0].parameter
+
+
+def _one(
+    job: Job,
+    reader: TensorReader,
+    sink: Sink,
+    pair: tuple[Target, Selection],
+    after: Mapping[tuple[str, str], tuple[Target, Selection]],
+) -> bool:
+    """Quantize or decode one target. False when it stays float after all. ``after`` has the one
+    that comes next: it begins to be read while this one is put into its place."""
+    target, selection = pair
     architecture = job.architecture
     assert architecture is not None and job.plan is not None
-    dtype = getattr(torch, job.plan.dtype)
     if job.prequantized:
         form = decode_stored(job, reader, target, selection)
     else:
-        cast = dtype if job.dtype is not None else None
-        weight = StreamedWeight(reader, target, architecture, torch.device(job.device), cast)
+        weight = _streamed(job, reader, target)
         try:
             form = job.host.hook.quantmill_quantize(
                 job=job, selection=selection, target=target, weight=weight
@@ -250,9 +268,18 @@ def _one(job: Job, reader: TensorReader, sink: Sink, target: Target, selection: 
         except NonFiniteWeight as error:
             keep_non_finite(job, error, weight.shape)
             return False
+        following = after.get(_key(pair))
+        if following is not None and weight.multiple:
+            _streamed(job, reader, following[0]).begin(weight.multiple)
     bias = _bias(job, reader, target)
     sink.put_form(selection, target, form, bias)
     return True
+
+
+def _streamed(job: Job, reader: TensorReader, target: Target) -> StreamedWeight:
+    assert job.plan is not None
+    dtype = getattr(torch, job.plan.dtype) if job.dtype is not None else None
+    return StreamedWeight(reader, target, job.architecture, torch.device(job.device), dtype)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -36,6 +36,8 @@ class StreamedWeight:
         experts = (target.experts,) if target.experts else ()
         self.shape: tuple[int, ...] = (*experts, target.out_features, target.in_features)
         self.dtype = cast or torch_dtype(self._parameter.dtype)
+        self.multiple = 0
+        """Of which :meth:`row_blocks` was last asked for; 0 where nobody did."""
 
     @property
     def _direct(self) -> bool:
@@ -47,18 +49,34 @@ class StreamedWeight:
             weight = weight.transpose(-1, -2)
         return weight.to(device=self._device, dtype=self.dtype).contiguous()
 
-    def row_blocks(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-        rows = self.shape[-2]
+    def _count(self, multiple: int) -> int:
+        """Rows of a block."""
         stored = torch_dtype(self._parameter.dtype).itemsize
         wanted = max(1, block_bytes(self._device) // max(1, self.shape[-1] * stored))
-        count = max(multiple, wanted // multiple * multiple)
-        if not self._direct or len(self.shape) != 2:
+        return max(multiple, wanted // multiple * multiple)
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether blocks are read one by one."""
+        return self._direct and len(self.shape) == 2
+
+    def begin(self, multiple: int) -> None:
+        """Read ahead what ``row_blocks(multiple)`` begins with."""
+        if self._by_rows and type(self._reader) is TensorReader:
+            self._reader.begin(
+                self._parameter.sources[0], min(self._count(multiple), self.shape[0])
+            )
+
+    def row_blocks(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        self.multiple, count = multiple, self._count(multiple)
+        if not self._by_rows:
             weight = self.tensor().reshape(-1, self.shape[-1])
             for start in range(0, weight.shape[0], count):
                 yield start, weight[start : start + count]
             return
         name = self._parameter.sources[0]
-        for start, block in moved(self._reader.row_blocks(name, min(count, rows)), self._device):
+        rows = min(count, self.shape[0])
+        for start, block in moved(self._reader.row_blocks(name, rows), self._device):
             yield start, block.to(self.dtype)
 
 
