@@ -26,7 +26,7 @@ _KAPPA = 1.01
 """Weight of the quadratic term and its growth per iteration, as published."""
 _LEAST = 1e-9
 """Residuals below it count as it: ``x ** (p - 1)`` has a pole at 0."""
-_PATIENCE = {1: 8, 2: 8, 3: 8}
+_PATIENCE = {1: 20, 2: 8, 3: 8}
 """Iterations without a better zero point after which a group is done, by bits; else 3. The fewer
 bits, the more often a group gets worse on the way to its best."""
 _CHUNK = 1 << 17
