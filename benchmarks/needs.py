@@ -100,7 +100,7 @@ def use(key, place, how, count, training):
         (train if training else forward)(model, count)
     found[what], said[what] = peak.bytes + peak.start - base, wanted.running
 
-for model, count, vocabulary in ("block", context // 4, 256), ("model", context, 4096):
+for model, count, vocabulary in ("block", context, 256), ("model", context, 4096):
     source, out = work / model, work / f"{model}-{method}{suffix}"
     if "q" in parts and name is not None:
         quantize(source, out, vocabulary)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,19 @@ def test_a_file_without_a_tokenizer_says_so(folder: Any, tmp_path: Path) -> None
         assert metadata["tokenizer.ggml.model"] == "none" and metadata["qwen3.vocab_size"] == 96
         with pytest.raises(QuantmillError, match="QM-ARCH-010"):
             quantmill.load_tokenizer(path)
+
+
+def test_a_tokenizer_of_a_kind_that_llama_cpp_has_not_is_left_out(
+    folder: Any, tmp_path: Path
+) -> None:
+    source, path = tmp_path / "qwen3", tmp_path / "model.gguf"
+    shutil.copytree(folder("qwen3")[0], source)
+    table = {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"}
+    (source / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": table}))
+    report = quantmill.quantize(source, path, "gguf-q8_0")
+    (said,) = [item for item in report.plan.findings if item.code == "QM-GGUF-043"]
+    assert "'WordLevel'" in said.cause and "no vocabulary" in said.cause
+    assert GgufFile.open(path).metadata["tokenizer.ggml.model"] == "none"
 
 
 def test_what_the_user_keeps_stays_float(folder: Any, tmp_path: Path) -> None:

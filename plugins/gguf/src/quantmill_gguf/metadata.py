@@ -15,7 +15,7 @@ from quantmill_gguf.imatrix import COUNTS
 from quantmill_gguf.importance import matrix_of
 from quantmill_gguf.mixes import MIXES, mix_named
 from quantmill_gguf.reader import GgufSource
-from quantmill_gguf.vocab.model import Files, Vocabulary, VocabularyError
+from quantmill_gguf.vocab.model import Files, UnknownKind, Vocabulary, VocabularyError
 from quantmill_gguf.vocab.write import vocabulary_of
 
 if TYPE_CHECKING:
@@ -71,13 +71,12 @@ def metadata_problems(job: Job, layout: Layout) -> Iterable[Finding]:
         return
     found = _vocabulary(job, layout)
     where = job.headers.source.describe()
+    without = "the file will have no vocabulary, and llama.cpp will take token ids only, no text"
     if found is None:
-        yield codes.NO_TOKENIZER(
-            where,
-            "it has neither tokenizer.json nor tokenizer.model: the file will have no vocabulary,"
-            " and llama.cpp will take token ids only, no text",
-            "add the tokenizer's files to the folder",
-        )
+        cause = f"it has neither tokenizer.json nor tokenizer.model: {without}"
+        yield codes.NO_TOKENIZER(where, cause, "add the tokenizer's files to the folder")
+    elif isinstance(found, UnknownKind):
+        yield codes.NO_TOKENIZER(where, f"{found.cause}: {without}", found.fix)
     elif isinstance(found, VocabularyError):
         yield codes.BAD_TOKENIZER(where, found.cause, found.fix)
     else:

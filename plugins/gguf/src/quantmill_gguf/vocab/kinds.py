@@ -20,6 +20,7 @@ from quantmill_gguf.vocab.model import (
     UNKNOWN,
     UNUSED,
     Files,
+    UnknownKind,
     Vocabulary,
     VocabularyError,
 )
@@ -46,7 +47,7 @@ def from_json(data: Mapping[str, Any], files: Files, pre: str | None) -> Vocabul
     if kind == "WordPiece":
         return _word_piece(data)
     cause = f"tokenizer.json holds a model of the kind {kind!r:.40}"
-    raise VocabularyError(cause, "llama.cpp reads BPE, Unigram and WordPiece")
+    raise UnknownKind(cause, "llama.cpp reads BPE, Unigram and WordPiece")
 
 
 def from_pieces(raw: bytes, settings: Mapping[str, Any]) -> Vocabulary:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 __all__ = [
     *("BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED"),
-    *("NO_SCORE", "SPACE", "Files", "Vocabulary", "VocabularyError"),
+    *("NO_SCORE", "SPACE", "Files", "UnknownKind", "Vocabulary", "VocabularyError"),
 ]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -26,6 +26,10 @@ class VocabularyError(Exception):
     def __init__(self, cause: str, fix: str) -> None:
         super().__init__(cause)
         self.cause, self.fix = cause, fix
+
+
+class UnknownKind(VocabularyError):
+    """A tokenizer of a kind that llama.cpp does not have: nothing would make it one of its own."""
 
 
 @dataclass(slots=True)
