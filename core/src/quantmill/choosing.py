@@ -143,6 +143,12 @@ def choose(
     unknown = [name for name in methods if name not in host.presets and name != FLOAT]
     if unknown:
         raise QuantmillError(*(unknown_method(name, host) for name in unknown))
+    path = Path(text) if isinstance(text, Path) else None
+    words = text
+    if path is not None:
+        from quantmill.evaluate.texts import read_text
+
+        words = read_text(path)
     found = fits(
         source,
         memory,
@@ -156,11 +162,9 @@ def choose(
         host=host,
     )
     made = Choice(str(source), memory, use, device, context, [Measured(item) for item in found])
-    if text is not None and any(item.fits for item in found):
-        path = Path(text) if isinstance(text, Path) else None
-        words = str(text) if path is None else path.read_text(encoding="utf-8")
+    if words is not None and any(item.fits for item in found):
         judge = Judge(
-            source, words, device=device, max_windows=max_windows, streaming=True, host=host
+            source, str(words), device=device, max_windows=max_windows, streaming=True, host=host
         )
         # Progress of each run goes over its blocks; the name says which run it is.
         judge.reference(named_progress(progress, "float model"))

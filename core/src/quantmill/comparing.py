@@ -103,9 +103,10 @@ def _judge(
     progress: Progress | None,
 ) -> Judgement:
     from quantmill.comparison.report import Judgement
+    from quantmill.evaluate.texts import read_text
 
     path = Path(text) if isinstance(text, Path) else None
-    words = path.read_text(encoding="utf-8") if path is not None else str(text)
+    words = read_text(path) if path is not None else str(text)
     judge = Judge(
         first,
         words,

@@ -178,9 +178,14 @@ def test_calibration_options_reach_the_interface(cli: Cli, monkeypatch: pytest.M
     assert given["calibration"] is None and given["samples"] == 128
 
 
-def test_a_text_that_is_not_utf8(cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "cause"), [(b"plain \xff", "byte 6"), (b"", "empty"), (b" \n", "spaces")]
+)
+def test_a_text_that_is_none(cli: Cli, tmp_path: Path, data: bytes, cause: str) -> None:
     path = tmp_path / "text.txt"
-    path.write_bytes(b"plain \xff")
-    result = cli("eval", "model", "--text", path, "--json")
-    assert result.code == 1 and result.codes == ["QM-CLI-005"]
-    assert "byte 6" in result.json["findings"][0]["cause"]
+    path.write_bytes(data)
+    for command in (("eval", "model"), ("choose", "model", "--memory", "1GiB")):
+        result = cli(*command, "--text", path, "--json")
+        assert result.code == 1 and result.codes == ["QM-EVAL-004"]
+        (finding,) = result.json["findings"]
+        assert cause in finding["cause"] and str(path) in finding["where"]

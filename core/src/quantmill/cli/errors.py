@@ -18,7 +18,6 @@ WRONG_USAGE = declare("QM-CLI-001", "The command line can't be understood")
 FILE_ERROR = declare("QM-CLI-002", "A file can't be read or written")
 UNEXPECTED = declare("QM-CLI-003", "Something failed in a way nobody foresaw")
 INTERRUPTED_RUN = declare("QM-CLI-004", "The command was interrupted")
-NOT_TEXT = declare("QM-CLI-005", "A text file is not UTF-8")
 CANT_GENERATE = declare("QM-CLI-006", "The model can't continue a prompt")
 NO_SUCH_MODULE = declare("QM-CLI-007", "The model has no such module, or it stays float")
 

@@ -18,7 +18,7 @@ from quantmill.cli.options import (
     not_empty,
 )
 from quantmill.cli.output import print_json, progress_bar, show_findings, table
-from quantmill.findings import Findings, QuantmillError
+from quantmill.findings import Findings
 
 if TYPE_CHECKING:
     from quantmill.checkpoint.headers import CheckpointHeaders
@@ -73,9 +73,10 @@ def command(
     import quantmill
     from quantmill.checkpoint.containers import open_checkpoint
     from quantmill.evaluate import evaluate_model, get_protocol, tokenize
+    from quantmill.evaluate.texts import read_text
     from quantmill.host import default_host
 
-    words = _read(text)
+    words = read_text(text)
     tokenizer = quantmill.load_tokenizer(source)
     headers = [open_checkpoint(item, default_host()) for item in (source, reference) if item]
     length = context or _shortest(headers)
@@ -112,16 +113,6 @@ def command(
                 if value is not None
             ],
         )
-
-
-def _read(text: Path) -> str:
-    from quantmill.cli.errors import NOT_TEXT
-
-    try:
-        return text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        cause = f"byte {error.start} is not UTF-8"
-        raise QuantmillError(NOT_TEXT(str(text), cause, "give a text file")) from None
 
 
 def _shortest(headers: list[CheckpointHeaders]) -> int:
