@@ -53,11 +53,12 @@ svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); }
 svg .line { fill: none; stroke-width: 1.8; } svg .first { fill: none; stroke: var(--first);
   stroke-width: 1.3; } svg .second { fill: var(--second); opacity: 0.75; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
-th, td { text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid var(--rule); }
-th { color: var(--soft); font-weight: 500; cursor: pointer; white-space: nowrap; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule);
+  white-space: nowrap; } td code { overflow-wrap: normal; }
+th { color: var(--soft); font-weight: 500; cursor: pointer; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .scroll { max-height: 560px; overflow: auto; border: 1px solid var(--rule); border-radius: 8px;
-  padding: 0 12px; background: var(--card); } .scroll th { position: sticky; top: 0;
+  padding: 0 12px; margin-bottom: 18px; background: var(--card); } .scroll th { position: sticky; top: 0;
   background: var(--card); }
 .lead { font-size: 17px; margin: 14px 0 4px; }
 .note { border-left: 3px solid var(--ramp-6); padding: 4px 12px; margin: 14px 0; }
