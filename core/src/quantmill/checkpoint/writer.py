@@ -8,7 +8,6 @@ is written when the shard is closed. No data is written twice and nothing is kep
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quantmill.checkpoint import codes
-from quantmill.checkpoint.dtypes import code_of, stored_shape
+from quantmill.checkpoint.dtypes import stored_shape
 from quantmill.checkpoint.files import is_plain_name
 from quantmill.checkpoint.leftovers import hold, remove_leftovers
 from quantmill.checkpoint.manifest import MANIFEST_NAME, make_manifest
+from quantmill.checkpoint.shard import FORMAT, Shard, bug, stored_dtype
 from quantmill.findings import QuantmillError
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ __all__ = ["CheckpointWriter", "check_new"]
 
 _RESERVED: Final = 1 << 20
 """Bytes kept free for a shard's header: room for some 8,000 tensors; more open a new shard."""
-_LONGEST_NAME: Final = 1 << 16
-"""Bytes of a tensor's name in a header; with its shape it fits into an empty header."""
-_FORMAT: Final = {"format": "pt"}
 Metadata = Callable[[Sequence[str], Mapping[str, str]], Mapping[str, str]]
 
 
@@ -102,7 +99,7 @@ class CheckpointWriter:
         self._work = self._target.parent / f"{self._prefix}{self._token}"
         self._held = contextlib.ExitStack()
         self._made: list[Path] = []
-        self._shards: list[_Shard] = []
+        self._shards: list[Shard] = []
         self._names: dict[str, int] = {}
         self._files: set[str] = {MANIFEST_NAME}
         self._committed = False
@@ -156,8 +153,8 @@ class CheckpointWriter:
                 no such dtype or layout; ``057``, the name can't stand in a header.
         """
         if name in self._names:
-            raise QuantmillError(codes.WRITTEN_TWICE(name, "it was written before", _bug()))
-        dtype = _stored_dtype(name, tensor)
+            raise QuantmillError(codes.WRITTEN_TWICE(name, "it was written before", bug()))
+        dtype = stored_dtype(name, tensor)
         # A lazy conjugate or negative shares the memory of what it was made from.
         data = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         size = data.numel() * data.element_size()
@@ -179,7 +176,7 @@ class CheckpointWriter:
         # The first entry must fit, whatever its name: an escaped character takes up to 12 bytes.
         reserve = max(self._reserved, 24 * len(first) + 2048) + self._metadata_bytes
         path = self._work / f"shard-{self._token}-{len(self._shards)}"
-        self._shards.append(_Shard(path, -(-reserve // 4096) * 4096, self._metadata_bytes))
+        self._shards.append(Shard(path, -(-reserve // 4096) * 4096, self._metadata_bytes))
 
     def write_json(self, name: str, data: Any) -> None:
         """Write a JSON file."""
@@ -198,9 +195,9 @@ class CheckpointWriter:
                 plain file name.
         """
         if not is_plain_name(name):
-            raise QuantmillError(codes.BAD_NAME(repr(name), "it is no plain file name", _bug()))
+            raise QuantmillError(codes.BAD_NAME(repr(name), "it is no plain file name", bug()))
         if name in self._files:
-            raise QuantmillError(codes.WRITTEN_TWICE(name, "it was written before", _bug()))
+            raise QuantmillError(codes.WRITTEN_TWICE(name, "it was written before", bug()))
         self._write(name, data)
 
     def _write(self, name: str, data: bytes) -> None:
@@ -216,9 +213,7 @@ class CheckpointWriter:
                 shard; ``050``, the folder is no longer empty.
         """
         if not self._names:
-            raise QuantmillError(
-                codes.INCOMPLETE(str(self.folder), "no tensor was written", _bug())
-            )
+            raise QuantmillError(codes.INCOMPLETE(str(self.folder), "no tensor was written", bug()))
         count = len(self._shards)
         names = [
             self._stem
@@ -228,10 +223,10 @@ class CheckpointWriter:
         for name in (*names, *([self._index] if count > 1 else [])):
             if name in self._files:
                 cause = "a file of this name was written, and it is that of the weights"
-                raise QuantmillError(codes.WRITTEN_TWICE(name, cause, _bug()))
+                raise QuantmillError(codes.WRITTEN_TWICE(name, cause, bug()))
         with self._guard():
             self._shards[-1].close()
-            about = {**_FORMAT, **self._metadata(list(self._names), self._notes)}
+            about = {**FORMAT, **self._metadata(list(self._names), self._notes)}
             for shard, name in zip(self._shards, names, strict=True):
                 shard.seal(about)
                 shard.path.rename(self._work / name)
@@ -271,121 +266,6 @@ class CheckpointWriter:
         except BaseException:
             self._target.rename(self._work)
             raise
-
-
-_ALIGNED: Final = 64
-_SMALL: Final = 1 << 16
-"""Shorter tensors of no multiple of ``_ALIGNED`` bytes wait for the end of their shard."""
-_GROWTH: Final = 32
-"""Bytes by which an entry grows when its offsets do."""
-
-
-def _opening(metadata: Mapping[str, str]) -> str:
-    return '{"__metadata__":' + json.dumps(metadata, separators=(",", ":"))
-
-
-class _Shard:
-    """One safetensors file while it grows."""
-
-    def __init__(self, path: Path, reserved: int, about: int) -> None:
-        """``reserved`` bytes are kept for the header, ``about`` of them for its metadata."""
-        self.path = path
-        self._file = path.open("wb")
-        self._reserved = reserved
-        self._file.truncate(reserved)
-        self._file.seek(reserved)
-        self._entries: list[str] = []
-        self._odd: list[tuple[int, str, str, tuple[int, ...], bytes]] = []
-        self._odd_bytes = 0
-        self._header_bytes = len(_opening(_FORMAT)) + 1 + about
-        self.data_bytes = 0
-
-    def _entry(self, name: str, dtype: str, shape: tuple[int, ...], size: int) -> str:
-        entry = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [self.data_bytes, self.data_bytes + size],
-        }
-        # ASCII: a length in characters is one in bytes.
-        return f",{json.dumps(name)}:{json.dumps(entry, separators=(',', ':'))}"
-
-    def full(self, name: str, dtype: str, shape: tuple[int, ...], size: int, limit: int) -> bool:
-        """Whether a tensor should go into the next shard."""
-        if not self._entries and not self._odd:
-            return False
-        header = self._header_bytes + len(self._entry(name, dtype, shape, size))
-        held = self.data_bytes + self._odd_bytes
-        return held + size > limit or header + _GROWTH > self._reserved - 8
-
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Tensor, size: int) -> None:
-        if size % _ALIGNED and size < _SMALL:
-            # Written last, so that they don't misalign what can be mapped.
-            memory = (ctypes.c_char * size).from_address(data.data_ptr()) if size else b""
-            self._odd.append((data.element_size(), name, dtype, shape, bytes(memory)))
-            self._header_bytes += len(self._entry(name, dtype, shape, size)) + _GROWTH
-            self._odd_bytes += size
-            return
-        entry = self._entry(name, dtype, shape, size)
-        if size:
-            memory = (ctypes.c_char * size).from_address(data.data_ptr())
-            self._file.write(memoryview(memory))
-        self.data_bytes += size
-        self._header_bytes += len(entry)
-        self._entries.append(entry)
-
-    def close(self) -> None:
-        """Write what waits; the header is still to come."""
-        for _, name, dtype, shape, data in sorted(self._odd, key=lambda item: -item[0]):
-            self._entries.append(self._entry(name, dtype, shape, len(data)))
-            self._file.write(data)
-            self.data_bytes += len(data)
-        self._odd.clear()
-
-    def seal(self, about: Mapping[str, str]) -> None:
-        """Write the header. Metadata that is longer than was foreseen is a bug of a codec."""
-        header = (_opening(about) + "".join(self._entries) + "}").encode("ascii")
-        room = self._reserved - 8
-        if len(header) > room:
-            raise QuantmillError(
-                codes.WRITE_FAILED(
-                    self.path.name, f"its header has {len(header)} bytes, {room} are kept", _bug()
-                )
-            )
-        self._file.seek(0)
-        self._file.write(room.to_bytes(8, "little") + header.ljust(room, b" "))
-        self._file.close()
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-
-def _bug() -> str:
-    return "this is a bug of quantmill or of a plugin: please report it"
-
-
-def _stored_dtype(name: str, tensor: Tensor) -> str:
-    """The safetensors code of what is to be written under ``name``, both checked."""
-    import torch
-
-    try:
-        bad = name == "__metadata__" or not name.encode()
-    except UnicodeEncodeError:
-        bad = True
-    if bad or len(json.dumps(name)) > _LONGEST_NAME:
-        shown = repr(name[:80])
-        raise QuantmillError(codes.BAD_NAME(shown, "it can't stand in a header", _bug()))
-    cause = ""
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        cause = f"its layout is {'quantized' if tensor.is_quantized else tensor.layout}"
-    elif tensor.device.type == "meta":
-        cause = "it is on the meta device and has no data"
-    else:
-        try:
-            return code_of(tensor.dtype)
-        except ValueError as error:
-            cause = str(error)
-    raise QuantmillError(codes.UNWRITABLE(name, cause, _bug()))
 
 
 def _free(folder: Path) -> str:

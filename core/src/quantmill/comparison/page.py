@@ -58,8 +58,8 @@ th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var
 th { color: var(--soft); font-weight: 500; cursor: pointer; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .scroll { max-height: 560px; overflow: auto; border: 1px solid var(--rule); border-radius: 8px;
-  padding: 0 12px; margin-bottom: 18px; background: var(--card); } .scroll th { position: sticky; top: 0;
-  background: var(--card); }
+  padding: 0 12px; margin-bottom: 18px; background: var(--card); }
+.scroll th { position: sticky; top: 0; background: var(--card); }
 .lead { font-size: 17px; margin: 14px 0 4px; }
 .note { border-left: 3px solid var(--ramp-6); padding: 4px 12px; margin: 14px 0; }
 """
