@@ -1,14 +1,14 @@
 """FP8, torchao, HQQ, Quanto and compressed-tensors beside the libraries that own the formats.
 
     python benchmarks/backends.py kl [--windows 40] [--only NAME ...] [--json]
-    python benchmarks/backends.py load WORK [--only NAME ...] [--peer] [--rounds 1] [--json]
+    python benchmarks/backends.py load WORK [--only NAME ...] [--peer] [--rounds 1] [--size 252m]
 
 ``kl``: the same model (``models/novella``) and the same config; each library quantizes every linear
 of the blocks itself (``quantizers.py``), and both results are judged as float weights: mean KL per
 token to the float model over held-out windows. Where activations are rounded, both round them.
-``load``: a fabricated Llama of 1.1B parameters, quantized while loading; seconds and peak memory
-after the imports, each run in a process of its own, in turn with transformers where it can (HQQ:
-its own library); the shortest of the rounds counts for both.
+``load``: a fabricated Llama of 1.1B parameters (or 252M), quantized while loading; seconds and peak
+memory after the imports, each run in a process of its own, in turn with transformers where it can
+(HQQ: its own library); the shortest of the rounds counts for both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from calibrated import MODEL, compared, divergences, log_probabilities, windows
-from fabricate import fabricate
+from fabricate import SIZES, fabricate
 from quantizers import CASES, Case
 from torch import nn
 
@@ -152,7 +152,7 @@ def seconds(run: dict[str, Any]) -> float:
 
 
 def loads(options: argparse.Namespace) -> list[dict[str, Any]]:
-    source = fabricate(options.work / "llama-1.1b", "1.1b")
+    source = fabricate(options.work / f"llama-{options.size}", options.size)
     results = []
     for method in options.only or LOADS:
         peer = LOADS[method] if options.peer else ""
@@ -184,6 +184,7 @@ def main() -> None:
     load.add_argument("work", type=Path)
     load.add_argument("--peer", action="store_true")
     load.add_argument("--rounds", type=int, default=1)
+    load.add_argument("--size", choices=sorted(SIZES), default="1.1b")
     for part in (kl, load):
         part.add_argument("--only", nargs="*", default=[])
         part.add_argument("--json", action="store_true")

@@ -75,7 +75,7 @@ LOAD = (
         "backends.py",
         ("load", "{work}", "--json"),
         full=("--rounds", "3"),
-        quick=("--only", "torchao-int8wo", "hqq-4"),
+        quick=("--only", "torchao-int8wo", "hqq-4", "--size", "252m"),
         beside={
             "transformers": ("--peer",),
             "torchao": (),
