@@ -7,8 +7,9 @@
 of the blocks itself (``quantizers.py``), and both results are judged as float weights: mean KL per
 token to the float model over held-out windows. Where activations are rounded, both round them.
 ``load``: a fabricated Llama of 1.1B parameters (or 252M), quantized while loading; seconds and peak
-memory after the imports, each run in a process of its own, in turn with transformers where it can
-(HQQ: its own library); the shortest of the rounds counts for both.
+memory after the imports and after loading a model of one small layer in the same way, each run in a
+process of its own, in turn with transformers where it can (HQQ: its own library); the shortest of
+the rounds counts for both.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ LOADS: dict[str, str] = {
 """METHOD to transformers' config, the library's name, or nothing: neither quantizes so here."""
 
 CHILD = r"""
-import json, sys, time
+import json, sys, tempfile, time
+from pathlib import Path
 folder, method, peer = sys.argv[1:4]
 import torch, transformers, quantmill, quantmill.api
 import quantmill.checkpoint.reader, quantmill.stages.quantize, quantmill.stages.replace
@@ -109,21 +111,27 @@ else:
     found = default_host().methods[parse_method(method, default_host()).method]
     for name in (found.config, found.codec, found.quantizer, found.linear):
         resolve(name)
+from quantmill.testing import write_tiny_llama
 from quantmill.testing.memory import PeakMemory
 torch.set_num_threads(2)
 
-with PeakMemory() as memory:
-    start = time.perf_counter()
+def load(folder):
     if not peer:
-        model = quantmill.load(folder, method)
-    elif peer == "hqq":
+        return quantmill.load(folder, method)
+    if peer == "hqq":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         AutoHQQHFModel.quantize_model(
             model, quant_config=BaseQuantizeConfig(nbits=4, group_size=64, axis=1),
             compute_dtype=torch.bfloat16, device="cpu")
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, quantization_config=eval(peer), device_map="cpu")
+        return model
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=eval(peer), device_map="cpu")
+
+with tempfile.TemporaryDirectory() as small:
+    load(str(write_tiny_llama(Path(small) / "model", hidden=256, inner=512, layers=1)))
+with PeakMemory() as memory:
+    start = time.perf_counter()
+    model = load(folder)
     seconds = time.perf_counter() - start
 size = 0
 if not peer:
