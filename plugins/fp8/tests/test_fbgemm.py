@@ -42,6 +42,8 @@ sys.path.insert(0, sys.argv[1])
 import quantmill
 plan = quantmill.plan(sys.argv[2], "fp8-row")
 print(*[f"{item.code} {item.cause} {item.fix}" for item in plan.findings], sep="\\n")
+needs = quantmill.default_host().methods["fbgemm-fp8"].requirements
+print("doctor:", *[f"{item.distribution}{item.versions}" for item in needs])
 assert "fbgemm_gpu" not in sys.modules
 """
 
@@ -65,3 +67,4 @@ def test_a_wrong_version_on_the_path_is_a_finding_with_the_right_one(tmp_path: P
     minor = int(torch.__version__.split(".")[1])
     assert "QM-FP8-016 fbgemm-gpu-cpu 0.8.0 is built against another PyTorch" in done.stdout
     assert f'pip install "fbgemm-gpu-cpu==1.{minor - 5}.0"' in done.stdout
+    assert f"doctor: fbgemm-gpu-cpu==1.{minor - 5}.0" in done.stdout

@@ -11,8 +11,10 @@ from quantmill.registrations import (
     ConfigReader,
     Method,
     Preset,
+    Requirement,
     Validator,
 )
+from quantmill_fp8.fbgemm import installed, problem, wanted
 
 QUANTMILL_API = 1
 
@@ -27,6 +29,15 @@ _ABLE = Capabilities(
     target_kinds=("linear",),
     bits=(8,),
 )
+
+
+def _fbgemm() -> tuple[Requirement, ...]:
+    """FBGEMM, where the one that is there goes with another PyTorch; nobody has to have it."""
+    found, need = installed(), wanted()
+    if found is None or need is None or problem() is None:
+        return ()
+    why = "the one that goes with this PyTorch multiplies rows on GPUs"
+    return (Requirement(found[0], f"=={need}", why, optional=True),)
 
 
 @hookimpl
@@ -73,6 +84,7 @@ def quantmill_methods() -> Sequence[Method]:
             quant_methods=("fbgemm_fp8",),
             capabilities=_ABLE,
             presets=(Preset("fp8-row", {}, "one scale per row", 8.01),),
+            requirements=_fbgemm(),
         ),
     ]
 
