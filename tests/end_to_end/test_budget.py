@@ -93,6 +93,22 @@ def test_gptq_says_it_in_its_own_config(report: Any) -> None:
     assert quantmill.verify(folder).sound
 
 
+def test_the_mixture_is_made_more_thoroughly_than_the_search(report: Any) -> None:
+    methods = {report.method["method"], *report.method["assign"].values()}
+    assert all("gptaq_alpha=0.75" in label for label in methods)
+    assert not any("gptaq" in label for label in report.chosen.values())
+
+
+def test_what_is_set_stays_so(tiny: Path, tokens: Path, tmp_path: Path) -> None:
+    methods = ["gptq-2:group_size=32,gptaq_alpha=0", "gptq-4:group_size=32,gptaq_alpha=0"]
+    made = quantmill.quantize_to_budget(
+        tiny, tmp_path / "out", 4, methods, calibration=tokens, measure=0, **SEARCH
+    )
+    labels = {made.method["method"], *made.method["assign"].values()}
+    assert len(labels) == 2
+    assert all("gptaq_alpha=0," in label and "refinements=2" in label for label in labels)
+
+
 def test_nothing_is_left_beside_the_output(report: Any) -> None:
     folder = report.written.folder
     assert [item.name for item in folder.parent.iterdir()] == [folder.name]

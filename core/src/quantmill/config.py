@@ -264,6 +264,11 @@ class MethodConfig(BaseModel):
         class, are to be in one checkpoint of the peer's dialect: what that has for all of them."""
         return {}
 
+    def thorough(self) -> dict[str, Any]:
+        """Options to add to this config where time matters less than quality, as in a search for
+        the best mixture: of those that buy quality for time, the ones that nobody has set."""
+        return {}
+
     def joined(self, others: Mapping[str, Self]) -> dict[str, Any] | None:
         """One config of the peer's dialect for this and, per module, other configs of the same
         class; None where the dialect can't say so."""

@@ -153,14 +153,17 @@ def _sums(rows: Sequence[Sequence[Number]], units: Sequence[Sequence[int]]) -> l
     ]
 
 
-def joined_method(choices: Choices, chosen: Sequence[int]) -> dict[str, Any]:
-    """METHOD that gives each target its choice: the most frequent one is the main method."""
+def joined_method(
+    choices: Choices, chosen: Sequence[int], methods: Sequence[str]
+) -> dict[str, Any]:
+    """METHOD that gives each target its choice: the most frequent one is the main method.
+    ``methods`` stand for the choices' labels."""
     counts = [chosen.count(index) for index in range(len(choices.labels))]
     main = counts.index(max(counts))
     return {
-        "method": choices.labels[main],
+        "method": methods[main],
         "assign": {
-            target.name: choices.labels[index]
+            target.name: methods[index]
             for target, index in zip(choices.targets, chosen, strict=True)
             if index != main
         },

@@ -2,14 +2,15 @@
 
 Every method first quantizes the whole model by itself, into a folder beside the output: calibrated
 methods meet there the inputs that they would meet in the end, and the codes of each target are at
-hand for the estimate. The chosen mixture is then quantized anew, in one go.
+hand for the estimate. The chosen mixture is then quantized anew, in one go, and more thoroughly.
+What makes up for the errors of other targets (GPTAQ) would only blur what each costs by itself.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -129,6 +130,11 @@ class BudgetSearch:
         self.headers = make_job(source, host=self.host, planning=True).headers
         self.methods = self._agreed(list(dict.fromkeys(methods)))
         self.jobs = [self._job(label) for label in self.methods]
+        self.finals = [
+            _with(label, next(iter(select(job).values())).config.thorough())
+            for label, job in zip(self.methods, self.jobs, strict=True)
+        ]
+        """Methods as the mixture takes them."""
         plans = {}
         problems: list[Finding] = []
         for label, job in zip(self.methods, self.jobs, strict=True):
@@ -165,8 +171,7 @@ class BudgetSearch:
         for label, job in zip(methods, jobs, strict=True):
             selection = next(iter(job.selections.values()))
             wanted = selection.config.shared(configs[selection.method.name])
-            words = ",".join(f"{key}={json.dumps(value)}" for key, value in wanted.items())
-            agreed.append(label + (("," if ":" in label else ":") + words if words else ""))
+            agreed.append(_with(label, wanted))
         return list(dict.fromkeys(agreed))
 
     def __enter__(self) -> Self:
@@ -319,7 +324,7 @@ class BudgetSearch:
             measured=pairs,
             correlation=correlation([item[2] for item in pairs], [item[3] for item in pairs]),
             seconds=seconds,
-            method=joined_method(choices, chosen),
+            method=joined_method(choices, chosen, self.finals),
         )
         start = perf_counter()
         report.written = quantize(
@@ -335,6 +340,12 @@ class BudgetSearch:
         seconds["the mixture"] = perf_counter() - start
         report.findings = list(report.written.plan.findings)
         return report
+
+
+def _with(label: str, options: Mapping[str, Any]) -> str:
+    """METHOD with further options."""
+    words = ",".join(f"{key}={json.dumps(value)}" for key, value in options.items())
+    return label + (("," if ":" in label else ":") + words if words else "")
 
 
 def _split(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
