@@ -24,6 +24,9 @@ from quantmill_gptq.rounding import Grid, fit, grid_of, make_form
 
 __all__ = ["Problem", "gptq"]
 
+_SEVERAL = 512
+"""Columns that errors of those before them are brought to at once."""
+
 
 class Problem:
     """What the weights of one input have in common: the order of columns, and the factor."""
@@ -182,6 +185,7 @@ def _sweep(
         scales, zeros = static.scale.t().contiguous(), static.zero.t().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=turned.device)
     lacking = torch.empty_like(turned)
+    owed = _Owed(problem.root, lacking)
     top, symmetric, exponent = config.grid
     rounded = preferred("compensate", compensate, kernels, turned.device)
     for panel, local in zip(problem.panels, problem.local, strict=True):
@@ -191,12 +195,12 @@ def _sweep(
             values = turned[start:end]
             if start:
                 factor = inverse(problem.root[start:end, start:end])
-                values = values.addmm(factor.t(), _owed(lacking, problem.root, start, end))
+                values = values.addmm(factor.t(), owed.before(start, end))
             scales[number], zeros[number] = fit(values.t(), top, symmetric, exponent)
         part = turned[start:stop]
         lacking[start:stop] = part
         if start:
-            part.addmm_(local.t(), _owed(lacking, problem.root, start, stop))
+            part.addmm_(local.t(), owed.before(start, stop))
         rounded(
             part,
             local,
@@ -215,9 +219,28 @@ def _sweep(
     return codes, scales, zeros
 
 
-def _owed(lacking: Tensor, root: Tensor, start: int, stop: int) -> Tensor:
-    """What the columns before ``start`` leave to make up for in ``[start, stop)``."""
-    return root[:start, start:stop].t() @ lacking[:start]
+class _Owed:
+    """What columns before a panel leave for it to make up for, ``V.T @ E``: most of it for several
+    panels at once, for a product of few rows takes longer than its share."""
+
+    def __init__(self, root: Tensor, lacking: Tensor) -> None:
+        self._root, self._lacking = root, lacking
+        self._start = self._stop = 0
+        self._far = lacking[:0]
+
+    def before(self, start: int, stop: int) -> Tensor:
+        """For columns ``[start, stop)``, all before ``start`` being rounded: float32 ``[stop -
+        start, out]``."""
+        if start >= self._stop:
+            self._start, self._stop = start, min(start + _SEVERAL, self._root.shape[0])
+            self._far = self._product(0, start, self._stop)
+        if stop > self._stop:
+            return self._product(0, start, stop)
+        far = self._far[start - self._start : stop - self._start]
+        return far if start == self._start else far + self._product(self._start, start, stop)
+
+    def _product(self, first: int, start: int, stop: int) -> Tensor:
+        return self._root[first:start, start:stop].t() @ self._lacking[first:start]
 
 
 def _slope(exact: Tensor, steps: Tensor, scales: Tensor, problem: Problem) -> Tensor:
