@@ -82,7 +82,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=900,  # a busy machine takes its time
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # what torchrun sets
     )
 
