@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata as metadata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from quantmill.checkpoint import codes
 from quantmill.checkpoint.files import FolderSource, is_plain_name, read_json
@@ -20,6 +20,10 @@ __all__ = ["MANIFEST_NAME", "make_manifest", "verify"]
 MANIFEST_NAME = "quantmill_manifest.json"
 _SCHEMA = 1
 _TOOLS = ("quantmill", "torch", "safetensors")
+_AGAIN: Final = (
+    "get it again from where the checkpoint comes from; if it was changed on purpose, remove"
+    f" {MANIFEST_NAME}"
+)
 
 
 def _digest(path: Path) -> str:
@@ -70,16 +74,22 @@ def verify(folder: Path) -> Findings:
         return found
     for name, (size, digest) in expected.items():
         if not source.exists(name):
-            found.add(codes.FILE_MISSING(name, "the manifest lists it", "get it again"))
+            cause = "the manifest lists it, and the folder has no such file"
+            found.add(codes.FILE_MISSING(name, cause, _AGAIN))
             continue
+        cause = ""
         try:
-            same = source.size(name) == size and _digest(folder / name) == digest
+            there = source.size(name)
+            if there != size:
+                cause = f"it has {there:,} bytes, and {size:,} by the manifest"
+            elif _digest(folder / name) != digest:
+                cause = "its SHA-256 is not the manifest's: bytes of it were changed"
         except OSError as error:
             cause = f"it cannot be read: {error.strerror or error}"
             found.add(codes.READ_FAILED(name, cause, "check the rights of the file and the disk"))
             continue
-        if not same:
-            found.add(codes.FILE_CHANGED(name, "size or SHA-256 differ", "get it again"))
+        if cause:
+            found.add(codes.FILE_CHANGED(name, cause, _AGAIN))
     for name in sorted(path.name for path in folder.iterdir()):
         if name not in expected and name != MANIFEST_NAME:
             found.add(codes.FILE_EXTRA(name, "the manifest lacks it", "nothing to do"))
