@@ -6,8 +6,8 @@ For each method (all installed ones by default) a process quantizes a fabricated
 folder. Others load the float checkpoint with the method where it can, and the folder, and run
 `context` tokens and one more through the model, or train adapters of rank 16 on it for two steps.
 Each time the peak above the start is measured. The imports and a run of one block of the same
-widths came before: what a process keeps for good after its first products (MKL's and oneDNN's
-buffers, some 12 MiB) is no need of the model.
+widths came before: what a process keeps for good after its first training (some 12 MiB of its heap
+and of PyTorch's libraries) is no need of the model.
 
 `weights` is what plan says the model holds by what it holds; `loading`, `stored`, `running`,
 `training` and `quantizing` are the estimated peaks by the measured ones; calibrated methods
