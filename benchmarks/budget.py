@@ -7,9 +7,10 @@
 The search runs on the calibration text, KL is measured on the held-out text. Methods alone are
 calibrated on all windows, as the mixtures in the end are (the search holds some of them back).
 
-A mixture is held against two sets. `named`: the widths as a user names them, with one group size
+A mixture is held against three sets. `named`: the widths as a user names them, with one group size
 for all (`--uniform`). `any`: those and whatever the search may choose from (`--methods`: other
-groups, asymmetric) put on every target alike. What the best of a set has at a budget is
+groups, asymmetric) put on every target alike. `thorough`: those, and the search's choices made as
+thoroughly as the mixture. What the best of a set has at a budget is
 interpolated between any two of them, in KL (what a random mixture of them would have) and in its
 logarithm (which asks more). Seconds are those of the search: every method alone, the sensitivities,
 the allocation. Methods that lie in WORK_FOLDER from an earlier run are taken as they are.
@@ -81,9 +82,9 @@ def main() -> None:
         calibration,
         **shared,
     )
-    named = options.uniform.split(";")
+    named, choices = options.uniform.split(";"), options.methods.split(";")
     uniform = []
-    for label in dict.fromkeys([*named, *options.methods.split(";")]):
+    for label in dict.fromkeys([*named, *choices, *search.finals]):
         folder = options.work / re.sub(r"[^a-z0-9]+", "_", f"uniform {label}")
         if not folder.exists():
             quantmill.quantize(options.model, folder, label, calibration=calibration, **shared)
@@ -92,7 +93,10 @@ def main() -> None:
         uniform.append({"method": label, "bits": bits, "kl": mean, "stderr": error})
     points = {
         "named": [(item["bits"], item["kl"]) for item in uniform if item["method"] in named],
-        "any": [(item["bits"], item["kl"]) for item in uniform],
+        "any": [
+            (item["bits"], item["kl"]) for item in uniform if item["method"] in [*named, *choices]
+        ],
+        "thorough": [(item["bits"], item["kl"]) for item in uniform],
     }
     rows: list[dict[str, Any]] = []
     with search:
@@ -136,13 +140,16 @@ def main() -> None:
             f" +- {item['stderr']:.5f}"
         )
     for row in rows:
-        one, logs = row["ratio"], row["ratio_log"]
         print(
             f"budget {row['budget']:<5} {row['bits']:.4f} bits  KL {row['kl']:.5f}"
-            f" +- {row['stderr']:.5f} (estimated {row['estimated']:.5f}), by the best named method"
-            f" {one['named']:.3f} ({logs['named']:.3f} in logarithms), by the best of any"
-            f" {one['any']:.3f} ({logs['any']:.3f})  {row['quant_method']} {row['counts']}"
+            f" +- {row['stderr']:.5f} (estimated {row['estimated']:.5f})"
+            f"  {row['quant_method']} {row['counts']}"
         )
+        ratios = (
+            f"{name} {row['ratio'][name]:.3f} ({row['ratio_log'][name]:.3f} in logarithms)"
+            for name in points
+        )
+        print(f"    by the best of: {', '.join(ratios)}")
     print(
         f"search {rows[0]['seconds']:.0f} s; estimate and measurement correlate by"
         f" {rows[0]['correlation']:.4f}"

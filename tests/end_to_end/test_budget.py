@@ -106,7 +106,7 @@ def test_what_is_set_stays_so(tiny: Path, tokens: Path, tmp_path: Path) -> None:
     )
     labels = {made.method["method"], *made.method["assign"].values()}
     assert len(labels) == 2
-    assert all("gptaq_alpha=0," in label and "refinements=2" in label for label in labels)
+    assert all("gptaq_alpha=0," in label and "refinements=4" in label for label in labels)
 
 
 def test_nothing_is_left_beside_the_output(report: Any) -> None:
