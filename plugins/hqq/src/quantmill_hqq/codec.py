@@ -223,10 +223,14 @@ def _measure(shapes: Mapping[str, tuple[int, ...]], kind: torch.dtype, target: T
         raise _refuse(target, f"{' and '.join(missing)} are missing")
     words, column = shapes["W_q"], shapes["scale"]
     count = target.out_features * target.in_features
-    if len(words) != 2 or len(column) != 2 or 1 not in column or shapes["zero"] != column:
+    if len(words) != 2 or len(column) != 2 or 1 not in column:
         raise _refuse(
             target,
-            f"W_q is {list(words)}, scale {list(column)}, zero {list(shapes['zero'])}",
+            f"W_q is {list(words)} and scale {list(column)}, not a matrix and a row or column of it",
+        )
+    if shapes["zero"] != column:
+        raise _refuse(
+            target, f"scale is {list(column)} and zero {list(shapes['zero'])}: they must be alike"
         )
     groups = column[0] * column[1]
     if groups == 0 or count % groups:
