@@ -36,7 +36,8 @@ _UNREFINED = 128
 """Width of groups from which on codes are not chosen a second time unless told to be: novella's
 divergence falls by 5% with groups of 32, 3% with 64, and 1% with 128."""
 _THOROUGH: Mapping[str, Any] = {"gptaq_alpha": 0.75, "refinements": 4}
-"""With them novella's divergence falls by 16% with 4 bits, and a run takes two to three times as long."""
+"""With them novella's divergence falls by 16% with 4 bits, and a run takes two to three times as
+long."""
 
 
 class GptqConfig(MethodConfig):

@@ -226,7 +226,7 @@ def _measure(shapes: Mapping[str, tuple[int, ...]], kind: torch.dtype, target: T
     if len(words) != 2 or len(column) != 2 or 1 not in column:
         raise _refuse(
             target,
-            f"W_q is {list(words)} and scale {list(column)}, not a matrix and a row or column of it",
+            f"W_q is {list(words)} and scale {list(column)}: no matrix and a row or column",
         )
     if shapes["zero"] != column:
         raise _refuse(
