@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from quantmill.planning import Plan
+    from quantmill.planning import ModulePlan, Plan
 
 __all__ = ["Needs", "Sizes", "cache_bytes", "needs"]
 
@@ -160,15 +160,20 @@ def needs(
     adapters *= _ADAPTER_BYTES
     kept = context * sizes.hidden * itemsize * sizes.layers
     loss = context * sizes.vocabulary * (itemsize + 4 * _LOSS_HELD)
-    # A quantized embedding whose weight is the head's too.
-    loss += max((item.backward_bytes for item in quantized if item.kind == "embedding"), default=0)
+    # A quantized head computes with the loss, after all blocks: its own weight, or the embedding's.
+    heads = [item for item in quantized if item.kind == "embedding" or _is_head(item)]
+    loss += max((item.backward_bytes for item in heads), default=0)
     # The backward pass holds a block's activations, the gradients of half of them, which adapters
     # give in float32, and a float weight. Blocks and experts are alike: what differs in a number
     # only is the same linear.
     gradients = context * (_HIDDEN_HELD * sizes.hidden + _INNER_HELD * sizes.inner) * 4 // 2
-    weight = max((item.backward_bytes for item in linears), default=0)
+    weight = max((item.backward_bytes for item in linears if not _is_head(item)), default=0)
     alike = [re.sub(r"\.\d+(?=\.)", "", item.name) for item in linears]
     widths = {name: width for name, (_, width) in zip(alike, ends, strict=True)}
     adapted = context * sum(widths.values()) * _ADAPTER_INPUT if itemsize != _ADAPTER_INPUT else 0
     working = kept + max(loss, block + gradients + adapted + max(weight, forward))
     return Needs(totals["bytes_memory"], totals["peak_bytes"], 0, working, adapters)
+
+
+def _is_head(item: ModulePlan) -> bool:
+    return item.target is not None and item.target.module.role == "head"
