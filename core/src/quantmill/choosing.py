@@ -143,12 +143,11 @@ def choose(
     unknown = [name for name in methods if name not in host.presets and name != FLOAT]
     if unknown:
         raise QuantmillError(*(unknown_method(name, host) for name in unknown))
-    path = Path(text) if isinstance(text, Path) else None
-    words = text
-    if path is not None:
-        from quantmill.evaluate.texts import read_text
+    words, name = None, ""
+    if text is not None:
+        from quantmill.evaluate.texts import named_text
 
-        words = read_text(path)
+        words, name = named_text(text)
     found = fits(
         source,
         memory,
@@ -164,12 +163,12 @@ def choose(
     made = Choice(str(source), memory, use, device, context, [Measured(item) for item in found])
     if words is not None and any(item.fits for item in found):
         judge = Judge(
-            source, str(words), device=device, max_windows=max_windows, streaming=True, host=host
+            source, words, device=device, max_windows=max_windows, streaming=True, host=host
         )
         # Progress of each run goes over its blocks; the name says which run it is.
         judge.reference(named_progress(progress, "float model"))
         made.candidates = _measured(judge, found, measure, calibration, dtype, progress, host)
-        made.text = "the given text" if path is None else path.name
+        made.text = name
         made.tokens = sum(item.scored for item in judge.windows())
         made.findings.extend(judge.findings)
     made.seconds = perf_counter() - start

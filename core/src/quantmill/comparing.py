@@ -103,10 +103,9 @@ def _judge(
     progress: Progress | None,
 ) -> Judgement:
     from quantmill.comparison.report import Judgement
-    from quantmill.evaluate.texts import read_text
+    from quantmill.evaluate.texts import named_text
 
-    path = Path(text) if isinstance(text, Path) else None
-    words = read_text(path) if path is not None else str(text)
+    words, name = named_text(text)
     judge = Judge(
         first,
         words,
@@ -121,7 +120,7 @@ def _judge(
     result = judge.judge(model, progress)
     assert result.kl_mean is not None and result.top1_agreement is not None
     return Judgement(
-        text=path.name if path is not None else "the given text",
+        text=name,
         tokens=result.tokens,
         windows=result.windows,
         context=result.context,

@@ -130,11 +130,6 @@ class BudgetSearch:
         self.headers = make_job(source, host=self.host, planning=True).headers
         self.methods = self._agreed(list(dict.fromkeys(methods)))
         self.jobs = [self._job(label) for label in self.methods]
-        self.finals = [
-            _with(label, next(iter(select(job).values())).config.thorough())
-            for label, job in zip(self.methods, self.jobs, strict=True)
-        ]
-        """Methods as the mixture takes them."""
         plans = {}
         problems: list[Finding] = []
         for label, job in zip(self.methods, self.jobs, strict=True):
@@ -142,6 +137,11 @@ class BudgetSearch:
             problems += [item for item in job.findings.errors if item not in problems]
         if problems:
             raise FindingsError(problems)
+        self.finals = [
+            _with(label, next(iter(job.selections.values())).config.thorough())
+            for label, job in zip(self.methods, self.jobs, strict=True)
+        ]
+        """Methods as the mixture takes them."""
         self.choices = Choices.of(plans, self._shared)
         self.data = calibration_data(self.jobs[0])
         self.windows, self.learned = _split(self.data.tokens, search_samples)

@@ -184,10 +184,10 @@ def run_modules(
     planned = _planned(job)
     ordered = sorted(modules, key=lambda item: _position(item, job))
     waiting = [
-        pair
+        target
         for module in ordered
-        for pair in planned.get(module.name, [])
-        if forms is None or pair[0].name not in forms
+        for target, _ in planned.get(module.name, [])
+        if forms is None or target.name not in forms
     ]
     after = dict(zip(map(_key, waiting), waiting[1:], strict=False))
     read = 0
@@ -205,7 +205,7 @@ def run_modules(
                     continue
                 bias = _bias(job, reader, target)
                 sink.put_form(selection, target, form, bias)
-            elif not _one(job, reader, sink, (target, selection), after):
+            elif not _one(job, reader, sink, target, selection, after.get(_key(target))):
                 continue
             made.add(target.parameter)
         for local, parameter in module.parameters.items():
@@ -241,20 +241,20 @@ def _bias(job: Job, reader: TensorReader, target: Target) -> Tensor | None:
     return job.architecture.assemble(info, reader).to(job.device)
 
 
-def _key(pair: tuple[Target, Selection]) -> tuple[str, str]:
-    return pair[0].name, pair[0].parameter
+def _key(target: Target) -> tuple[str, str]:
+    return target.name, target.parameter
 
 
 def _one(
     job: Job,
     reader: TensorReader,
     sink: Sink,
-    pair: tuple[Target, Selection],
-    after: Mapping[tuple[str, str], tuple[Target, Selection]],
+    target: Target,
+    selection: Selection,
+    following: Target | None,
 ) -> bool:
-    """Quantize or decode one target. False when it stays float after all. ``after`` has the one
-    that comes next: it begins to be read while this one is put into its place."""
-    target, selection = pair
+    """Quantize or decode one target. False when it stays float after all. The one that comes next
+    begins to be read while this one is put into its place."""
     architecture = job.architecture
     assert architecture is not None and job.plan is not None
     if job.prequantized:
@@ -268,9 +268,8 @@ def _one(
         except NonFiniteWeight as error:
             keep_non_finite(job, error, weight.shape)
             return False
-        following = after.get(_key(pair))
         if following is not None and weight.multiple:
-            _streamed(job, reader, following[0]).begin(weight.multiple)
+            _streamed(job, reader, following).begin(weight.multiple)
     bias = _bias(job, reader, target)
     sink.put_form(selection, target, form, bias)
     return True

@@ -33,8 +33,11 @@ _ABLE = Capabilities(
 
 def _fbgemm() -> tuple[Requirement, ...]:
     """FBGEMM, where the one that is there goes with another PyTorch; nobody has to have it."""
-    found, need = installed(), wanted()
-    if found is None or need is None or problem() is None:
+    found = installed()
+    if found is None or problem() is None:
+        return ()
+    need = wanted()
+    if need is None:
         return ()
     why = "the one that goes with this PyTorch multiplies rows on GPUs"
     return (Requirement(found[0], f"=={need}", why, optional=True),)
