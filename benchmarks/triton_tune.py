@@ -107,15 +107,17 @@ def warm(tasks: list[tuple[str, int, Config, str]]) -> list[str]:
     return failed
 
 
-def candidates(rows: int) -> list[Config]:
-    """Tiles by rows of activations, of the weight, warps, resident programs, teams; and stages."""
+def candidates(rows: int, early: list[int]) -> list[Config]:
+    """Tiles by rows of activations, of the weight, warps, resident programs, teams; stages; bytes
+    fetched early."""
     if rows <= 4:
         tiles = [(8, 32, 4, 2, 4), (8, 16, 4, 3, 4), (8, 64, 4, 1, 4), (8, 32, 8, 1, 8)]
-        tiles += [(8, 128, 4, 2, 1)]
+        tiles += [(8, 128, 4, 2, 1), (8, 128, 8, 2, 1), (8, 64, 4, 4, 1)]
     elif rows <= 8:
         tiles = [(8, 32, 4, 2, 4), (8, 128, 4, 2, 1), (8, 256, 8, 1, 1)]
     elif rows <= 16:
-        tiles = [(16, 256, 8, 1, 1), (16, 128, 4, 2, 1), (16, 32, 4, 2, 4), (16, 64, 8, 1, 8)]
+        tiles = [(16, 256, 8, 1, 1), (16, 128, 4, 2, 1), (16, 32, 4, 2, 4), (16, 128, 8, 2, 1)]
+        tiles += [(16, 64, 4, 4, 1)]
     elif rows <= 32:
         tiles = [(32, 128, 4, 2, 1), (32, 256, 8, 1, 1), (32, 64, 4, 2, 1)]
     elif rows <= 64:
@@ -123,9 +125,10 @@ def candidates(rows: int) -> list[Config]:
     else:
         tiles = [(128, 128, 8, 1, 1), (128, 64, 4, 2, 1), (128, 256, 8, 1, 1)]
     return [
-        Config(bm, bn, warps, stages, resident, teams)
+        Config(bm, bn, warps, stages, resident, teams, early=ahead)
         for bm, bn, warps, resident, teams in tiles
         for stages in (3, 4)
+        for ahead in early
     ]
 
 
@@ -136,6 +139,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=["8192x8192"])
     parser.add_argument("--kinds", nargs="+", default=["int4"])
     parser.add_argument("--widths", type=int, nargs="+", default=[64])
+    parser.add_argument("--early", type=int, nargs="+", default=[-1, 0, 8192])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--jobs", type=int, default=14)
     parser.add_argument("--no-peer", action="store_true")
@@ -149,7 +153,7 @@ def main() -> int:
             for kind in args.kinds
             for width in args.widths
             for rows in args.rows
-            for config in candidates(rows)
+            for config in candidates(rows, args.early)
         }
     )
     lots = [tasks[i :: args.jobs] for i in range(args.jobs)]
@@ -184,7 +188,7 @@ def main() -> int:
                     x = torch.randn((rows, columns), device="cuda").to(dtype)
                     expected = x.float() @ full.t()
                     best = []
-                    for config in candidates(rows):
+                    for config in candidates(rows, args.early):
                         tiles = -(-out // config.bn) * -(-rows // config.bm)
                         chosen = split_of(facts, rows, config, 132)[0]
                         for parts in sorted({chosen, 1, 2, 3, 4, 6, 8}):
@@ -219,7 +223,8 @@ def main() -> int:
                             f" {entry['tb_s']:.2f} TB/s err {entry['error']:.1e}"
                             f" bm {entry['bm']} bn {entry['bn']} warps {entry['warps']}"
                             f" stages {entry['stages']} parts {entry['parts']}"
-                            f" teams {entry['teams']} chosen {entry['chosen']}",
+                            f" teams {entry['teams']} chosen {entry['chosen']}"
+                            f" early {entry['early']}",
                             flush=True,
                         )
                     wrong = [entry for entry in best if not entry["error"] < 4e-3]

@@ -14,6 +14,7 @@ __all__ = [
     "bytes_of",
     "codes_of",
     "e8m0",
+    "fetch",
     "floats",
     "integers",
     "join",
@@ -135,6 +136,19 @@ def prefetch(pointers):
         [pointers.to(tl.int64)],
         dtype=tl.int32,
         is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def fetch(pointers):
+    """As :func:`prefetch`, where no result says when."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
         pack=1,
     )
 

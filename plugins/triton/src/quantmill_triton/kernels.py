@@ -1,5 +1,5 @@
 # ruff: noqa: N803, N806  Triton's constants are written in capitals
-"""The Triton kernels. Importing this module imports Triton.
+"""The Triton kernel that multiplies. Importing this module imports Triton.
 
 The weight is the left operand, its rows the matrix instruction's rows, so that a small batch pads
 a small dimension, and so that its codes go from shared memory to the operand's registers as they
@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantmill_triton.decode import (
     bytes_of,
     codes_of,
+    fetch,
     floats,
     integers,
     join,
@@ -30,7 +32,7 @@ from quantmill_triton.decode import (
     zeros_of,
 )
 
-__all__ = ["dequantize_kernel", "matmul_kernel"]
+__all__ = ["matmul_kernel"]
 
 
 @triton.jit
@@ -45,6 +47,22 @@ def _activations(x, order, rm, k, stride, rows, columns, GATHER: tl.constexpr, E
     if not EVEN:
         mask = mask & inside
     return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _fetch_early(codes, tile, length, block_words, lanes, BN: tl.constexpr, BYTES: tl.constexpr):
+    """Start moving the first ``BYTES`` of the codes of a tile to the second-level cache.
+
+    ``codes`` begin with the part that the program sums; of each 64 rows that are ``length`` words
+    of 16 bits, and ``block_words`` lie from there to those of the next 64 rows.
+    """
+    BLOCKS: tl.constexpr = BN // 64 if BN > 64 else 1
+    SHARERS: tl.constexpr = 64 // BN if BN < 64 else 1
+    LINES: tl.constexpr = BYTES // 128 // BLOCKS
+    line = (tile % SHARERS * LINES + tl.arange(0, LINES)) * 64
+    for b in tl.static_range(BLOCKS):
+        block = tl.minimum(tile * BN // 64 + b, (lanes - 1) // 64)
+        fetch(codes + block * block_words + tl.minimum(line, length - 1))
 
 
 @triton.jit
@@ -134,6 +152,7 @@ def matmul_kernel(
     TEAMS: tl.constexpr,
     MATRICES: tl.constexpr,
     FACTOR: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """``out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]`` for one tile and one part of ``k``.
 
@@ -152,6 +171,10 @@ def matmul_kernel(
     sorted by the matrix that each is for; ``ends`` int64 [matrices] is the row after each one's
     last. The tensors are those of all matrices, with so many elements from one to the next. The
     tables are the first one's.
+
+    With ``EARLY`` of 0 or more the kernel is launched while the one before it still runs. Its end
+    is waited for before anything is read; what is fetched until then, ``EARLY`` bytes of codes,
+    only moves to a cache that all processors share.
     """
     CHUNK: tl.constexpr = WIDTH * SLICES
     TILE: tl.constexpr = 64 * WIDTH
@@ -164,6 +187,12 @@ def matmul_kernel(
     tile = tl.program_id(0)
     first = tl.program_id(1) * part
     last = tl.minimum(first + part, chunks)
+    if EARLY >= 0:
+        gdc_launch_dependents()
+        if EARLY > 0:
+            length = (last - first) * WORDS
+            _fetch_early(codes + first * WORDS, tile, length, chunks * WORDS, lanes, BN, EARLY)
+        gdc_wait()
     rn = tile * BN + tl.arange(0, BN)
     row = tl.program_id(2) * BM
     limit = rows
@@ -329,85 +358,3 @@ def matmul_kernel(
             _finish(out, bias, total, where, mask, rn, lanes, BIAS)
     else:
         _finish(out, bias, total, where, mask, rn, lanes, BIAS)
-
-
-@triton.jit
-def dequantize_kernel(
-    codes,
-    high,
-    scale,
-    zero,
-    table,
-    order,
-    out,
-    row,
-    lanes,
-    columns,
-    chunks,
-    groups,
-    scale_stride,
-    BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUP: tl.constexpr,
-    TALL: tl.constexpr,
-    VALUES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    PAIRED: tl.constexpr,
-    SCALES: tl.constexpr,
-    GATHER: tl.constexpr,
-    FACTOR: tl.constexpr,
-):
-    """The weight's rows from ``row`` on, 64 of one chunk to a program: the form's own arithmetic.
-
-    ``out`` [rows, columns] begins with that row, a multiple of 64. With ``GATHER`` columns go back
-    to their places before sorting. Launched without the fusion of products and sums, so results
-    are the reference's to the bit.
-    """
-    CHUNK: tl.constexpr = WIDTH * SLICES
-    TILE: tl.constexpr = 64 * WIDTH
-    c = tl.program_id(0)
-    r64 = tl.arange(0, 64)
-    rn = row + tl.program_id(1) * 64 + r64
-    rs = tl.arange(0, WIDTH)
-    tile = ((row // 64 + tl.program_id(1)) * chunks + c).to(tl.int64)
-    start = codes + tile * (TILE * SLICES * BITS // 16) + (r64 * WIDTH)[:, None]
-    upper = high
-    if HIGH_BITS > 0:
-        upper = high + tile * (TILE * SLICES * HIGH_BITS // 16) + (r64 * WIDTH)[:, None]
-        upper += rs[None, :]
-    if TALL == 0:
-        rows_at = rn * 0
-    elif TALL == 1:
-        rows_at = rn
-    else:
-        rows_at = tl.minimum(rn, lanes - 1) // TALL
-    to = out + (rn - row).to(tl.int64)[:, None] * columns
-    for j in tl.static_range(SLICES):
-        group = 0
-        if GROUP > 0:
-            group = tl.minimum((c * CHUNK + j * WIDTH) // GROUP, groups - 1)
-        now = tl.load(scale + group * scale_stride + rows_at)
-        less = tl.zeros([64], dtype=tl.float32)
-        if OFFSET == 1:
-            less = zeros_of(now, SCALES)
-        elif OFFSET > 1:
-            less = tl.load(zero + group * scale_stride + rows_at).to(tl.float32)
-        if PAIRED:
-            found = paired_codes(start, rs, j)
-        else:
-            found = codes_of(start + rs[None, :], upper, j, BITS, HIGH_BITS, WIDTH)
-        weight = floats(found, less, table, VALUES, OFFSET, MIDDLE)
-        weight *= scales_of(now, SCALES, OFFSET == 1)[:, None]
-        if FACTOR != 1:
-            weight *= FACTOR
-        if OFFSET == 3:
-            weight += less[:, None]
-        k = c * CHUNK + j * WIDTH + rs
-        where = k
-        if GATHER:
-            where = tl.load(order + k, mask=k < columns, other=0)
-        mask = (rn < lanes)[:, None] & (k < columns)[None, :]
-        tl.store(to + where[None, :], weight.to(out.dtype.element_ty), mask=mask)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from quantmill_triton.available import interpreted
 from quantmill_triton.configs import FUSED_ROWS, Config, choose, split_of
+from quantmill_triton.expand import dequantize_kernel
 from quantmill_triton.facts import ROWS, Facts
-from quantmill_triton.kernels import dequantize_kernel, matmul_kernel
+from quantmill_triton.kernels import matmul_kernel
 
 __all__ = ["BUFFER_BYTES", "Weight", "dequantize", "matmul", "matmul_fused", "matmul_grouped"]
 
@@ -42,16 +43,19 @@ class _Machine(NamedTuple):
     processors: int
     shared: int
     assembly: bool
+    early: bool
+    """Whether a kernel can start while the one before it ends (programmatic dependent launch)."""
 
 
 @lru_cache(maxsize=64)
 def _machine(device: torch.device) -> _Machine:
     if device.type != "cuda":
-        return _Machine(4, 1 << 30, False)
+        return _Machine(4, 1 << 30, False, False)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     assembly = torch.version.cuda is not None and not interpreted()
-    return _Machine(properties.multi_processor_count, shared, assembly)
+    early = assembly and properties.major >= 9
+    return _Machine(properties.multi_processor_count, shared, assembly, early)
 
 
 class _Locks:
@@ -180,6 +184,8 @@ def matmul_fused(
     fast = _fast(facts, machine)
     prescale = config.prescale or facts.offset in (2, 3) or (facts.values == 1 and not fast)
     grid = (-(-facts.rows // config.bn), parts, tiles)
+    # Which rows an expert has is known only when the kernel before has ended.
+    early = config.early if machine.early and grouped is None else -1
     work, locks = out, out
     if parts > 1:
         work = x.new_empty((parts, rows, facts.rows), dtype=torch.float32)
@@ -241,6 +247,8 @@ def matmul_fused(
         BN=config.bn,
         MATRICES=0 if count == 0 else 1 << (count - 1).bit_length(),
         FACTOR=factor,
+        EARLY=early,
+        **({"launch_pdl": True} if early >= 0 else {}),
         num_warps=config.warps,
         num_stages=config.stages,
     )
