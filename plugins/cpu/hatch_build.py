@@ -125,6 +125,8 @@ def compile_library(
     if "matmul_bf16" in newer:
         for name in ("moments_bf16", "attention_bf16"):
             sources.append((name, name, newer["matmul_bf16"]))
+    if "matmul_amx" in newer:
+        sources.append(("tiles_amx", "tiles_amx", newer["matmul_amx"]))
     with tempfile.TemporaryDirectory() as scratch:
         jobs, objects = [], []
         for made, file, extra in sources:

@@ -13,6 +13,7 @@ from quantmill_cpu import native
 def _best_level() -> Iterator[None]:
     yield
     native.use_level(native.levels()[-1])
+    native.use_matmul_level("")
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from quantmill_cpu.attention import attention
-from quantmill_cpu.calibrate import no_dots
+from quantmill_cpu.calibrate import dot_levels, no_dots
+from quantmill_cpu.native import use_matmul_level
 
 pytestmark = pytest.mark.skipif(no_dots() is not None, reason=str(no_dots()))
 
@@ -37,10 +38,11 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor
     shared=st.integers(1, 3),
     queries=st.integers(1, 90),
     keys=st.integers(1, 140),
-    dim=st.integers(1, 40).map(lambda half: 2 * half),
+    dim=st.integers(1, 40).map(lambda half: 2 * half) | st.sampled_from([32, 64, 96]),
     value_dim=st.integers(1, 140),
     causal=st.booleans(),
     transposed=st.booleans(),
+    level=st.sampled_from(dot_levels() or [""]),
 )
 def test_it_is_that_of_float64(
     batch: int,
@@ -52,7 +54,9 @@ def test_it_is_that_of_float64(
     value_dim: int,
     causal: bool,
     transposed: bool,
+    level: str,
 ) -> None:
+    use_matmul_level(level)
     q = made(batch, kv_heads * shared, queries, dim, transposed)
     k = made(batch, kv_heads, keys, dim, transposed)
     v = made(batch, kv_heads, keys, value_dim, not transposed)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantmill_cpu.calibrate import compensate, descend, moments, no_dots
-from quantmill_cpu.native import level, levels, use_level
+from quantmill_cpu.calibrate import compensate, descend, dot_levels, moments, no_dots
+from quantmill_cpu.native import level, levels, use_level, use_matmul_level
 
 needs_dots = pytest.mark.skipif(no_dots() is not None, reason=str(no_dots()))
 
@@ -17,7 +17,9 @@ needs_dots = pytest.mark.skipif(no_dots() is not None, reason=str(no_dots()))
 @needs_dots
 @pytest.mark.parametrize("tokens", [1, 7, 1024, 1501])
 @pytest.mark.parametrize("columns", [1, 40, 64, 200])
-def test_moments_are_those_of_float64(tokens: int, columns: int) -> None:
+@pytest.mark.parametrize("dots", dot_levels())
+def test_moments_are_those_of_float64(tokens: int, columns: int, dots: str) -> None:
+    use_matmul_level(dots)
     x = torch.randn(tokens, columns).to(torch.bfloat16)
     before = torch.randn(columns, columns)
     total = before.clone()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from quantmill_cpu.buffers import address
-from quantmill_cpu.native import library, matmul_level, unavailable
+from quantmill_cpu.native import library, matmul_level, matmul_levels, unavailable
 
-__all__ = ["compensate", "descend", "moments", "no_dots"]
+__all__ = ["compensate", "descend", "dot_levels", "moments", "no_dots"]
 
 _DOTS = ("avx512bf16", "amx")
 
@@ -23,6 +23,11 @@ def no_dots() -> str | None:
     if reason is None and matmul_level() not in _DOTS:
         reason = "the processor has no dot products of bfloat16, or they are not to be used"
     return reason
+
+
+def dot_levels() -> list[str]:
+    """The instruction sets of this machine that have dot products of bfloat16."""
+    return [name for name in _DOTS if unavailable() is None and name in matmul_levels()]
 
 
 def moments(x: Tensor, *, out: Tensor) -> None:

@@ -7,6 +7,7 @@
 
 #include "matmul.h"
 #include "pool.h"
+#include "tiles.h"
 
 #define QM_API __attribute__((visibility("default")))
 #define SIDE QM_ATTENTION_SIDE
@@ -18,7 +19,7 @@ typedef struct {
     const uint16_t *q, *k, *v;
     uint16_t *out;
     float scale;
-    int causal;
+    int causal, tiles;
     int64_t whole;                /* keys up to whole blocks */
     int64_t key_size, value_size; /* packed, of one head */
     uint32_t *keys, *values;
@@ -43,11 +44,19 @@ static void attend(void *argument, int64_t index, int worker) {
     const int64_t runs = (s->queries + ROWS - 1) / ROWS;
     const int64_t head = index / runs % s->heads, batch = index / runs / s->heads;
     const int64_t packed = batch * s->kv_heads + head / (s->heads / s->kv_heads);
+    const int64_t first = index % runs * ROWS;
+    const int tiles = w->tiles && first + ROWS <= s->queries; /* They take whole runs. */
+#ifdef QM_AMX
+    if (tiles) qm_tiles_open();
+#endif
     qm_attention_rows(s, w->q + batch * s->q.batch + head * s->q.head,
                       w->keys + packed * w->key_size, w->values + packed * w->value_size,
-                      w->out + batch * s->out.batch + head * s->out.head, index % runs * ROWS,
-                      w->scale, w->causal, w->scores + worker * ROWS * w->whole,
+                      w->out + batch * s->out.batch + head * s->out.head, first, w->scale,
+                      w->causal, tiles, w->scores + worker * ROWS * w->whole,
                       w->shares + worker * ROWS * w->whole);
+#ifdef QM_AMX
+    if (tiles) qm_tiles_close();
+#endif
 }
 
 static int64_t blocks(int64_t count) { return (count + SIDE - 1) / SIDE; }
@@ -58,6 +67,7 @@ static int run(Work *w, int threads) {
     if (threads < 1) threads = 1;
     if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
     w->whole = blocks(s->keys) * SIDE;
+    w->tiles = qm_has_tiles() && s->dim % (2 * QM_TILE_PAIRS) == 0;
     w->key_size = w->whole * (s->dim / 2);
     w->value_size = blocks(s->value_dim) * SIDE * (w->whole / 2);
     w->keys = aligned_alloc(64, (size_t)(heads * w->key_size) * 4);

@@ -33,9 +33,9 @@ void qm_attention_pack_keys(const uint16_t *k, int64_t stride, int64_t keys, int
 void qm_attention_pack_values(const uint16_t *v, int64_t stride, int64_t keys, int64_t dim,
                               uint32_t *packed);
 /* Queries `first` to first + 15 of one head, as far as they are there, with packed keys and values;
- * `scores` has 16 rows of keys up to whole blocks, `shares` as many. */
+ * `scores` has 16 rows of keys up to whole blocks, `shares` as many. With `tiles` they are open. */
 void qm_attention_rows(const QmAttention *shape, const uint16_t *q, const uint32_t *keys,
                        const uint32_t *values, uint16_t *out, int64_t first, float scale,
-                       int causal, float *scores, uint16_t *shares);
+                       int causal, int tiles, float *scores, uint16_t *shares);
 
 #endif

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "tile_bf16.h"
+#include "tiles.h"
 
 #define SIDE QM_ATTENTION_SIDE
 #define ROWS QM_ATTENTION_ROWS
@@ -71,49 +72,62 @@ static float softmax(const float *scores, int64_t seen, int64_t whole, uint16_t 
     return _mm512_reduce_add_ps(sum);
 }
 
+/* sums [16, 64] of rows, `step` bytes apart, and packed columns; rows past the last of `count` are
+ * that one again. */
+static void multiply(const char *rows, int64_t step, int64_t count, const uint32_t *columns,
+                     int64_t pairs, int tiles, float *sums) {
+    (void)tiles; /* where the compiler doesn't know them */
+#ifdef QM_AMX
+    if (tiles) {
+        qm_tiles_rows(rows, step, columns, pairs, sums);
+        return;
+    }
+#endif
+    __m512 tile[4][4];
+    for (int64_t row = 0; row < count; row += 4) {
+        const void *at[4];
+        for (int64_t r = 0; r < 4; r++) at[r] = rows + (row + r < count ? row + r : count - 1) * step;
+        qm_tile_rows(at, 4, columns, pairs, tile);
+        for (int r = 0; r < 4; r++)
+            for (int c = 0; c < 4; c++)
+                _mm512_store_ps(sums + (row + r) * SIDE + 16 * c, tile[r][c]);
+    }
+}
+
 void qm_attention_rows(const QmAttention *shape, const uint16_t *q, const uint32_t *keys,
                        const uint32_t *values, uint16_t *out, int64_t first, float scale,
-                       int causal, float *scores, uint16_t *shares) {
+                       int causal, int tiles, float *scores, uint16_t *shares) {
     const int64_t rows = shape->queries - first < ROWS ? shape->queries - first : ROWS;
     const int64_t stride = (shape->keys + SIDE - 1) / SIDE * SIDE, pairs = shape->dim / 2;
     const int64_t seen = causal && first + rows < shape->keys ? first + rows : shape->keys;
     const int64_t whole = (seen + SIDE - 1) / SIDE * SIDE;
     const __m512 factor = _mm512_set1_ps(scale * 1.44269504f); /* powers of two are quicker */
-    float sums[ROWS];
-    __m512 tile[4][4];
-    for (int64_t row = 0; row < rows; row += 4) {
-        /* Rows past the last one are the last one again. */
-        const void *at[4];
-        for (int64_t r = 0; r < 4; r++)
-            at[r] = q + (first + (row + r < rows ? row + r : rows - 1)) * shape->q.row;
-        for (int64_t key = 0; key < whole; key += SIDE) {
-            qm_tile_rows(at, 4, keys + key * pairs, pairs, tile);
-            for (int r = 0; r < 4; r++)
-                for (int c = 0; c < 4; c++)
-                    _mm512_storeu_ps(scores + (row + r) * stride + key + 16 * c,
-                                     _mm512_mul_ps(tile[r][c], factor));
-        }
+    float part[ROWS], sums[ROWS * SIDE] __attribute__((aligned(64)));
+    for (int64_t key = 0; key < whole; key += SIDE) {
+        multiply((const char *)(q + first * shape->q.row), shape->q.row * 2, rows,
+                 keys + key * pairs, pairs, tiles, sums);
+        for (int64_t row = 0; row < rows; row++)
+            for (int c = 0; c < SIDE; c += 16)
+                _mm512_storeu_ps(scores + row * stride + key + c,
+                                 _mm512_mul_ps(_mm512_load_ps(sums + row * SIDE + c), factor));
     }
     for (int64_t row = 0; row < rows; row++) {
         const int64_t own = causal && first + row + 1 < shape->keys ? first + row + 1 : shape->keys;
-        sums[row] = softmax(scores + row * stride, own, whole, shares + row * stride);
+        part[row] = 1.0f / softmax(scores + row * stride, own, whole, shares + row * stride);
     }
-    for (int64_t column = 0; column < shape->value_dim; column += SIDE, values += stride / 2 * SIDE)
-        for (int64_t row = 0; row < rows; row += 4) {
-            const void *at[4];
-            for (int64_t r = 0; r < 4; r++)
-                at[r] = shares + (row + r < rows ? row + r : rows - 1) * stride;
-            qm_tile_rows(at, 4, values, whole / 2, tile);
-            for (int64_t r = 0; r < 4 && row + r < rows; r++) {
-                const __m512 part = _mm512_set1_ps(1.0f / sums[row + r]);
-                uint16_t *to = out + (first + row + r) * shape->out.row + column;
-                for (int64_t c = 0; c < 4 && column + 16 * c < shape->value_dim; c++) {
-                    const int64_t left = shape->value_dim - column - 16 * c;
-                    const __mmask16 there = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-                    const __m256i value =
-                        (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(tile[r][c], part));
-                    _mm256_mask_storeu_epi16(to + 16 * c, there, value);
-                }
+    for (int64_t column = 0; column < shape->value_dim;
+         column += SIDE, values += stride / 2 * SIDE) {
+        multiply((const char *)shares, stride * 2, rows, values, whole / 2, tiles, sums);
+        for (int64_t row = 0; row < rows; row++) {
+            uint16_t *to = out + (first + row) * shape->out.row + column;
+            for (int64_t c = 0; c < SIDE && column + c < shape->value_dim; c += 16) {
+                const int64_t left = shape->value_dim - column - c;
+                const __mmask16 there = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+                const __m512 sum = _mm512_load_ps(sums + row * SIDE + c);
+                _mm256_mask_storeu_epi16(
+                    to + c, there,
+                    (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sum, _mm512_set1_ps(part[row]))));
             }
         }
+    }
 }

@@ -10,6 +10,7 @@
 
 #include "matmul_job.h"
 #include "pool.h"
+#include "tiles.h"
 
 #define QM_API __attribute__((visibility("default")))
 #define SMALL 65536 /* products: below, waking another thread costs more than it saves */
@@ -78,6 +79,8 @@ QM_API const char *qm_matmul_levels(void) {
 QM_API const char *qm_matmul_level(void) { return NAMES[level_used()]; }
 
 int qm_has_dots(void) { return level_used() >= BF16; }
+
+int qm_has_tiles(void) { return level_used() >= AMX; }
 
 QM_API int qm_matmul_use_level(const char *name) {
     int found = -1;

@@ -3,17 +3,12 @@
  */
 #define _GNU_SOURCE /* syscall */
 #include "matmul_bf16.h"
+#include "tile_amx.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define TILE_ROWS 16
-
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} TileConfig;
 
 /* Linux gives a process the tiles' registers when it asks. */
 int qm_amx_allowed(void);
@@ -28,13 +23,13 @@ int qm_amx_allowed(void) {
 /* Tiles 0 and 1 are the sums of 16 rows of x with two panels, 2 and 3 those of 16 more; 4 and 5
  * activations, 6 and 7 weights. `rows` is 1 to 32. */
 static void configure(int64_t rows) {
-    TileConfig config = {.palette = 1};
+    QmTileConfig config = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         int64_t second = rows > TILE_ROWS ? rows - TILE_ROWS : 1, first = qm_least(rows, TILE_ROWS);
         config.rows[i] = (uint8_t)(i >= 6 ? TILE_ROWS : i == 5 || (i & 6) == 2 ? second : first);
         config.row_bytes[i] = 64;
     }
-    _tile_loadconfig(&config);
+    qm_tile_configure(&config);
 }
 
 /* Sums of a tile's rows with a panel, from memory to the totals. */
@@ -157,7 +152,7 @@ static void stream_pair(const QmJob *job, int64_t pair, const QmWorkspace *w) {
     case KIND(8, QM_LOOKUP): STREAM(8, QM_LOOKUP)
     case KIND(8, QM_MIRROR): STREAM(8, QM_MIRROR)
     }
-    for (int64_t g = 0; g < job->groups; g++) qm_add_sums(job, w, g, 0);
+    qm_add_sums(job, w, 0);
     for (int half = 0; half < 2; half++)
         qm_store(job, (pair * 2 + half) * QM_PANEL, w->total + half * QM_PANEL);
 }
@@ -210,7 +205,8 @@ static void qm_block(const QmJob *job, const QmStep *step) {
 }
 
 static void settle(QmJob *job) {
-    qm_bf16_settle(job, QM_MANY);
+    /* Small groups' sums are many; those of few rows are still quicker than scaling. */
+    qm_bf16_settle(job, job->group_units == 1 ? QM_FEW - 1 : job->group_units == 2 ? 16 : QM_MANY);
     job->tiled = job->scaled || job->group_units % 2 == 0 || job->groups == 1;
 }
 

@@ -43,8 +43,8 @@ QM_INLINE void qm_run_pair(const QmJob *job, int64_t pair, const QmWorkspace *w,
                            unit == first, unit + count == last, w};
             qm_block(job, &step);
         }
-        qm_add_sums(job, w, g, with_zero);
     }
+    qm_add_sums(job, w, with_zero);
     for (int half = 0; half < 2; half++)
         qm_store(job, (pair * 2 + half) * QM_PANEL, w->total + half * QM_PANEL);
 }

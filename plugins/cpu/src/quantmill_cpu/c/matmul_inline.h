@@ -267,20 +267,34 @@ static void qm_panel_values(const QmJob *job, int64_t panel, const QmWorkspace *
         qm_values(job, &job->offset, panel, 1.0f, 0.0f, w->minimum + lane);
 }
 
-/* What the sums of x add to a group: zero points, and minimums. */
-static void qm_add_sums(const QmJob *job, const QmWorkspace *w, int64_t group, int with_zero) {
-    const float *scale = w->scale + group * QM_PAIR, *zero = w->zero + group * QM_PAIR;
-    const float *minimum = w->minimum + group * QM_PAIR;
-    if (with_zero && job->zeros_needed)
-        for (int64_t m = 0; m < job->act_rows; m++) {
-            const float sum = job->sums[m * job->groups + group];
-            for (int i = 0; i < QM_PAIR; i++) w->total[m * QM_PAIR + i] += scale[i] * zero[i] * sum;
+typedef float QmPairLanes __attribute__((vector_size(QM_PAIR * 4), aligned(4)));
+
+/* For `rows` rows of activations: their totals stay in registers over all groups. */
+QM_INLINE void qm_add_rows(const QmJob *job, const QmWorkspace *w, int64_t m, int rows,
+                           int with_zero) {
+    QmPairLanes totals[4];
+    const float *sums = job->sums + m * job->groups;
+    memcpy(totals, w->total + m * QM_PAIR, (size_t)rows * sizeof *totals);
+    for (int64_t g = 0; g < job->groups; g++) {
+        QmPairLanes by = *(const QmPairLanes *)(w->minimum + g * QM_PAIR);
+        if (with_zero) {
+            const QmPairLanes zero = *(const QmPairLanes *)(w->zero + g * QM_PAIR);
+            const QmPairLanes added = *(const QmPairLanes *)(w->scale + g * QM_PAIR) * zero;
+            by = job->offset_kind == QM_OFFSET_MINIMUM ? by + added : added;
         }
-    if (job->offset_kind == QM_OFFSET_MINIMUM)
-        for (int64_t m = 0; m < job->act_rows; m++) {
-            const float sum = job->sums[m * job->groups + group];
-            for (int i = 0; i < QM_PAIR; i++) w->total[m * QM_PAIR + i] += minimum[i] * sum;
-        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) totals[r] += by * sums[r * job->groups + g];
+    }
+    memcpy(w->total + m * QM_PAIR, totals, (size_t)rows * sizeof *totals);
+}
+
+/* What the sums of x add to all groups: zero points, and minimums. */
+static void qm_add_sums(const QmJob *job, const QmWorkspace *w, int with_zero) {
+    with_zero = with_zero && job->zeros_needed;
+    if (!with_zero && job->offset_kind != QM_OFFSET_MINIMUM) return;
+    int64_t m = 0;
+    for (; m + 4 <= job->act_rows; m += 4) qm_add_rows(job, w, m, 4, with_zero);
+    for (; m < job->act_rows; m++) qm_add_rows(job, w, m, 1, with_zero);
 }
 
 /* ---- Activations ------------------------------------------------------------------------------ */
