@@ -134,6 +134,8 @@ def run(script: str, python: str, source: Path, out: Path, how: str, rows: Tenso
     tokens = out.parent / "tokens.safetensors"
     save_file({"input_ids": rows.contiguous()}, tokens)
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
+    # Compiled once, as an installed package is: an editable one is compiled in every process else.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.time()
     done = subprocess.run(
         [python, "-c", script, str(source), str(out), how, str(tokens)],
