@@ -49,8 +49,8 @@ _TABLE: tuple[tuple[int, Config], ...] = (
 
 # Started early, these are the quickest for 4 bits with a zero beside each scale: up to 8 rows as
 # long as all programs are resident at once, each with whole rows of the weight; and up to 16.
-_FEW = Config(8, 32, 4, 4, 2, 4, early=8192)
-_MORE = Config(16, 128, 4, 4, 2, early=8192)
+_EARLY = 8192
+_FEW = Config(8, 32, 4, 4, 2, 4, early=_EARLY)
 
 
 @lru_cache(maxsize=4096)
@@ -60,8 +60,8 @@ def choose(facts: Facts, rows: int, shared: int) -> Config:
     if facts.bits == 4 and facts.offset == 1 and not facts.ordered:
         if rows <= _FEW.bm and 4096 <= facts.rows <= 8192 and facts.chunks <= 32:
             config = _FEW
-        elif _FEW.bm < rows <= _MORE.bm and facts.rows >= 8192:
-            config = _MORE
+        elif config.bm == 16 and facts.rows >= 8192:
+            config = config._replace(early=_EARLY)
     while config.stages > 1 and _shared_bytes(config, facts) > shared:
         config = config._replace(stages=config.stages - 1)
     return config

@@ -67,6 +67,7 @@ _BYTES_OPERANDS = tl.constexpr("=&r,=r,r,r,r,r,r,r,r,r,r,r,r,r")
 _JOIN_FIRST = tl.constexpr("prmt.b32 $0, $1, $3, $5;")
 _JOIN_SECOND = tl.constexpr("prmt.b32 $0, $2, $4, $5;")
 _JOIN_OPERANDS = tl.constexpr("=r,r,r,r,r,r,r")
+_PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 @triton.jit
@@ -131,7 +132,7 @@ def zeros_of(pairs, SCALES: tl.constexpr):
 def prefetch(pointers):
     """Start moving what ``pointers`` point at to the second-level cache; int32 zeros."""
     return tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        _PREFETCH,
         "=r,l",
         [pointers.to(tl.int64)],
         dtype=tl.int32,
@@ -144,7 +145,7 @@ def prefetch(pointers):
 def fetch(pointers):
     """As :func:`prefetch`, where no result says when."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        _PREFETCH,
         "=r,l",
         [pointers.to(tl.int64)],
         dtype=tl.int32,
