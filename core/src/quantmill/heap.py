@@ -15,6 +15,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 __all__ = ["LARGE", "give_back", "one_heap"]
 
@@ -45,11 +46,34 @@ def one_heap() -> Iterator[None]:
         give_back()
 
 
-def give_back() -> None:
-    """Return the free pages of the heap to the system."""
+def give_back(beyond: int = 0) -> None:
+    """Return the free pages of the heap to the system, where it holds more than ``beyond`` bytes
+    that are free: those that will soon be wanted again cost more than they are worth."""
     library = _glibc()
-    if library is not None:
+    if library is not None and (beyond == 0 or _free_bytes(library) > beyond):
         library.malloc_trim(0)
+
+
+class _Heap(ctypes.Structure):
+    """What mallinfo2(3) tells."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def _free_bytes(library: ctypes.CDLL) -> int:
+    """Bytes that are free in the heap, whether the system has their pages or not."""
+    try:
+        mallinfo = library.mallinfo2
+    except AttributeError:  # before glibc 2.33
+        return sys.maxsize
+    mallinfo.restype = _Heap
+    return int(mallinfo().fordblks)
 
 
 def _glibc() -> ctypes.CDLL | None:
