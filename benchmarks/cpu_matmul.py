@@ -33,7 +33,8 @@ from quantmill.forms import Affine, Blocks, Channel, Codebook, Codes, Flat, Form
 from quantmill.kernels import Prepared
 from quantmill.registrations import Kernel
 from quantmill_cpu import native
-from quantmill_cpu.matmul import bind, torch_library
+from quantmill_cpu.matmul import bind
+from quantmill_cpu.operators import torch_library
 from quantmill_cpu.pages import large_pages
 from quantmill_cpu.plugin import quantmill_kernels
 from quantmill_gguf.encode import encode

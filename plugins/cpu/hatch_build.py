@@ -108,7 +108,7 @@ def compile_library(
     # Object, file, its flags; those that take longest first.
     sources = [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
     plain = ("quantize", "round", "panels", "pool", "operator", "ggml", "ggml_codes", "columns")
-    sources += [(name, name, []) for name in (*plain, "moments", "attention")]
+    sources += [(name, name, []) for name in (*plain, "moments", "attention", "linear")]
     flags += ["-DQM_X86_LEVELS", *macros] if x86 else []
     for level in LEVELS if x86 else ["baseline"]:
         name = [f"-DQM_LEVEL={level}"]
@@ -123,7 +123,7 @@ def compile_library(
         ]
     sources += [(name, name, MATMUL) for name in ("matmul", "matmul_weight")]
     if "matmul_bf16" in newer:
-        for name in ("moments_bf16", "attention_bf16"):
+        for name in ("moments_bf16", "attention_bf16", "linear_bf16"):
             sources.append((name, name, newer["matmul_bf16"]))
     if "matmul_amx" in newer:
         sources.append(("tiles_amx", "tiles_amx", newer["matmul_amx"]))

@@ -43,6 +43,9 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
 ``round_codes`` of the form ``tensor``
     ``fn(block, *, by, minus, plus, out, group, multiply, bits, middle, edge, limits)``: packed
     codes of the same, as :meth:`quantmill.rounding.CodeRounding.store` says.
+``linear`` of the form ``tensor``, for a few rows (``max_rows``)
+    ``fn(x, weight, bias)``: as ``matmul``, with a float ``weight [out, in]``, contiguous, of the
+    dtype of ``x``.
 ``moments`` of the form ``tensor``
     ``fn(x, *, out)``: add ``x.T @ x`` of ``x [tokens, columns]`` to float32 ``out [columns,
     columns]``, on and above its diagonal; what is below it has no meaning.

@@ -24,10 +24,9 @@ from quantmill.targeting.types import Target
 __all__ = ["DTYPES", "FormLinear", "FormLinearFactory", "live_of"]
 
 
-Way = tuple[int, Callable[[Tensor, Tensor | None], Tensor] | None]
-"""A matmul of the weight for at most so many rows of activations; None is the form's reference."""
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""``fn(x, bias)``: the product with one weight."""
 
-_NO_WAYS: tuple[Way, ...] = ()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of activations for which kernels are chosen ahead."""
 
@@ -45,13 +44,13 @@ def live_of(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> For
     return form
 
 
-def _ways(
+def _product_of(
     kernels: KernelRegistry, live: Form | Prepared, device: str, dtype: torch.dtype
-) -> tuple[Way, ...]:
-    """The kernels for activations of ``dtype``, by rising number of rows.
+) -> Product | None:
+    """The product for activations of ``dtype``; None is the form's reference.
 
-    Chosen and imported once per weight: a forward pass only looks one up, and a compiler has
-    nothing to trace but the kernel.
+    Chosen and imported once per weight: a forward pass only looks it up, and a compiler has nothing
+    to trace and to guard but the kernel.
     """
     skeleton = live.skeleton if isinstance(live, Prepared) else live
     layout = live.kernel.layout if isinstance(live, Prepared) else ""
@@ -61,7 +60,7 @@ def _ways(
         for kernel in kernels.kernels
         if kernel.operation == "matmul" and kernel.form == skeleton.kind and kernel.max_rows
     }
-    ways: list[Way] = []
+    ways: list[tuple[int, Product]] = []
     for rows in (*sorted(limits), sys.maxsize):
         choice = kernels.choose(
             "matmul",
@@ -75,13 +74,41 @@ def _ways(
         bound = (
             _through_floats(kernels, live, device, dtype) if choice is None else choice.bind(live)
         )
-        ways.append((rows, bound))
-    return tuple(ways)
+        if bound is not None:
+            ways.append((rows, bound))
+        elif rows == sys.maxsize and ways:
+            ways.append((rows, _Reference(live)))
+    return _ByRows(tuple(ways)) if len(ways) > 1 else ways[0][1] if ways else None
+
+
+@dataclass(frozen=True, slots=True)
+class _ByRows:
+    """Kernels by the most rows of activations that each is for, ascending; the last takes any."""
+
+    ways: tuple[tuple[int, Product], ...]
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.numel() // max(1, x.shape[-1])
+        for most, product in self.ways[:-1]:
+            if rows <= most:
+                return product(x, bias)
+        return self.ways[-1][1](x, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """The form's own matmul, for rows that no kernel takes."""
+
+    live: Form | Prepared
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        form = self.live.restore() if isinstance(self.live, Prepared) else self.live
+        return form.matmul(x, bias)
 
 
 def _through_floats(
     kernels: KernelRegistry, live: Form | Prepared, device: str, dtype: torch.dtype
-) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+) -> Product | None:
     """Where nothing multiplies with a form: a kernel that dequantizes it, if there is one."""
     if isinstance(live, Prepared):
         return None
@@ -138,7 +165,8 @@ class FormLinear(nn.Module):
         tensors = live.tensors if isinstance(live, Prepared) else live.tensors()
         device = next(iter(tensors.values())).device.type
         self._live = live
-        self._ways = {dtype: _ways(self._kernels, live, device, dtype) for dtype in DTYPES}
+        found = {dtype: _product_of(self._kernels, live, device, dtype) for dtype in DTYPES}
+        self._products = {dtype: made for dtype, made in found.items() if made is not None}
 
     @property
     def live(self) -> Form | Prepared:
@@ -199,12 +227,8 @@ class FormLinear(nn.Module):
             # Kernels compute no gradients: the reference does, and keeps no float weight.
             result: Tensor = _Differentiable.apply(x, self)  # type: ignore[no-untyped-call]
             return result if bias is None else result + bias
-        ways = self._ways.get(x.dtype, _NO_WAYS)
-        rows = x.numel() // max(1, x.shape[-1]) if len(ways) > 1 else 0
-        for most, kernel in ways:
-            if kernel is not None and rows <= most:
-                return kernel(x, bias)
-        return self.plain().matmul(x, bias)
+        kernel = self._products.get(x.dtype)
+        return self.plain().matmul(x, bias) if kernel is None else kernel(x, bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

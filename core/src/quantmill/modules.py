@@ -26,6 +26,7 @@ from quantmill.experts import locate, matrix_modules, stack_of
 from quantmill.findings import QuantmillError, declare
 from quantmill.forms import Form
 from quantmill.job import Job, Selection
+from quantmill.kept import KeptLinear
 from quantmill.stages.replace import ModelSink
 from quantmill.targeting.roles import guess_layer, guess_role
 from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
@@ -389,7 +390,7 @@ def _is_linear(part: nn.Module) -> bool:
     """An ``nn.Linear`` that computes as one, and whose weight nobody else looks into."""
     return (
         isinstance(part, nn.Linear)
-        and type(part).forward is nn.Linear.forward
+        and type(part).forward in (nn.Linear.forward, KeptLinear.forward)
         and not isinstance(part, NonDynamicallyQuantizableLinear)
         and "weight" in part._parameters
     )

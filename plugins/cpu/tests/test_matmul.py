@@ -23,7 +23,7 @@ from quantmill_cpu import native
 from quantmill_cpu.codes import pack_codes, unpack_codes
 from quantmill_cpu.layout import misfit
 from quantmill_cpu.matmul import _product, matmul
-from quantmill_cpu.operators import implement
+from quantmill_cpu.operators import implement, torch_library
 
 
 def _forms() -> Any:
@@ -296,8 +296,6 @@ def test_any_number_of_threads_gives_the_same() -> None:
 @pytest.fixture
 def own_threads() -> Iterator[None]:
     """The library's own threads in place of PyTorch's."""
-    from quantmill_cpu.matmul import torch_library
-
     torch_library().qm_borrow_threads(None)
     yield
     torch_library.cache_clear()

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import quantmill
 from quantmill import host as hosts
-from quantmill.cli.doctor import command
+from quantmill.cli import cli
 from quantmill.findings import QuantmillError
 from quantmill.host import Host
 from quantmill.testing import write_tiny_llama
@@ -59,7 +59,7 @@ def test_what_is_missing_is_named(
         assert words in finding.cause and finding.fix == found.fix
     monkeypatch.setattr("quantmill.cli.doctor.default_host", Host)
     monkeypatch.setattr(hosts, "default_host", Host)
-    done = CliRunner().invoke(command, ["--json", "--check"], standalone_mode=False)
+    done = CliRunner().invoke(cli, ["doctor", "--json", "--check"], standalone_mode=False, obj={})
     answer = json.loads(done.stdout)
     (row,) = [item for item in answer["plugins"] if item["name"] == "torchao"]
     assert row["status"] == "missing requirement" and words in row["reason"]

@@ -14,6 +14,7 @@ from quantmill.experts import LinearExperts, restack
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.forms import Form
 from quantmill.job import Job
+from quantmill.kept import keep_fast, plain_again
 from quantmill.linear import FormLinear
 from quantmill.stages.attach import detach_forms
 from quantmill.stages.quantize import factory_of
@@ -47,6 +48,7 @@ def core_finalize(job: Job, model: nn.Module) -> Iterator[Finding]:
         for part in model.modules():
             if isinstance(part, LinearExperts):
                 part.group()
+        keep_fast(model, job.kernels)
     if job.options.training:
         for item in job.selections.values():
             if not item.method.capabilities.trainable:
@@ -188,6 +190,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         new.train(old.training)
         model.set_submodule(entry.target.name, new)
     _share(job, model, common)
+    plain_again(model)
     detach_forms(model)
     for part in model.modules():
         if isinstance(part, LinearExperts):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantmill_cpu.ggml_types import TYPES
-from quantmill_cpu.matmul import torch_library
+from quantmill_cpu.operators import torch_library
 
 if TYPE_CHECKING:
     from quantmill.forms import Form

@@ -6,11 +6,7 @@ which run without the interpreter (``c/operator.c``).
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -18,39 +14,15 @@ from torch import Tensor
 
 from quantmill.kernels import Prepared
 from quantmill_cpu.layout import prepare, restore
-from quantmill_cpu.native import library
-from quantmill_cpu.operators import implement
+from quantmill_cpu.operators import NATIVE, OPERATORS, torch_library
 
-__all__ = [
-    "bind",
-    "bind_grouped",
-    "grouped_matmul",
-    "matmul",
-    "prepare",
-    "restore",
-    "torch_library",
-]
+__all__ = ["bind", "bind_grouped", "grouped_matmul", "matmul", "prepare", "restore"]
 
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAILURES: Final = {
     -1: MemoryError("no memory for the activations of a matmul"),
     -2: ValueError("a weight must lie at a multiple of 64 bytes"),
 }
-
-
-@cache
-def torch_library() -> ctypes.CDLL:
-    """The library, with PyTorch's threads: those spin for a while after each of its operations,
-    and threads of our own would get half of the processors meanwhile."""
-    found = library()
-    with contextlib.suppress(OSError, AttributeError):
-        found.qm_borrow_threads(ctypes.cast(_torch_cpu().GOMP_parallel, ctypes.c_void_p))
-    return found
-
-
-@cache
-def _torch_cpu() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
 def _product(
@@ -119,37 +91,23 @@ def _call_grouped(
     return y
 
 
-# Not torch.library.custom_op: what that puts around a call takes longer than a small product.
-_OPERATORS: Final = torch.library.Library("quantmill_cpu", "DEF")
-_OPERATORS.define("product(Tensor x, Tensor weight, int rows, int columns) -> Tensor")
-_OPERATORS.define(
-    "product_bias(Tensor x, Tensor weight, int rows, int columns, Tensor bias) -> Tensor"
-)
-
-
-def _implement() -> None:
-    with contextlib.suppress(OSError):
-        if implement(torch_library(), _torch_cpu()):
-            return
-    for name in ("product", "product_bias"):
-        _OPERATORS.impl(name, _product, "CPU")
-
-
-_implement()
-_OPERATORS.define(
+if not NATIVE:
+    for _name in ("product", "product_bias"):
+        OPERATORS.impl(_name, _product, "CPU")
+OPERATORS.define(
     "grouped_matmul(Tensor x, Tensor weights, Tensor ends, int rows, int columns, Tensor? bias)"
     " -> Tensor"
 )
-_OPERATORS.impl("grouped_matmul", _call_grouped, "CPU")
+OPERATORS.impl("grouped_matmul", _call_grouped, "CPU")
 
 
-@torch.library.register_fake("quantmill_cpu::product", lib=_OPERATORS)
-@torch.library.register_fake("quantmill_cpu::product_bias", lib=_OPERATORS)
+@torch.library.register_fake("quantmill_cpu::product", lib=OPERATORS)
+@torch.library.register_fake("quantmill_cpu::product_bias", lib=OPERATORS)
 def _fake(x: Tensor, weight: Tensor, rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
-@torch.library.register_fake("quantmill_cpu::grouped_matmul", lib=_OPERATORS)
+@torch.library.register_fake("quantmill_cpu::grouped_matmul", lib=OPERATORS)
 def _fake_grouped(
     x: Tensor, weights: Tensor, ends: Tensor, rows: int, columns: int, bias: Tensor | None
 ) -> Tensor:

@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -89,6 +89,7 @@ def library() -> ctypes.CDLL:
             [small, pointer, size, size, pointer, pointer, size, pointer, pointer, small],
         ),
         "qm_moments": (small, [pointer, size, size, pointer, small]),
+        "qm_linear": (small, [*[pointer] * 4, *[size] * 3, small]),
         "qm_attention": (small, [*[pointer] * 5, ctypes.c_float, small, small]),
         "qm_compensate": (
             small,

@@ -163,6 +163,16 @@ def quantmill_kernels() -> Sequence[Kernel]:
             )
             for operation, module in (("moments", "calibrate"), ("attention", "attention"))
         ),
+        Kernel(
+            name="cpu-linear",
+            operation="linear",
+            form="tensor",
+            implementation="quantmill_cpu.linear:linear",
+            dtypes=("bfloat16",),
+            cost=0.5,
+            max_rows=4,
+            available="quantmill_cpu.calibrate:no_dots",
+        ),
         *(
             Kernel(
                 name=f"cpu-{operation}",

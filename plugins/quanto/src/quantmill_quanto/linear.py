@@ -47,6 +47,7 @@ class QLinear(FormLinear):
         # Kernels know the plain form: the scales wait here.
         plain, self._scales = parted(form)
         self._active = tuple(_or_none(scale) for scale in self._scales)
+        self._unrounded = self.activations is None or all(scale is None for scale in self._active)
         self._factor: Tensor | None = None
         self._route: Route = "kernel"
         before = self._active[0]
@@ -78,9 +79,9 @@ class QLinear(FormLinear):
         return self.activations is None or all(scale is None for scale in self._scales)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._unrounded:
+            return self.product(x, self.bias if self.bias is None else self.bias.to(x.dtype))
         before, after = self._active
-        if self.activations is None or (before is None and after is None):
-            return super().forward(x)
         result = self.product(x) if before is None else self._rounded_product(x, before)
         if self.bias is not None:
             result = result + self.bias.to(x.dtype)

@@ -91,9 +91,9 @@ QM_API int qm_matmul_use_level(const char *name) {
     return 0;
 }
 
-/* Whole numbers of one byte are the fastest where the machine has dot products of bytes; tiles for
- * many rows. Of bf16 a weight of two bytes is one product less, and small groups scaled before they
- * are multiplied need no sums of their own; but activations of another dtype become two rows. */
+/* Whole numbers of one byte are the fastest for few rows, where the machine has dot products of bytes;
+ * tiles for many rows. In bf16 a weight of one byte or two is one product, as fast as the two of
+ * bytes or faster, and exact in activations of bf16; those of another dtype become two rows. */
 static const QmWay *choose_way(const QmJob *job, int64_t batch) {
     const int best = level_used();
     /* Who computes in float32 wants its precision, which products of 16 bits don't have. */
@@ -112,7 +112,7 @@ static const QmWay *choose_way(const QmJob *job, int64_t batch) {
 #ifdef QM_AVX512BF16
     case BF16:
         if (whole && job->numbers != QM_TWO_BYTES &&
-            !(job->bf16_twice && batch > qm_many(job) && job->dtype == QM_BF16))
+            !(job->bf16_fits && batch > 2 * QM_FEW && job->dtype == QM_BF16))
             return &qm_int8_avx512;
         if (job->bf16_fits) return &qm_bf16_avx512;
         return whole ? &qm_int8_avx512 : &qm_fp32_avx512;

@@ -1,6 +1,6 @@
-/* qm_matmul as an operator of PyTorch, by the C functions that PyTorch offers for that: a call then
- * needs no interpreter, in a compiled graph above all. Their addresses are handed over, so nothing
- * of PyTorch is needed to build this.
+/* qm_matmul and qm_linear as operators of PyTorch, by the C functions that PyTorch offers for that:
+ * a call then needs no interpreter, in a compiled graph above all. Their addresses are handed over,
+ * so nothing of PyTorch is needed to build this.
  *
  * An operator's arguments are words of 64 bits, which its results replace; a tensor is a handle,
  * and a handle that came in is the operator's to delete.
@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "linear.h"
 #include "matmul.h"
 #include "quantize.h"
 
@@ -39,7 +40,7 @@ _Static_assert(sizeof torch == QM_TORCH_FUNCTIONS * sizeof(void *), "as many as 
 /* C can't raise an exception: callers have looked at the arguments before. */
 static void must(int fine, const char *what) {
     if (fine) return;
-    fprintf(stderr, "quantmill_cpu::product: %s\n", what);
+    fprintf(stderr, "quantmill_cpu: %s\n", what);
     abort();
 }
 
@@ -75,42 +76,79 @@ static char *in_order(Handle tensor, int64_t dimensions, const int64_t *sizes, i
     return made;
 }
 
-/* product(x, weight, rows, columns) and product_bias(x, weight, rows, columns, bias). */
-static void product(uint64_t *stack, uint64_t arguments, uint64_t results) {
-    Handle x = (Handle)(uintptr_t)stack[0], weight = (Handle)(uintptr_t)stack[1], y = NULL;
-    Handle bias = arguments > 4 ? (Handle)(uintptr_t)stack[4] : NULL;
-    const int64_t rows = (int64_t)stack[2], columns = (int64_t)stack[3];
+/* Rows of activations, and where the results are to go. */
+typedef struct {
+    Handle y;
+    int kind, threads;
+    int64_t batch;
+    char *moved; /* x in memory of its own, or NULL */
+    const void *x;
+} Call;
+
+static Call call_of(Handle x, int64_t rows, int64_t columns) {
     int64_t dimensions = 0, *sizes = NULL, shape[QM_MOST_DIMENSIONS], strides[QM_MOST_DIMENSIONS];
     int32_t dtype = -1;
     uint32_t threads = 1;
-    (void)results;
     must(torch.dimensions(x, &dimensions) == 0 && torch.sizes(x, &sizes) == 0 &&
              torch.dtype(x, &dtype) == 0 && torch.threads(&threads) == 0 && dimensions > 0 &&
              dimensions <= QM_MOST_DIMENSIONS && sizes[dimensions - 1] == columns,
          "x does not fit the weight");
     const int kind = dtype == TORCH_BFLOAT ? QM_BF16 : dtype == TORCH_HALF ? QM_F16 : QM_F32;
     must(kind != QM_F32 || dtype == TORCH_FLOAT, "x has an unknown dtype");
-    int64_t batch = 1, stride = rows;
+    Call call = {NULL, kind, (int)threads, 1, NULL, NULL};
+    int64_t stride = rows;
     for (int64_t d = dimensions - 2; d >= 0; d--) {
         shape[d] = sizes[d];
         strides[d] = stride;
         stride *= sizes[d];
-        batch *= sizes[d];
+        call.batch *= sizes[d];
     }
     shape[dimensions - 1] = rows;
     strides[dimensions - 1] = 1;
-    must(torch.empty(dimensions, shape, strides, dtype, TORCH_CPU, -1, &y) == 0,
+    must(torch.empty(dimensions, shape, strides, dtype, TORCH_CPU, -1, &call.y) == 0,
          "no memory for the result");
-    char *moved = in_order(x, dimensions, sizes, batch * columns, kind == QM_F32 ? 4 : 2);
-    const int failed = qm_matmul(data_of(weight), moved ? moved : data_of(x),
-                                 bias ? data_of(bias) : NULL, data_of(y), kind, batch, (int)threads);
+    call.moved = in_order(x, dimensions, sizes, call.batch * columns, kind == QM_F32 ? 4 : 2);
+    call.x = call.moved ? call.moved : data_of(x);
+    return call;
+}
+
+/* Arguments are the operator's to delete, and its result takes their place. */
+static void finish(const Call *call, uint64_t *stack, Handle bias) {
+    free(call->moved);
+    torch.delete_tensor((Handle)(uintptr_t)stack[0]);
+    torch.delete_tensor((Handle)(uintptr_t)stack[1]);
+    if (bias) torch.delete_tensor(bias);
+    stack[0] = (uint64_t)(uintptr_t)call->y;
+}
+
+/* product(x, weight, rows, columns) and product_bias(x, weight, rows, columns, bias). */
+static void product(uint64_t *stack, uint64_t arguments, uint64_t results) {
+    Handle x = (Handle)(uintptr_t)stack[0], weight = (Handle)(uintptr_t)stack[1];
+    Handle bias = arguments > 4 ? (Handle)(uintptr_t)stack[4] : NULL;
+    const Call call = call_of(x, (int64_t)stack[2], (int64_t)stack[3]);
+    (void)results;
+    const int failed = qm_matmul(data_of(weight), call.x, bias ? data_of(bias) : NULL,
+                                 data_of(call.y), call.kind, call.batch, call.threads);
     must(failed == 0, failed == -2 ? "the weight is not at a multiple of 64 bytes"
                                    : "no memory for the activations");
-    free(moved);
-    torch.delete_tensor(x);
-    torch.delete_tensor(weight);
-    if (bias) torch.delete_tensor(bias);
-    stack[0] = (uint64_t)(uintptr_t)y;
+    finish(&call, stack, bias);
+}
+
+/* linear(x, weight) and linear_bias(x, weight, bias). */
+static void linear(uint64_t *stack, uint64_t arguments, uint64_t results) {
+    Handle x = (Handle)(uintptr_t)stack[0], weight = (Handle)(uintptr_t)stack[1];
+    Handle bias = arguments > 2 ? (Handle)(uintptr_t)stack[2] : NULL;
+    int64_t *sizes = NULL;
+    (void)results;
+    must(torch.sizes(weight, &sizes) == 0, "a weight without sizes");
+    const int64_t rows = sizes[0], columns = sizes[1];
+    const Call call = call_of(x, rows, columns);
+    must(call.kind == QM_BF16, "x is not bfloat16");
+    const int failed =
+        qm_linear(data_of(weight), call.x, bias ? data_of(bias) : NULL, data_of(call.y), rows,
+                  columns, call.batch, call.threads);
+    must(failed == 0, failed == -2 ? "no dot products of bfloat16" : "too many rows");
+    finish(&call, stack, bias);
 }
 
 QM_API int qm_operators(const void *const *functions) {
@@ -118,5 +156,7 @@ QM_API int qm_operators(const void *const *functions) {
     memcpy(&torch, functions, sizeof torch);
     if (torch.library("quantmill_cpu", "CPU", __FILE__, __LINE__, &library) != 0) return -1;
     if (torch.implement(library, "product", product) != 0) return -1;
-    return torch.implement(library, "product_bias", product) != 0 ? -1 : 0;
+    if (torch.implement(library, "product_bias", product) != 0) return -1;
+    if (torch.implement(library, "linear", linear) != 0) return -1;
+    return torch.implement(library, "linear_bias", linear) != 0 ? -1 : 0;
 }
