@@ -1,8 +1,9 @@
 """Linears that stay float in a quantized model, the output head above all.
 
 Decoding reads their weights as well, and a head in bfloat16 takes as long as many quantized
-linears: where a kernel reads such a weight faster than PyTorch, it takes the few rows of activations
-it is for. The module stays an ``nn.Linear`` with its own parameters, whatever happens to them later.
+linears. Where a kernel reads such a weight faster than PyTorch, it takes the few rows of
+activations it is for. The module stays an ``nn.Linear`` with its own parameters, whatever happens
+to them later.
 """
 
 from __future__ import annotations
