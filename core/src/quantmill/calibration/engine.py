@@ -47,7 +47,7 @@ NOT_REACHED = declare(
 _FEW_BYTES = 256 << 20
 """Free bytes that stay in the heap from one block to the next: paging them in anew takes an eighth
 of a small model's time."""
-_FEW_BLOCKS = 4
+_FEW_BLOCKS = 8
 """After so many they go back all the same, for what lies between them splits them up."""
 _PASSING = ("QM-CKPT", "QM-PROCESS")
 _Calibrators = Sequence[tuple[BlockCalibrator[Any], set[str]]]

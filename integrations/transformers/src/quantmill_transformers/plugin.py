@@ -36,7 +36,7 @@ def quantmill_model_sources() -> Sequence[ModelSource]:
         ModelSource(
             name="transformers",
             summary="Architectures of Hugging Face Transformers, from config.json",
-            open="quantmill_transformers.architecture:open_folder",
+            open="quantmill_transformers.start:open_folder",
             requirements=(TRANSFORMERS,),
             priority=10,
             tokenizer="quantmill_transformers.tokenizer:load_tokenizer",
