@@ -18,7 +18,11 @@ from quantmill_gptq.columns import Panel, descend, preferred, rescaled
 __all__ = ["refine", "slope_of"]
 
 
-def slope_of(errors: Tensor, root: Tensor, panels: Sequence[Panel]) -> Tensor:
+_SEVERAL = 512
+"""Columns whose slope is computed at once: a product of few rows takes longer than its share."""
+
+
+def slope_of(errors: Tensor, root: Tensor) -> Tensor:
     """Damped moments times what a weight lacks after it was rounded, ``[in, out]``.
 
     What it lacks is ``U.T @ errors``, and the moments are ``V @ V.T`` with V the inverse of U: a
@@ -27,11 +31,10 @@ def slope_of(errors: Tensor, root: Tensor, panels: Sequence[Panel]) -> Tensor:
     Args:
         errors: float32 ``[in, out]``, of each column, over its diagonal entry.
         root: V, float32 ``[in, in]``.
-        panels: of columns.
     """
     slope = torch.empty_like(errors)
-    for panel in panels:
-        start, stop = panel.start, panel.stop
+    for start in range(0, root.shape[0], _SEVERAL):
+        stop = start + _SEVERAL
         torch.mm(root[start:stop, start:], errors[start:], out=slope[start:stop])
     return slope
 

@@ -107,7 +107,7 @@ def gptq(
     codes, scales, zeros = _sweep(turned, problem, static, config, kernels)
     if config.passes:
         steps = codes.to(torch.float32).sub_(zeros[owner])
-        slope = slope_of(turned, problem.root, problem.panels)
+        slope = slope_of(turned, problem.root)
         for number in range(config.passes):
             if number:
                 assert exact is not None
