@@ -193,6 +193,21 @@ def attention_run() -> None:
             assert (found == 1).all()
 
 
+def linear_run() -> None:
+    """As with moments; a weight may begin at any address of its elements."""
+    from quantmill_cpu.calibrate import no_dots
+    from quantmill_cpu.linear import ROWS, linear
+
+    for rows, columns in ((1, 1), (3, 31), (5, 127), (2, 129), (4, 300)):
+        for count in range(1, ROWS + 1):
+            if no_dots() is None:
+                x = torch.ones(count, columns, dtype=torch.bfloat16)
+                weight = torch.ones(rows * columns + 1, dtype=torch.bfloat16)[1:]
+                bias = torch.ones(rows, dtype=torch.bfloat16)
+                found = linear(x, weight.reshape(rows, columns), bias)
+                assert (found == torch.tensor(columns + 1.0).bfloat16()).all()
+
+
 def digest() -> str:
     small = torch.linspace(-1, 1, 16)[torch.randperm(16, generator=torch.Generator())]
     large = torch.linspace(-1, 1, 256)
@@ -213,6 +228,7 @@ def digest() -> str:
                     found.update(tensor.numpy().tobytes())
     moments_run()
     attention_run()
+    linear_run()
     for tensor in values_in_panels():
         found.update(tensor.numpy().tobytes())
     for columns, rows, width in PANELS:

@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PACKAGE = Path(__file__).parents[1]
 LOOKED_AT = (
     *("quantize", "round", "panels", "kernels", "ggml", "ggml_codes", "ggml_types", "ggml_rows"),
-    *("columns", "columns_tile", "moments", "moments_bf16", "attention", "attention_bf16", "pool"),
+    *("columns", "columns_tile", "moments", "moments_bf16", "attention", "attention_bf16"),
+    *("linear", "linear_bf16", "pool"),
 )
 PROGRAM = Path(__file__).with_name("edge_cases.py")
 
