@@ -7,6 +7,7 @@ import torch
 
 from quantmill.host import default_host
 from quantmill.kernels import KernelRegistry
+from quantmill_gptq import refine
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.solver import Problem, gptq
 
@@ -104,3 +105,33 @@ def test_kernels_give_what_the_reference_gives(width: int, options: dict[str, ob
     # Sums over columns differ in their order, and a tie may fall to the other side.
     differing = (form.dequantize() != exact.dequantize()).float().mean()
     assert differing < 0.02 and abs(loss - wanted) < 0.01 * wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [96, 128, 512])
+def test_slopes_of_many_columns_are_those_of_each_panel(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int
+) -> None:
+    """Panels of 96 columns don't end where several of them do; groups of 512 have four panels."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 1100, generator=generator)
+    inputs = torch.randn(2000, 1100, generator=generator)
+    inputs = inputs @ torch.randn(1100, 1100, generator=generator)
+    square = inputs.t() @ inputs / len(inputs)
+    config = GptqConfig.from_user({"bits": 2, "group_size": width, "refinements": 1})
+    problem = Problem(square, config, width, "layer.weight")
+    damped = square + problem.damping * square.diagonal().mean() * torch.eye(1100)
+
+    def error(several: int, precision: torch.dtype, passes: int = 1) -> float:
+        monkeypatch.setattr(refine, "_SEVERAL", several)
+        monkeypatch.setattr(refine, "_precision", lambda device: precision)
+        asked = config.model_copy(update={"refinements": passes})
+        form, _ = gptq(weight, problem, asked, KernelRegistry([]))
+        missing = form.dequantize() - weight
+        return float(((missing @ damped) * missing).sum())
+
+    unrefined, plain = error(512, torch.float32, passes=0), error(4096, torch.float32)
+    found = error(512, dtype)
+    assert plain < 0.99 * unrefined
+    # Sums in another order, or of rounded numbers, choose a few codes otherwise.
+    assert abs(found - plain) < 0.05 * (unrefined - plain)
