@@ -46,8 +46,8 @@ def live_of(kernels: KernelRegistry, form: Form, device: str, dtype: str) -> For
 
 def _product_of(
     kernels: KernelRegistry, live: Form | Prepared, device: str, dtype: torch.dtype
-) -> Product | None:
-    """The product for activations of ``dtype``; None is the form's reference.
+) -> Product:
+    """The product for activations of ``dtype``.
 
     Chosen and imported once per weight: a forward pass only looks it up, and a compiler has nothing
     to trace and to guard but the kernel.
@@ -76,9 +76,9 @@ def _product_of(
         )
         if bound is not None:
             ways.append((rows, bound))
-        elif rows == sys.maxsize and ways:
-            ways.append((rows, _Reference(live)))
-    return _ByRows(tuple(ways)) if len(ways) > 1 else ways[0][1] if ways else None
+    if not ways or ways[-1][0] < sys.maxsize:
+        ways.append((sys.maxsize, _Reference(live)))
+    return _ByRows(tuple(ways)) if len(ways) > 1 else ways[0][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,11 @@ class _Reference:
     live: Form | Prepared
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        form = self.live.restore() if isinstance(self.live, Prepared) else self.live
-        return form.matmul(x, bias)
+        return _plain(self.live).matmul(x, bias)
+
+
+def _plain(live: Form | Prepared) -> Form:
+    return live.restore() if isinstance(live, Prepared) else live
 
 
 def _through_floats(
@@ -165,8 +168,9 @@ class FormLinear(nn.Module):
         tensors = live.tensors if isinstance(live, Prepared) else live.tensors()
         device = next(iter(tensors.values())).device.type
         self._live = live
-        found = {dtype: _product_of(self._kernels, live, device, dtype) for dtype in DTYPES}
-        self._products = {dtype: made for dtype, made in found.items() if made is not None}
+        self._products = {
+            dtype: _product_of(self._kernels, live, device, dtype) for dtype in DTYPES
+        }
 
     @property
     def live(self) -> Form | Prepared:
@@ -190,7 +194,7 @@ class FormLinear(nn.Module):
 
     def plain(self) -> Form:
         """The form that kernels know."""
-        return self._live.restore() if isinstance(self._live, Prepared) else self._live
+        return _plain(self._live)
 
     def whole(self, form: Form) -> Form:
         """The plain form with what kernels have no place for; nothing here. A method, for a

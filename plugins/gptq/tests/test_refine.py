@@ -123,7 +123,7 @@ def test_slopes_of_many_columns_are_those_of_each_panel(
     damped = square + problem.damping * square.diagonal().mean() * torch.eye(1100)
 
     def error(several: int, precision: torch.dtype, passes: int = 1) -> float:
-        monkeypatch.setattr(refine, "_SEVERAL", several)
+        monkeypatch.setattr(refine, "SEVERAL", several)
         monkeypatch.setattr(refine, "_precision", lambda device: precision)
         asked = config.model_copy(update={"refinements": passes})
         form, _ = gptq(weight, problem, asked, KernelRegistry([]))

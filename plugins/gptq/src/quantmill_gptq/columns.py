@@ -16,9 +16,11 @@ from torch import Tensor
 from quantmill.kernels import KernelRegistry
 from quantmill_gptq.rounding import fit, stored
 
-__all__ = ["Panel", "compensate", "descend", "panels_of", "preferred", "rescaled"]
+__all__ = ["SEVERAL", "Panel", "compensate", "descend", "panels_of", "preferred", "rescaled"]
 
 _COLUMNS = 128
+SEVERAL = 512
+"""Columns that get the product with others at once: one of few rows takes longer than its share."""
 
 
 @dataclass(frozen=True, slots=True)

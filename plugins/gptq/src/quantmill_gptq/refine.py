@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 
 from quantmill.kernels import KernelRegistry
-from quantmill_gptq.columns import Panel, descend, preferred, rescaled
+from quantmill_gptq.columns import SEVERAL, Panel, descend, preferred, rescaled
 
 __all__ = ["refine", "slope_of"]
-
-
-_SEVERAL = 512
-"""Columns whose slope is computed at once: a product of few rows takes longer than its share."""
 
 
 @cache
@@ -46,8 +42,8 @@ def slope_of(errors: Tensor, root: Tensor) -> Tensor:
     """
     slope, dtype = torch.empty_like(errors), _precision(errors.device.type)
     errors = errors.to(dtype)
-    for start in range(0, root.shape[0], _SEVERAL):
-        stop = start + _SEVERAL
+    for start in range(0, root.shape[0], SEVERAL):
+        stop = start + SEVERAL
         slope[start:stop] = root[start:stop, start:].to(dtype) @ errors[start:]
     return slope
 
@@ -82,7 +78,7 @@ def refine(
     moved = torch.empty_like(slope, dtype=dtype)
     # Up to here slopes know all moves so far; columns beyond get them for several panels at once.
     # A group of several panels goes on with all that come after it, so nothing waits then.
-    near, several = 0, _SEVERAL
+    near, several = 0, SEVERAL
     if any(panel.wide is not None for panel in panels):
         several = slope.shape[0]
     for panel in panels:

@@ -16,16 +16,13 @@ from torch import Tensor
 from quantmill.calibration.loss import JUDGED, evenly, relative_error
 from quantmill.forms import Affine
 from quantmill.kernels import KernelRegistry
-from quantmill_gptq.columns import compensate, panels_of, preferred
+from quantmill_gptq.columns import SEVERAL, compensate, panels_of, preferred
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.factor import inverse, root_of
 from quantmill_gptq.refine import refine, slope_of
 from quantmill_gptq.rounding import Grid, fit, grid_of, make_form
 
 __all__ = ["Problem", "gptq"]
-
-_SEVERAL = 512
-"""Columns that errors of those before them are brought to at once."""
 
 
 class Problem:
@@ -232,7 +229,7 @@ class _Owed:
         """For columns ``[start, stop)``, all before ``start`` being rounded: float32 ``[stop -
         start, out]``."""
         if start >= self._stop:
-            self._start, self._stop = start, min(start + _SEVERAL, self._root.shape[0])
+            self._start, self._stop = start, min(start + SEVERAL, self._root.shape[0])
             self._far = self._product(0, start, self._stop)
         if stop > self._stop:
             return self._product(0, start, stop)

@@ -80,6 +80,7 @@ class QLinear(FormLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._unrounded:
+            # Not the parent's: a compiled graph would guard every class on the way there.
             return self.product(x, self.bias if self.bias is None else self.bias.to(x.dtype))
         before, after = self._active
         result = self.product(x) if before is None else self._rounded_product(x, before)

@@ -5,7 +5,7 @@
 #include "pool.h"
 
 #define QM_API __attribute__((visibility("default")))
-#define RUN (256 << 10) /* bytes of the weight that a thread takes at a time */
+#define RUN (128 << 10) /* elements of the weight that a thread takes at a time */
 
 #ifdef QM_AVX512BF16
 typedef struct {
@@ -28,8 +28,9 @@ QM_API int qm_linear(const uint16_t *weight, const uint16_t *x, const uint16_t *
     if (count > QM_LINEAR_ROWS) return -1;
     if (rows <= 0 || count <= 0) return 0;
     Work w = {{weight, x, bias, y, rows, columns, count}, 1};
-    const int64_t share = (rows + threads - 1) / (threads < 1 ? 1 : threads);
-    if (columns > 0 && columns < RUN / 2) w.each = RUN / 2 / columns;
+    if (threads < 1) threads = 1;
+    const int64_t share = (rows + threads - 1) / threads;
+    if (columns > 0 && columns < RUN) w.each = RUN / columns;
     if (w.each > share) w.each = share;
     qm_parallel(run, &w, (rows + w.each - 1) / w.each, threads);
     return 0;

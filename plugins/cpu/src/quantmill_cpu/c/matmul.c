@@ -91,9 +91,9 @@ QM_API int qm_matmul_use_level(const char *name) {
     return 0;
 }
 
-/* Whole numbers of one byte are the fastest for few rows, where the machine has dot products of bytes;
- * tiles for many rows. In bf16 a weight of one byte or two is one product, as fast as the two of
- * bytes or faster, and exact in activations of bf16; those of another dtype become two rows. */
+/* Whole numbers of one byte are the fastest for few rows, where the machine has dot products of
+ * bytes; tiles for many rows. In bf16 a weight of one byte or two is one product, as fast as the two
+ * of bytes or faster, and exact in activations of bf16; those of another dtype become two rows. */
 static const QmWay *choose_way(const QmJob *job, int64_t batch) {
     const int best = level_used();
     /* Who computes in float32 wants its precision, which products of 16 bits don't have. */

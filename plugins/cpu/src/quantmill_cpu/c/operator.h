@@ -8,8 +8,8 @@
 #define QM_MOST_DIMENSIONS 64
 
 /* Implement quantmill_cpu::product, product_bias, linear and linear_bias, which are defined already,
- * for the CPU. The addresses are those of TORCH_FUNCTIONS in operators.py, in that order. 0, or -1 where PyTorch
- * refused. */
+ * for the CPU. The addresses are those of TORCH_FUNCTIONS in operators.py, in that order. 0, or -1
+ * where PyTorch refused. */
 int qm_operators(const void *const *functions);
 
 #endif
