@@ -109,6 +109,23 @@ def test_the_same_command_gives_the_same_bytes(folder: Path, tokens: Path, tmp_p
     assert_same_files(tmp_path / "one", tmp_path / "two")
 
 
+LEAVING = """
+import atexit
+from torch import distributed
+atexit.register(lambda: print("still joined" if distributed.is_initialized() else "left"))
+from quantmill.processes import Processes
+Processes.from_environment().wait()
+"""
+
+
+def test_a_process_ends_the_groups_threads_before_it_ends(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LEAVING, encoding="utf-8")
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left") == 2
+
+
 def test_every_call_shares_its_work_and_one_process_goes_on_after_two(
     folder: Path, tokens: Path, tmp_path: Path
 ) -> None:

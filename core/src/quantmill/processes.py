@@ -8,6 +8,7 @@ is summed in an order that does not depend on how many there are: see
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import json
 import os
@@ -44,6 +45,9 @@ class Processes:
         if not distributed.is_initialized():
             both = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(both, timeout=_WAIT)
+            # Gloo's threads let go of the last tensors after the call that sent them. One that
+            # does so while the interpreter ends takes the process down with it.
+            atexit.register(_leave)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
     @property
@@ -130,6 +134,14 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def _leave() -> None:
+    """End the threads of the group, unless the program has done so itself."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def first_process() -> bool:
