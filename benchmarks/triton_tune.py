@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quantmill_triton import launch
+from quantmill_triton.available import gluon_known
 from quantmill_triton.configs import Config, split_of
 from quantmill_triton.facts import Facts
 from quantmill_triton.launch import Weight
@@ -107,7 +108,7 @@ def warm(tasks: list[tuple[str, int, Config, str]]) -> list[str]:
     return failed
 
 
-def candidates(rows: int, early: list[int]) -> list[Config]:
+def candidates(kind: str, rows: int, early: list[int]) -> list[Config]:
     """Tiles by rows of activations, of the weight, warps, resident programs, teams; stages; bytes
     fetched early."""
     if rows <= 4:
@@ -124,12 +125,20 @@ def candidates(rows: int, early: list[int]) -> list[Config]:
         tiles = [(64, 64, 4, 2, 1), (64, 128, 4, 2, 1), (64, 128, 8, 1, 1)]
     else:
         tiles = [(128, 128, 8, 1, 1), (128, 64, 4, 2, 1), (128, 256, 8, 1, 1)]
-    return [
+    made = [
         Config(bm, bn, warps, stages, resident, teams, early=ahead)
         for bm, bn, warps, resident, teams in tiles
         for stages in (3, 4)
         for ahead in early
     ]
+    if kind == "int4" and rows <= 16 and gluon_known():
+        made += [
+            Config(8 if rows <= 8 else 16, bn, 4, stages, 2, early=ahead, streamed=True)
+            for bn in (64, 128)
+            for stages in (3, 4)
+            for ahead in early
+        ]
+    return made
 
 
 def main() -> int:
@@ -153,7 +162,7 @@ def main() -> int:
             for kind in args.kinds
             for width in args.widths
             for rows in args.rows
-            for config in candidates(rows, args.early)
+            for config in candidates(kind, rows, args.early)
         }
     )
     lots = [tasks[i :: args.jobs] for i in range(args.jobs)]
@@ -188,7 +197,7 @@ def main() -> int:
                     x = torch.randn((rows, columns), device="cuda").to(dtype)
                     expected = x.float() @ full.t()
                     best = []
-                    for config in candidates(rows, args.early):
+                    for config in candidates(kind, rows, args.early):
                         tiles = -(-out // config.bn) * -(-rows // config.bm)
                         chosen = split_of(facts, rows, config, 132)[0]
                         for parts in sorted({chosen, 1, 2, 3, 4, 6, 8}):
@@ -224,7 +233,7 @@ def main() -> int:
                             f" bm {entry['bm']} bn {entry['bn']} warps {entry['warps']}"
                             f" stages {entry['stages']} parts {entry['parts']}"
                             f" teams {entry['teams']} chosen {entry['chosen']}"
-                            f" early {entry['early']}",
+                            f" early {entry['early']} streamed {entry['streamed']}",
                             flush=True,
                         )
                     wrong = [entry for entry in best if not entry["error"] < 4e-3]

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-__all__ = ["interpreted", "unavailable"]
+__all__ = ["gluon_known", "interpreted", "unavailable"]
 
 
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU in place of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def gluon_known() -> bool:
+    """Whether Triton's Gluon is one that the kernel for Hopper is written for: names change with
+    each release. It ran with 3.6, and is compiled with 3.7 and 3.8."""
+    try:
+        found = version("triton").split(".")
+    except PackageNotFoundError:
+        return False
+    return found[0] == "3" and found[1] in ("6", "7", "8")
 
 
 def unavailable() -> str | None:

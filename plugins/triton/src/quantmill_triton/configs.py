@@ -33,6 +33,8 @@ class Config(NamedTuple):
     early: int = -1
     """Bytes of codes, a power of two or 0, that a program fetches into the second-level cache while
     the kernel before it still runs, where the device can start it so early. -1: it starts later."""
+    streamed: bool = False
+    """The kernel for Hopper, in which a warp of its own moves tiles."""
 
 
 FUSED_ROWS = 384
@@ -51,11 +53,21 @@ _TABLE: tuple[tuple[int, Config], ...] = (
 # long as all programs are resident at once, each with whole rows of the weight; and up to 16.
 _EARLY = 8192
 _FEW = Config(8, 32, 4, 4, 2, 4, early=_EARLY)
+# Of these the one that leaves the fewest processors idle. Wide tiles read activations less often,
+# narrow ones need fewer parts.
+_STREAMED = tuple(Config(16, bn, 4, 4, 2, early=_EARLY, streamed=True) for bn in (128, 64))
+_STREAMED_WEIGHT = 1 << 26
+"""Elements of a weight from which on the kernel for Hopper was measured."""
 
 
 @lru_cache(maxsize=4096)
-def choose(facts: Facts, rows: int, shared: int) -> Config:
-    """The tiles for ``rows`` of activations, with stages that fit ``shared`` bytes."""
+def choose(facts: Facts, rows: int, shared: int, streams: int = 0) -> Config:
+    """The tiles for ``rows`` of activations, with stages that fit ``shared`` bytes.
+
+    ``streams``: processors of a device that runs the kernel for Hopper, or 0.
+    """
+    if streams and 8 < rows <= 16 and _streamable(facts):
+        return max(_STREAMED, key=lambda config: _best_parts(facts, rows, config, streams)[0])
     config = next((config for most, config in _TABLE if rows <= most), _TABLE[-1][1])
     if facts.bits == 4 and facts.offset == 1 and not facts.ordered:
         if rows <= _FEW.bm and 4096 <= facts.rows <= 8192 and facts.chunks <= 32:
@@ -65,6 +77,18 @@ def choose(facts: Facts, rows: int, shared: int) -> Config:
     while config.stages > 1 and _shared_bytes(config, facts) > shared:
         config = config._replace(stages=config.stages - 1)
     return config
+
+
+def _streamable(facts: Facts) -> bool:
+    """Whether the kernel for Hopper can multiply by the weight, and is known to be quicker."""
+    codes = (facts.bits, facts.high_bits, facts.width, facts.values, facts.middle, facts.paired)
+    return (
+        codes == (4, 0, 64, 0, 0, 0)
+        and (facts.group, facts.tall, facts.offset) == (128, 1, 1)
+        and facts.scales in (1, 2)
+        and facts.columns % facts.chunk == 0
+        and facts.rows * facts.columns >= _STREAMED_WEIGHT
+    )
 
 
 def _shared_bytes(config: Config, facts: Facts) -> int:
@@ -82,15 +106,21 @@ def split_of(facts: Facts, rows: int, config: Config, processors: int) -> tuple[
     As many as fill the processors, whole rounds if possible; each part has at least 512 columns,
     or the sums written and read again would weigh as much as its codes.
     """
+    part = -(-facts.chunks // _best_parts(facts, rows, config, processors)[1])
+    return -(-facts.chunks // part), part
+
+
+def _best_parts(facts: Facts, rows: int, config: Config, processors: int) -> tuple[float, int]:
+    """How much of the processors' time is used at best, and with how many parts."""
     tiles = -(-facts.rows // config.bn) * -(-rows // config.bm)
     places = processors * config.resident
     least = max(1, -(-512 // facts.chunk)) * config.teams
     best, most = (0.0, 1), max(1, min(16, facts.chunks // least))
     for parts in range(1, most + 1):
         programs = tiles * parts
-        # A round of programs lasts as long as a part, and each part more costs about 3 %.
-        used = programs / (-(-programs // places) * places) - 0.03 * parts
+        # A round of programs lasts as long as a part, and each part more costs some of the time.
+        cost = 0.06 if config.streamed else 0.03
+        used = programs / (-(-programs // places) * places) - cost * parts
         if used > best[0]:
             best = (used, parts)
-    part = -(-facts.chunks // best[1])
-    return -(-facts.chunks // part), part
+    return best

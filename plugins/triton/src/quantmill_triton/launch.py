@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantmill_triton.available import interpreted
+from quantmill_triton.available import gluon_known, interpreted
 from quantmill_triton.configs import FUSED_ROWS, Config, choose, split_of
 from quantmill_triton.expand import dequantize_kernel
 from quantmill_triton.facts import ROWS, Facts
@@ -45,17 +45,20 @@ class _Machine(NamedTuple):
     assembly: bool
     early: bool
     """Whether a kernel can start while the one before it ends (programmatic dependent launch)."""
+    streams: bool
+    """Whether the kernel for Hopper runs."""
 
 
 @lru_cache(maxsize=64)
 def _machine(device: torch.device) -> _Machine:
     if device.type != "cuda":
-        return _Machine(4, 1 << 30, False, False)
+        return _Machine(4, 1 << 30, False, False, False)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     assembly = torch.version.cuda is not None and not interpreted()
     early = assembly and properties.major >= 9
-    return _Machine(properties.multi_processor_count, shared, assembly, early)
+    streams = early and (properties.major, properties.minor) == (9, 0) and gluon_known()
+    return _Machine(properties.multi_processor_count, shared, assembly, early, streams)
 
 
 class _Locks:
@@ -163,7 +166,8 @@ def matmul_fused(
     """
     rows = x.shape[0]
     machine = _machine(x.device)
-    config = config or choose(facts, rows, machine.shared)
+    streams = machine.processors if machine.streams and grouped is None else 0
+    config = config or choose(facts, rows, machine.shared, streams)
     parts, part = split or split_of(facts, rows, config, machine.processors)
     gather = weight.order is not None and (grouped is not None or rows <= _GATHER_ROWS)
     if weight.order is not None and not gather:
@@ -190,6 +194,11 @@ def matmul_fused(
     if parts > 1:
         work = x.new_empty((parts, rows, facts.rows), dtype=torch.float32)
         locks = _locks(x.device).take(grid[0] * grid[2])
+    if config.streamed:
+        from quantmill_triton.hopper import matmul_streamed
+
+        matmul_streamed(x, weight, bias, facts, factor, config, (parts, part), (out, work, locks))
+        return out
     codes = weight.codes
     table = weight.table
     if facts.paired and fast:

@@ -1,0 +1,85 @@
+"""The launch of the kernel for Hopper GPUs. Importing this module imports Triton and its Gluon."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from quantmill_triton.facts import ROWS, Facts
+from quantmill_triton.hopper_kernel import PAIRS, TILES, streamed_kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantmill_triton.configs import Config
+    from quantmill_triton.launch import Weight
+
+__all__ = ["matmul_streamed"]
+
+_REGISTERS = 128
+"""Registers of a thread when the kernel starts: two programs fit a processor, and the warps that
+multiply take over most of those of the warps that do not."""
+
+
+def matmul_streamed(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    facts: Facts,
+    factor: float,
+    config: Config,
+    split: tuple[int, int],
+    results: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Fill ``out`` of ``results``, which are also the work space and the locks of a split matmul.
+
+    ``x`` bfloat16 or float16 ``[rows, columns]``, up to ``config.bm`` rows, its columns sorted as
+    the weight's; 4 bits in groups of 128, whole chunks of columns, a zero beside each scale.
+    """
+    out, work, locks = results
+    parts, part = split
+    # The copy engine wants rows that begin at 16 bytes.
+    if x.data_ptr() % 16 or x.stride(0) % 8:
+        x = x.clone(memory_format=torch.contiguous_format)
+    blocks = config.bn // ROWS
+    codes, pairs = weight.codes, weight.scale
+    slices, chunk_rows = facts.width, ROWS * facts.width
+    streamed_kernel[(-(-facts.rows // config.bn), parts)](
+        TensorDescriptor(
+            x,
+            [facts.columns // slices, x.shape[0], slices],
+            [slices, x.stride(0), 1],
+            [facts.slices, config.bm, slices],
+            TILES,
+        ),
+        TensorDescriptor(
+            codes,
+            [codes.shape[0], facts.chunks * ROWS, slices],
+            [facts.chunks * chunk_rows, slices, 1],
+            [blocks, ROWS, slices],
+            TILES,
+        ),
+        TensorDescriptor(pairs, list(pairs.shape), [pairs.shape[1], 1], [2, config.bn], PAIRS),
+        codes,
+        codes if bias is None else bias,
+        out,
+        work,
+        locks,
+        x.shape[0],
+        facts.rows,
+        facts.chunks,
+        part,
+        BLOCKS=blocks,
+        BM=config.bm,
+        STAGES=config.stages,
+        HALF=facts.scales == 2,
+        BIAS=bias is not None,
+        FACTOR=factor,
+        SPLIT=parts > 1,
+        EARLY=config.early,
+        launch_pdl=config.early >= 0,
+        num_warps=config.warps,
+        maxnreg=_REGISTERS,
+    )
