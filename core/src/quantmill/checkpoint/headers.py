@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -83,6 +83,12 @@ class CheckpointHeaders:
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def place(self, names: Iterable[str]) -> tuple[str, int]:
+        """File and offset of the first of these tensors that is there, to sort by; ``("", -1)``
+        where none is."""
+        found = (self.tensors[name] for name in names if name in self.tensors)
+        return next(((header.file, header.start) for header in found), ("", -1))
 
 
 class _Duplicate(ValueError):

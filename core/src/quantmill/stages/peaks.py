@@ -96,13 +96,13 @@ class _Buffers:
 def _ordered(job: Job, modules: Sequence[ModulePlan]) -> list[ModulePlan]:
     """Entries as their tensors lie in the files."""
     assert job.architecture is not None
-    places = {}
-    for module in job.architecture.modules:
-        sources = (s for item in module.parameters.values() for s in item.sources)
-        found = (job.headers.tensors.get(name) for name in sources)
-        first = next((header for header in found if header is not None), None)
-        places[module.name] = ("", -1) if first is None else (first.file, first.start)
-    absent = ("", -1)
+    places = {
+        module.name: job.headers.place(
+            name for item in module.parameters.values() for name in item.sources
+        )
+        for module in job.architecture.modules
+    }
+    absent = job.headers.place(())
 
     def place(item: ModulePlan) -> tuple[str, int]:
         return places.get(item.name if item.target is None else item.target.name, absent)

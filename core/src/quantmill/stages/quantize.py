@@ -182,7 +182,11 @@ def run_modules(
     plan, architecture = job.plan, job.architecture
     assert plan is not None and architecture is not None
     planned = _planned(job)
-    ordered = sorted(modules, key=lambda item: _position(item, job))
+
+    def place(module: ModuleInfo) -> tuple[str, int]:
+        return job.headers.place(header.name for header, _ in _stored(module, job))
+
+    ordered = sorted(modules, key=place)
     waiting = [
         target
         for module in ordered
@@ -364,12 +368,6 @@ def _stored(module: ModuleInfo, job: Job) -> list[tuple[TensorHeader, float]]:
 
     there: list[tuple[TensorHeader, float]] = _cached(job, ("stored", module.name), make)
     return there
-
-
-def _position(module: ModuleInfo, job: Job) -> tuple[str, int]:
-    for header, _ in _stored(module, job):
-        return header.file, header.start
-    return "", -1
 
 
 def _source_bytes(module: ModuleInfo, job: Job) -> int:

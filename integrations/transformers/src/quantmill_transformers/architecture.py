@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,32 +17,26 @@ from transformers.pytorch_utils import Conv1D
 
 from quantmill.architecture import (
     COMPANIONS,
-    MISSING_TENSOR,
-    SHAPE_MISMATCH,
-    UNUSED_TENSOR,
     Architecture,
 )
 from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.checkpoint.reader import TensorReader
 from quantmill.experts import Stack, matrix_modules
-from quantmill.findings import Finding, QuantmillError, Severity, declare
+from quantmill.findings import Finding, QuantmillError, declare
 from quantmill.importing import without_collector
 from quantmill.targeting.roles import guess_layer, guess_role
-from quantmill.targeting.types import FLOAT_DTYPES, ModuleInfo, ParameterInfo, Target
+from quantmill.targeting.types import ModuleInfo, ParameterInfo, Target
 from quantmill_transformers.dtypes import DtypePolicy
 from quantmill_transformers.experts import Experts, find_experts
+from quantmill_transformers.filling import compare, fresh_parameters
 from quantmill_transformers.finish import LIBRARY, finish_model
-from quantmill_transformers.names import Conversion, NameMap, map_names
+from quantmill_transformers.names import NameMap, map_names
 from quantmill_transformers.quantizer import unmark_model
 from quantmill_transformers.ties import Ties
 
 __all__ = ["TransformersArchitecture", "open_folder"]
 
 BAD_CONFIG = declare("QM-TF-001", "transformers can't build a model from this config.json")
-CANT_CONVERT = declare("QM-TF-002", "Tensors of an older layout can't be converted")
-NEW_PARAMETER = declare(
-    "QM-TF-005", "A parameter is not in the checkpoint and was initialised anew", Severity.WARNING
-)
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -133,6 +126,11 @@ class TransformersArchitecture(Architecture):
                 )
             ) from error
         return model
+
+    @property
+    def class_name(self) -> str:
+        """The class of the model."""
+        return self._cls.__name__
 
     @cached_property
     def skeleton(self) -> Any:
@@ -276,139 +274,12 @@ class TransformersArchitecture(Architecture):
         return self.names.beside.get(module.name, module.name)
 
     def findings(self) -> list[Finding]:
-        quantized = bool(self._headers.config.get("quantization_config"))
-        found = [*self._unconverted(quantized), *self._unfilled(quantized)]
-        allowed = [*(self.skeleton._keys_to_ignore_on_load_unexpected or ())]
-        for buffer in ("rotary_emb.inv_freq", "position_ids"):
-            # They were stored once and are computed now.
-            if any(name.endswith(buffer) for name, _ in self.skeleton.named_buffers()):
-                allowed.append(rf"(^|\.){re.escape(buffer)}$")
-        found.extend(self._surplus())
-        for name in self.names.unused:
-            known = any(re.search(item, name) for item in allowed)
-            if not known and not (quantized and self.names.unused[name]):
-                found.append(
-                    UNUSED_TENSOR(name, "the model has no such parameter", "nothing to do")
-                )
-        return found
+        return compare(self)
 
     @cached_property
     def fresh(self) -> frozenset[str]:
-        """Parameters that the checkpoint need not have: another class than the one asked for wrote
-        it, and it holds nothing of their modules. Layers of one stack are there together."""
-        if self._cls.__name__ in (self._headers.config.get("architectures") or ()):
-            return frozenset()
-        there = [name for name in self.shapes if self.names.sources(name)]
-        filled = {name.rpartition(".")[0] for name in there} | set(self.names.beside)
-        stacks = {match[0] for name in there if (match := re.match(r".*?\.\d+\.", name))}
-        stacks = {re.sub(r"\d+\.$", "", stack) for stack in stacks}
-        return frozenset(
-            name
-            for name in self.shapes
-            if name.rpartition(".")[0] not in filled
-            and name not in self.tied
-            and not any(name.startswith(stack) for stack in stacks)
-        )
-
-    def _unfilled(self, quantized: bool) -> list[Finding]:
-        """Parameters that the checkpoint lacks or holds in another shape."""
-        found = []
-        ignored = self.skeleton._keys_to_ignore_on_load_missing or ()
-        stacked = set(self.experts.stacked())
-        wanted_shapes = {
-            **{name: tuple(item.shape) for name, item in self.shapes.items()},
-            **{
-                parameter.name: parameter.shape
-                for module in self.modules
-                if module.parts
-                for parameter in module.parameters.values()
-                if parameter.part is None
-            },
-        }
-        for name, wanted in wanted_shapes.items():
-            sources = self.names.sources(name)
-            if not sources and name in stacked:
-                continue  # Its matrices are looked for one by one.
-            if name in self.fresh:
-                if not any(re.search(item, name) for item in ignored):
-                    found.append(
-                        NEW_PARAMETER(
-                            name,
-                            f"the checkpoint has nothing of it, {self._cls.__name__} made it anew",
-                            "train it, or load the class that the checkpoint is of",
-                        )
-                    )
-                continue
-            if not sources:
-                if name in self.tied or any(re.search(item, name) for item in ignored):
-                    continue
-                if quantized and name.rpartition(".")[0] in self.names.beside:
-                    continue  # The layout has other names for it (qweight).
-                found.append(
-                    MISSING_TENSOR(
-                        name,
-                        "no tensor of the checkpoint becomes this parameter",
-                        "complete the checkpoint, or correct config.json",
-                    )
-                )
-                continue
-            if name in self.names.plain:
-                header = self._headers.tensors[sources[0]]
-                stored = tuple(header.shape)
-                if quantized and len(wanted) != 1:
-                    continue  # Codes have the shape that their codec gives them.
-            else:
-                conversion = self.names.conversions[name]
-                if conversion.problem or self._is_packed(conversion, quantized):
-                    continue
-                stored = conversion.shapes[name]
-            if stored != wanted:
-                found.append(
-                    SHAPE_MISMATCH(
-                        name,
-                        f"stored as {list(stored)}, the config asks for {list(wanted)}",
-                        "correct config.json, or take the checkpoint that belongs to it",
-                    )
-                )
-        return found
-
-    def _surplus(self) -> list[Finding]:
-        """Experts that the checkpoint has and the config does not count."""
-        found = {}
-        for name in self.names.unused:
-            match = re.search(r"(?:^|\.)experts\.(\d+)\.", name)
-            owner = self.experts.owner(self.names.unused[name] + ".")
-            if match and owner and int(match[1]) >= self.experts.stacks[owner].experts:
-                count = self.experts.stacks[owner].experts
-                found[owner] = SHAPE_MISMATCH(
-                    owner,
-                    f"the checkpoint has {name}, and the config has {count} experts",
-                    "correct config.json, or take the checkpoint that belongs to it",
-                )
-        return list(found.values())
-
-    def _unconverted(self, quantized: bool) -> list[Finding]:
-        found = []
-        for conversion in {id(item): item for item in self.names.conversions.values()}.values():
-            if self._is_packed(conversion, quantized):
-                cause = "they are quantized one by one, and this version stacks or splits them"
-                fix = "quantize the float checkpoint anew"
-            elif conversion.problem:
-                cause = f"transformers' conversion fails: {conversion.problem}"
-                fix = "complete the checkpoint, or update transformers"
-            else:
-                continue
-            source = conversion.sources[0][0]
-            more = len(conversion.sources) - 1
-            where = source + (f" and {more} more" if more else "")
-            found.append(CANT_CONVERT(where, cause, fix))
-        return found
-
-    def _is_packed(self, conversion: Conversion, quantized: bool) -> bool:
-        return quantized and any(
-            self._headers.tensors[source].dtype not in FLOAT_DTYPES
-            for source, _ in conversion.sources
-        )
+        """See :func:`quantmill_transformers.filling.fresh_parameters`."""
+        return fresh_parameters(self)
 
     def converted(self, parameter: ParameterInfo) -> bool:
         return parameter.part is not None or self._made(parameter) in self.names.conversions

@@ -20,10 +20,11 @@ from quantmill.host import Host
 from quantmill.job import Job
 from quantmill.loading import load_job
 from quantmill.pretrained import CANT_HONOUR, Bar, locate_source
-from quantmill_transformers.architecture import NEW_PARAMETER, TransformersArchitecture
+from quantmill_transformers.architecture import TransformersArchitecture
 from quantmill_transformers.arguments import Arguments, read_arguments
 from quantmill_transformers.claims import stored_config_of
 from quantmill_transformers.configs import config_of_file, config_of_folder, locate_file
+from quantmill_transformers.filling import NEW_PARAMETER
 from quantmill_transformers.offload import PlacedSink
 from quantmill_transformers.placement import first_device, normalise, place
 
