@@ -7,18 +7,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as attend
+from torch.nn import functional
 
 from quantmill.calibration.attention import KernelAttention
 from quantmill.kernels import KernelRegistry
 from quantmill.registrations import Kernel
 
 CALLS: list[tuple[float, bool]] = []
+PLAIN = functional.scaled_dot_product_attention
+
+
+def attend(*args: Any, **options: Any) -> Tensor:
+    """As a framework does: the function is looked up at each call."""
+    return functional.scaled_dot_product_attention(*args, **options)
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> Tensor:
     CALLS.append((scale, causal))
-    return attend(q, k, v, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return PLAIN(q, k, v, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @pytest.fixture
@@ -84,3 +90,12 @@ def test_other_calls_are_torchs(mode: KernelAttention, options: dict[str, Any]) 
     with mode:
         found = attend(q, k, v, **options)
     assert torch.equal(found, attend(q, k, v, **options)) and not CALLS
+
+
+def test_torchs_own_is_back_afterwards(mode: KernelAttention) -> None:
+    with mode, mode:
+        assert functional.scaled_dot_product_attention is not PLAIN
+    assert functional.scaled_dot_product_attention is PLAIN
+    with pytest.raises(TypeError), mode:
+        functional.scaled_dot_product_attention()
+    assert functional.scaled_dot_product_attention is PLAIN
