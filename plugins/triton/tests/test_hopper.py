@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,6 +103,54 @@ def test_gluon_is_known_by_its_version(
     assert available.gluon_known() is known
 
 
+def streamed(bn: int, **other: Any) -> Config:
+    return Config(16, bn, 4, 4, 2, early=8192, streamed=True)._replace(**other)
+
+
+@pytest.mark.parametrize("bn", [64, 128])
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("dtype", "scale_dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
+    ids=["bfloat16", "float16"],
+)
+def test_the_kernel_sums_what_it_should_emulated(
+    bn: int, parts: int, dtype: torch.dtype, scale_dtype: torch.dtype
+) -> None:
+    from emulated_gluon import emulated
+
+    from quantmill_triton.layout import facts_of, prepare
+
+    generator = torch.Generator().manual_seed(parts)
+    # 200 rows: the last tile is not full, and of its two blocks one is padding, or lacks.
+    weight = torch.randn((200, 2560), generator=generator)
+    form = Affine.quantize(weight, 4, Group(128), scale_dtype=scale_dtype)
+    tensors = prepare(form)
+    known = facts_of(form, tensors)
+    assert known is not None
+    part = -(-known.chunks // parts)
+    split = (-(-known.chunks // part), part)
+    live = SimpleNamespace(codes=tensors["codes"], scale=tensors["pairs"])
+    with emulated(sys.modules):
+        from quantmill_triton.hopper import matmul_streamed
+
+        for rows, bias, factor in ((9, False, 1.0), (16, True, 0.5)):
+            x = torch.randn((rows, 2560), generator=generator).to(dtype)
+            added = torch.randn(200, generator=generator).to(dtype) if bias else None
+            out = torch.full((rows, 200), float("nan"), dtype=dtype)
+            work = torch.full((split[0], rows, 200), float("nan"))
+            locks = torch.zeros(4, dtype=torch.int32)
+            config = streamed(bn, stages=3)
+            results = (out, work, locks)
+            matmul_streamed(x, live, added, known, factor, config, split, results)  # type: ignore[arg-type]
+            expected = x.double() @ form.dequantize(torch.float32).double().t() * factor
+            if added is not None:
+                expected += added.double()
+            error = (out.double() - expected).norm() / expected.norm()
+            assert float(error) < (6e-4 if dtype == torch.float16 else 4e-3)
+            assert not locks.any()
+
+
 def check(
     form: Affine,
     x: torch.Tensor,
@@ -127,10 +177,6 @@ def check(
         expected += bias.double()
     error = (results[0].double() - expected).norm() / expected.norm()
     assert float(error) < (6e-4 if x.dtype == torch.float16 else 4e-3)
-
-
-def streamed(bn: int, **other: Any) -> Config:
-    return Config(16, bn, 4, 4, 2, early=8192, streamed=True)._replace(**other)
 
 
 @pytest.mark.gpu
