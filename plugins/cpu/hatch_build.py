@@ -108,7 +108,7 @@ def compile_library(
     # Object, file, its flags; those that take longest first.
     sources = [(name, name, [*extra, *MATMUL]) for name, extra in newer.items()]
     plain = ("quantize", "round", "panels", "pool", "operator", "ggml", "ggml_codes", "columns")
-    sources += [(name, name, []) for name in (*plain, "moments", "attention", "linear")]
+    sources += [(name, name, []) for name in (*plain, "product", "moments", "attention", "linear")]
     flags += ["-DQM_X86_LEVELS", *macros] if x86 else []
     for level in LEVELS if x86 else ["baseline"]:
         name = [f"-DQM_LEVEL={level}"]
@@ -119,6 +119,7 @@ def compile_library(
             (f"columns_{level}", "columns_tile", [*LEVELS[level], *name]),
             (f"ggml_{level}", "ggml_types", [*LEVELS[level], *name]),
             (f"rows_{level}", "ggml_rows", [*MATMUL_LEVELS[level], *MATMUL, *name]),
+            (f"product_{level}", "product_tile", [*MATMUL_LEVELS[level], *MATMUL, *name]),
             (f"fp32_{level}", "matmul_fp32", [*MATMUL_LEVELS[level], *MATMUL, *name]),
         ]
     sources += [(name, name, MATMUL) for name in ("matmul", "matmul_weight")]

@@ -49,6 +49,9 @@ Signatures by operation (tensors are on the kernel's device; ``out`` tensors are
 ``moments`` of the form ``tensor``
     ``fn(x, *, out)``: add ``x.T @ x`` of ``x [tokens, columns]`` to float32 ``out [columns,
     columns]``, on and above its diagonal; what is below it has no meaning.
+``product`` of the form ``tensor``
+    ``fn(a, b)``: ``a.T @ b``, float32 ``[m, n]``, of float32 ``a [k, m]`` with any strides and
+    contiguous ``b [k, n]``; the same bytes with any number of threads.
 ``attention`` of the form ``tensor``
     ``fn(q, k, v, *, scale, causal)``: ``softmax(scale * q @ k.T) @ v`` per head, ``q [batch, heads,
     queries, dim]`` with even ``dim``, ``k`` and ``v [batch, kv heads, keys, dim]``, of which runs

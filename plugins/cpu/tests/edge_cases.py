@@ -208,6 +208,16 @@ def linear_run() -> None:
                 assert (found == torch.tensor(columns + 1.0).bfloat16()).all()
 
 
+def product_run() -> None:
+    """As with moments; rows may lie apart and begin at any address of their elements."""
+    from quantmill_cpu.calibrate import product
+
+    for depth, rows, columns in ((0, 2, 3), (1, 1, 1), (7, 13, 50), (193, 9, 193), (400, 65, 97)):
+        for wide in (torch.ones(depth, rows + 3), torch.ones(rows + 3, depth).t()):
+            found = product(wide[:, 1 : rows + 1], torch.ones(depth, columns))
+            assert (found == torch.full((rows, columns), float(depth))).all()
+
+
 def digest() -> str:
     small = torch.linspace(-1, 1, 16)[torch.randperm(16, generator=torch.Generator())]
     large = torch.linspace(-1, 1, 256)
@@ -229,6 +239,7 @@ def digest() -> str:
     moments_run()
     attention_run()
     linear_run()
+    product_run()
     for tensor in values_in_panels():
         found.update(tensor.numpy().tobytes())
     for columns, rows, width in PANELS:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantmill_cpu.calibrate import compensate, descend, dot_levels, moments, no_dots
+from quantmill_cpu.calibrate import compensate, descend, dot_levels, moments, no_dots, product
 from quantmill_cpu.native import level, levels, use_level, use_matmul_level
 
 needs_dots = pytest.mark.skipif(no_dots() is not None, reason=str(no_dots()))
@@ -49,6 +49,61 @@ def test_moments_tell_of_infinity() -> None:
     total = torch.zeros(8, 8)
     moments(x, out=total)
     assert not torch.isfinite(total[3, 3]) and torch.isfinite(total[2, 2])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 8, 48), (192, 33, 192), (450, 130, 500)], ids=str)
+@pytest.mark.parametrize("name", levels())
+def test_products_are_those_of_float64(shape: tuple[int, int, int], name: str) -> None:
+    depth, rows, columns = shape
+    before = level()
+    use_level(name)
+    try:
+        wide, b = torch.randn(depth, rows + 7), torch.randn(depth, columns)
+        turned = torch.randn(rows, depth + 5)[:, 2 : depth + 2].t()
+        for a in (
+            wide[:, 3 : rows + 3],
+            wide[:, :rows].contiguous(),
+            turned,
+            wide[:, :1].expand(-1, rows),
+        ):
+            found = product(a, b)
+            exact = a.double().t() @ b.double()
+            assert found.shape == (rows, columns)
+            assert (found - exact).abs().max() < 2e-6 * depth**0.5 * 10
+    finally:
+        use_level(before)
+
+
+def test_products_of_nothing() -> None:
+    assert torch.equal(product(torch.ones(0, 3), torch.ones(0, 2)), torch.zeros(3, 2))
+    assert product(torch.ones(4, 0), torch.ones(4, 2)).shape == (0, 2)
+    assert product(torch.ones(4, 3), torch.ones(4, 0)).shape == (3, 0)
+
+
+def test_products_do_not_depend_on_threads() -> None:
+    a, b = torch.randn(700, 150), torch.randn(700, 900)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(product(a, b))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.ones(3, 2), torch.ones(4, 2)),
+        (torch.ones(3), torch.ones(3, 2)),
+        (torch.ones(3, 2, dtype=torch.float64), torch.ones(3, 2)),
+        (torch.ones(3, 2), torch.ones(3, 2).double()),
+        (torch.ones(3, 2), torch.ones(2, 3).t()),
+        (torch.ones(3, 2, device="meta"), torch.ones(3, 2)),
+    ],
+)
+def test_products_of_other_tensors_are_refused(a: Tensor, b: Tensor) -> None:
+    with pytest.raises(ValueError, match="must"):
+        product(a, b)
 
 
 def panel(columns: int, rows: int, width: int) -> dict[str, Any]:

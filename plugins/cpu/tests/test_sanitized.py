@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1]
 LOOKED_AT = (
     *("quantize", "round", "panels", "kernels", "ggml", "ggml_codes", "ggml_types", "ggml_rows"),
     *("columns", "columns_tile", "moments", "moments_bf16", "attention", "attention_bf16"),
-    *("linear", "linear_bf16", "pool"),
+    *("linear", "linear_bf16", "product", "product_tile", "pool"),
 )
 PROGRAM = Path(__file__).with_name("edge_cases.py")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantmill_cpu.buffers import address
 from quantmill_cpu.native import library, matmul_level, matmul_levels, unavailable
 
-__all__ = ["compensate", "descend", "dot_levels", "moments", "no_dots"]
+__all__ = ["compensate", "descend", "dot_levels", "moments", "no_dots", "product"]
 
 _DOTS = ("avx512bf16", "amx")
 
@@ -52,6 +52,35 @@ def moments(x: Tensor, *, out: Tensor) -> None:
         raise MemoryError(f"no memory for {columns} columns")
     if failed:
         raise ValueError(no_dots())
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b``, float32 ``[m, n]``, of float32 ``a [k, m]`` with any strides and contiguous
+    ``b [k, n]``. Each sum has one order, whatever the number of threads.
+
+    Raises:
+        ValueError: a tensor is of the wrong dtype, device, size or layout.
+        MemoryError: there is none for copies of a part of both.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
+        raise ValueError(f"a must be [k, m] and b [k, n], not {list(a.shape)}, {list(b.shape)}")
+    (depth, rows), columns = a.shape, b.shape[1]
+    if a.device.type != "cpu" or a.layout != torch.strided or a.dtype != torch.float32:
+        raise ValueError(f"a must be strided float32 on the CPU, not {a.dtype} on {a.device}")
+    out = torch.empty(rows, columns)
+    failed = library().qm_product(
+        depth,
+        rows,
+        columns,
+        a.data_ptr(),
+        *a.stride(),
+        address(b, torch.float32, depth * columns, "b"),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for {rows} rows")
+    return out
 
 
 def compensate(

@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -96,6 +96,7 @@ def library() -> ctypes.CDLL:
             [size, size, small, small, ctypes.c_float, *[pointer] * 7, small],
         ),
         "qm_descend": (small, [size, size, small, *[pointer] * 7, small]),
+        "qm_product": (small, [*[size] * 3, pointer, size, size, pointer, pointer, small]),
         "qm_read": (size, [pointer, size, small]),
         "qm_matmul_levels": (text, []),
         "qm_matmul_level": (text, []),

@@ -173,6 +173,15 @@ def quantmill_kernels() -> Sequence[Kernel]:
             max_rows=4,
             available="quantmill_cpu.calibrate:no_dots",
         ),
+        Kernel(
+            name="cpu-product",
+            operation="product",
+            form="tensor",
+            implementation="quantmill_cpu.calibrate:product",
+            dtypes=("float32",),
+            cost=0.5,
+            available=_AVAILABLE,
+        ),
         *(
             Kernel(
                 name=f"cpu-{operation}",

@@ -1,7 +1,7 @@
 """Columns of a weight rounded one after the other, in panels that one kernel call works through.
 
-Here are the panels, and the two operations in torch: what the registry's kernels of ``compensate``
-and ``descend`` are measured against, and what computes where there is none.
+Here are the panels, and the operations in torch: what the registry's kernels of ``compensate``,
+``descend`` and ``product`` are measured against, and what computes where there is none.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,16 @@ from torch import Tensor
 from quantmill.kernels import KernelRegistry
 from quantmill_gptq.rounding import fit, stored
 
-__all__ = ["SEVERAL", "Panel", "compensate", "descend", "panels_of", "preferred", "rescaled"]
+__all__ = [
+    "SEVERAL",
+    "Panel",
+    "compensate",
+    "descend",
+    "panels_of",
+    "preferred",
+    "product",
+    "rescaled",
+]
 
 _COLUMNS = 128
 SEVERAL = 512
@@ -86,11 +96,20 @@ def _unscaled(start: int, groups: tuple[int, ...], wide: tuple[int, int] | None 
 
 
 def preferred(
-    operation: str, reference: Callable[..., None], kernels: KernelRegistry, device: torch.device
-) -> Callable[..., None]:
+    operation: str,
+    reference: Callable[..., Any],
+    kernels: KernelRegistry,
+    device: torch.device,
+    form: str = "affine",
+) -> Callable[..., Any]:
     """The registry's kernel of an operation on columns, or ``reference``."""
-    choice = kernels.choose(operation, "affine", {}, device=device.type, dtype="float32")
+    choice = kernels.choose(operation, form, {}, device=device.type, dtype="float32")
     return reference if choice is None else choice.load()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b``."""
+    return a.t() @ b
 
 
 def compensate(

@@ -10,13 +10,15 @@ inverse beyond the panel's own block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from quantmill.calibration.loss import JUDGED, evenly, relative_error
 from quantmill.forms import Affine
 from quantmill.kernels import KernelRegistry
-from quantmill_gptq.columns import SEVERAL, compensate, panels_of, preferred
+from quantmill_gptq.columns import SEVERAL, compensate, panels_of, preferred, product
 from quantmill_gptq.config import GptqConfig
 from quantmill_gptq.factor import inverse, root_of
 from quantmill_gptq.refine import refine, slope_of
@@ -108,7 +110,7 @@ def gptq(
         for number in range(config.passes):
             if number:
                 assert exact is not None
-                slope = _slope(exact, steps, scales, problem)
+                slope = _slope(exact, steps, scales, problem, kernels)
             refine(
                 steps,
                 scales,
@@ -182,7 +184,8 @@ def _sweep(
         scales, zeros = static.scale.t().contiguous(), static.zero.t().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=turned.device)
     lacking = torch.empty_like(turned)
-    owed = _Owed(problem.root, lacking)
+    product_of = preferred("product", product, kernels, turned.device, "tensor")
+    owed = _Owed(problem.root, lacking, product_of)
     top, symmetric, exponent = config.grid
     rounded = preferred("compensate", compensate, kernels, turned.device)
     for panel, local in zip(problem.panels, problem.local, strict=True):
@@ -220,8 +223,10 @@ class _Owed:
     """What columns before a panel leave for it to make up for, ``V.T @ E``: most of it for several
     panels at once, for a product of few rows takes longer than its share."""
 
-    def __init__(self, root: Tensor, lacking: Tensor) -> None:
-        self._root, self._lacking = root, lacking
+    def __init__(
+        self, root: Tensor, lacking: Tensor, product_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self._root, self._lacking, self._product_of = root, lacking, product_of
         self._start = self._stop = 0
         self._far = lacking[:0]
 
@@ -237,12 +242,15 @@ class _Owed:
         return far if start == self._start else far + self._product(self._start, start, stop)
 
     def _product(self, first: int, start: int, stop: int) -> Tensor:
-        return self._root[first:start, start:stop].t() @ self._lacking[first:start]
+        return self._product_of(self._root[first:start, start:stop], self._lacking[first:start])
 
 
-def _slope(exact: Tensor, steps: Tensor, scales: Tensor, problem: Problem) -> Tensor:
+def _slope(
+    exact: Tensor, steps: Tensor, scales: Tensor, problem: Problem, kernels: KernelRegistry
+) -> Tensor:
     """Damped moments times what the rounded weight lacks, ``[in, out]``."""
     missing = exact - steps * scales[problem.owner]
-    slope = problem.hessian @ missing
+    product_of = preferred("product", product, kernels, missing.device, "tensor")
+    slope = product_of(problem.hessian, missing)  # Moments are their own transpose.
     extra = float(problem.damping * problem.hessian.diagonal().mean())
     return slope.add_(missing, alpha=extra)
