@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from quantmill.checkpoint.reader import TensorReader
     from quantmill.host import Host
 
-__all__ = ["Architecture", "HeaderArchitecture", "open_architecture"]
+__all__ = [
+    "Architecture",
+    "HeaderArchitecture",
+    "missing_tensor",
+    "open_architecture",
+    "other_shape",
+    "unused_tensor",
+]
 
 NO_FRAMEWORK = declare("QM-ARCH-001", "No installed framework can build this model")
 FROM_HEADERS = declare(
@@ -35,6 +42,29 @@ MISSING_TENSOR = declare("QM-ARCH-004", "The checkpoint lacks a tensor the model
 UNUSED_TENSOR = declare(
     "QM-ARCH-005", "The checkpoint has a tensor the model does not use", Severity.WARNING
 )
+
+
+def missing_tensor(name: str) -> Finding:
+    """The checkpoint has nothing for a parameter."""
+    return MISSING_TENSOR(
+        name,
+        "no tensor of the checkpoint becomes this parameter",
+        "complete the checkpoint, or correct config.json",
+    )
+
+
+def other_shape(name: str, stored: Sequence[int], wanted: Sequence[int]) -> Finding:
+    """The checkpoint has a parameter in another shape."""
+    return SHAPE_MISMATCH(
+        name,
+        f"stored as {list(stored)}, the config asks for {list(wanted)}",
+        "correct config.json, or take the checkpoint that belongs to it",
+    )
+
+
+def unused_tensor(name: str) -> Finding:
+    """The model has no place for a tensor of the checkpoint."""
+    return UNUSED_TENSOR(name, "the model has no such parameter", "nothing to do")
 
 
 class Architecture(ABC):

@@ -16,11 +16,7 @@ from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import nn
 
-from quantmill.architecture import (
-    MISSING_TENSOR,
-    SHAPE_MISMATCH,
-    UNUSED_TENSOR,
-)
+from quantmill.architecture import missing_tensor, other_shape, unused_tensor
 from quantmill.checkpoint.dtypes import code_of
 from quantmill.checkpoint.headers import CheckpointHeaders
 from quantmill.findings import Finding, QuantmillError, declare
@@ -177,29 +173,17 @@ class DiffusersArchitecture(ModuleArchitecture):
             source = names.get(name)
             if source is None:
                 if name not in self.tied and not (quantized and module in beside):
-                    found.append(
-                        MISSING_TENSOR(
-                            name,
-                            "no tensor of the checkpoint becomes this parameter",
-                            "complete the checkpoint, or correct config.json",
-                        )
-                    )
+                    found.append(missing_tensor(name))
                 continue
             stored, wanted = tuple(self._headers.tensors[source].shape), tuple(tensor.shape)
             if stored != wanted and not (quantized and len(wanted) != 1):
-                found.append(
-                    SHAPE_MISMATCH(
-                        name,
-                        f"stored as {list(stored)}, the config asks for {list(wanted)}",
-                        "correct config.json, or take the checkpoint that belongs to it",
-                    )
-                )
+                found.append(other_shape(name, stored, wanted))
         ignored = self._cls._keys_to_ignore_on_load_unexpected or ()
         for name in names:
             known = name in self._stored or any(item in name for item in ignored)
             if known or (quantized and _within(name, owners)):
                 continue
-            found.append(UNUSED_TENSOR(name, "the model has no such parameter", "nothing to do"))
+            found.append(unused_tensor(name))
         return found
 
     def finish(self, model: nn.Module, device: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from quantmill.architecture import MISSING_TENSOR, SHAPE_MISMATCH, UNUSED_TENSOR
+from quantmill.architecture import SHAPE_MISMATCH, missing_tensor, other_shape, unused_tensor
 from quantmill.findings import Finding, Severity, declare
 from quantmill.targeting.types import FLOAT_DTYPES
 from quantmill_transformers.names import Conversion
@@ -34,7 +34,7 @@ def compare(model: TransformersArchitecture) -> list[Finding]:
     for name in model.names.unused:
         known = any(re.search(item, name) for item in allowed)
         if not known and not (quantized and model.names.unused[name]):
-            found.append(UNUSED_TENSOR(name, "the model has no such parameter", "nothing to do"))
+            found.append(unused_tensor(name))
     return found
 
 
@@ -90,13 +90,7 @@ def _unfilled(model: TransformersArchitecture, quantized: bool) -> list[Finding]
                 continue
             if quantized and name.rpartition(".")[0] in model.names.beside:
                 continue  # The layout has other names for it (qweight).
-            found.append(
-                MISSING_TENSOR(
-                    name,
-                    "no tensor of the checkpoint becomes this parameter",
-                    "complete the checkpoint, or correct config.json",
-                )
-            )
+            found.append(missing_tensor(name))
             continue
         if name in model.names.plain:
             header = model.headers.tensors[sources[0]]
@@ -109,13 +103,7 @@ def _unfilled(model: TransformersArchitecture, quantized: bool) -> list[Finding]
                 continue
             stored = conversion.shapes[name]
         if stored != wanted:
-            found.append(
-                SHAPE_MISMATCH(
-                    name,
-                    f"stored as {list(stored)}, the config asks for {list(wanted)}",
-                    "correct config.json, or take the checkpoint that belongs to it",
-                )
-            )
+            found.append(other_shape(name, stored, wanted))
     return found
 
 

@@ -173,26 +173,21 @@ def quantmill_kernels() -> Sequence[Kernel]:
             max_rows=4,
             available="quantmill_cpu.calibrate:no_dots",
         ),
-        Kernel(
-            name="cpu-product",
-            operation="product",
-            form="tensor",
-            implementation="quantmill_cpu.calibrate:product",
-            dtypes=("float32",),
-            cost=0.5,
-            available=_AVAILABLE,
-        ),
         *(
             Kernel(
                 name=f"cpu-{operation}",
                 operation=operation,
-                form="affine",
+                form=form,
                 implementation=f"quantmill_cpu.calibrate:{operation}",
                 dtypes=("float32",),
-                cost=0.1,
+                cost=cost,
                 available=_AVAILABLE,
             )
-            for operation in ("compensate", "descend")
+            for operation, form, cost in (
+                ("product", "tensor", 0.5),
+                ("compensate", "affine", 0.1),
+                ("descend", "affine", 0.1),
+            )
         ),
         _blocks("cpu-matmul-ggml", tuple(TYPES), "float32"),
         _blocks("cpu-matmul-ggml-half", _WITHOUT_FORM, "bfloat16", "float16"),

@@ -10,6 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantmill_triton.assembly import (
+    BF16_PAIR,
+    FP16_PAIR,
+    PAIR_OPERANDS,
+    PREFETCH,
+    PREFETCH_OPERANDS,
+)
+
 __all__ = [
     "bytes_of",
     "codes_of",
@@ -25,18 +33,9 @@ __all__ = [
     "zeros_of",
 ]
 
-# $1 two words, $2 minus (exponent's value + zero) twice, $3 the shift, $5 the mask for both halves.
-# The shift and the mask are constants that ptxas folds; $4 and $6 are their copies for the second
-# word of a pair.
-_BF16_PAIR = tl.constexpr(
-    "{ .reg .b32 t, one; shr.b32 t, $1, $3; lop3.b32 t, t, $5, 0x43004300, 0xEA;"
-    " mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, t, one, $2; }"
-)
-_FP16_PAIR = tl.constexpr(
-    "{ .reg .b32 t, one; shr.b32 t, $1, $3; lop3.b32 t, t, $5, 0x64006400, 0xEA;"
-    " mov.b32 one, 0x3C003C00; fma.rn.f16x2 $0, t, one, $2; }"
-)
-_PAIR_OPERANDS = tl.constexpr("=r,r,r,r,r,r,r")
+_BF16_PAIR = tl.constexpr(BF16_PAIR)
+_FP16_PAIR = tl.constexpr(FP16_PAIR)
+_PAIR_OPERANDS = tl.constexpr(PAIR_OPERANDS)
 # Bytes: 2**23 + code as float32, minus (2**23 + zero) ($2, $3), is an integer; two make a pair.
 # $4 picks the byte of either word.
 _BF16_BYTES = tl.constexpr(
@@ -67,7 +66,8 @@ _BYTES_OPERANDS = tl.constexpr("=&r,=r,r,r,r,r,r,r,r,r,r,r,r,r")
 _JOIN_FIRST = tl.constexpr("prmt.b32 $0, $1, $3, $5;")
 _JOIN_SECOND = tl.constexpr("prmt.b32 $0, $2, $4, $5;")
 _JOIN_OPERANDS = tl.constexpr("=r,r,r,r,r,r,r")
-_PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
+_PREFETCH = tl.constexpr(PREFETCH)
+_PREFETCH_OPERANDS = tl.constexpr(PREFETCH_OPERANDS)
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def prefetch(pointers):
     """Start moving what ``pointers`` point at to the second-level cache; int32 zeros."""
     return tl.inline_asm_elementwise(
         _PREFETCH,
-        "=r,l",
+        _PREFETCH_OPERANDS,
         [pointers.to(tl.int64)],
         dtype=tl.int32,
         is_pure=True,
@@ -146,7 +146,7 @@ def fetch(pointers):
     """As :func:`prefetch`, where no result says when."""
     tl.inline_asm_elementwise(
         _PREFETCH,
-        "=r,l",
+        _PREFETCH_OPERANDS,
         [pointers.to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,

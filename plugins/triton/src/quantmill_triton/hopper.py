@@ -45,20 +45,20 @@ def matmul_streamed(
         x = x.clone(memory_format=torch.contiguous_format)
     blocks = config.bn // ROWS
     codes, pairs = weight.codes, weight.scale
-    slices, chunk_rows = facts.width, ROWS * facts.width
+    width = facts.width
     streamed_kernel[(-(-facts.rows // config.bn), parts)](
         TensorDescriptor(
             x,
-            [facts.columns // slices, x.shape[0], slices],
-            [slices, x.stride(0), 1],
-            [facts.slices, config.bm, slices],
+            [facts.columns // width, x.shape[0], width],
+            [width, x.stride(0), 1],
+            [facts.slices, config.bm, width],
             TILES,
         ),
         TensorDescriptor(
             codes,
-            [codes.shape[0], facts.chunks * ROWS, slices],
-            [facts.chunks * chunk_rows, slices, 1],
-            [blocks, ROWS, slices],
+            [codes.shape[0], facts.chunks * ROWS, width],
+            [facts.chunks * ROWS * width, width, 1],
+            [blocks, ROWS, width],
             TILES,
         ),
         TensorDescriptor(pairs, list(pairs.shape), [pairs.shape[1], 1], [2, config.bn], PAIRS),

@@ -23,6 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from quantmill_triton.assembly import (
+    BF16_PAIR,
+    FP16_PAIR,
+    PAIR_OPERANDS,
+    PREFETCH,
+    PREFETCH_OPERANDS,
+)
+
 __all__ = ["PAIRS", "TILES", "streamed_kernel"]
 
 TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
@@ -30,17 +38,11 @@ TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3
 PAIRS = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 """Scales and zeros in shared memory."""
 
-# $1 two words, $2 minus (exponent's value + zero) twice, $3 the shift, $5 the mask for both halves;
-# see decode.py.
-_BF16_PAIR = gl.constexpr(
-    "{ .reg .b32 t, one; shr.b32 t, $1, $3; lop3.b32 t, t, $5, 0x43004300, 0xEA;"
-    " mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, t, one, $2; }"
-)
-_FP16_PAIR = gl.constexpr(
-    "{ .reg .b32 t, one; shr.b32 t, $1, $3; lop3.b32 t, t, $5, 0x64006400, 0xEA;"
-    " mov.b32 one, 0x3C003C00; fma.rn.f16x2 $0, t, one, $2; }"
-)
-_PAIR_OPERANDS = gl.constexpr("=r,r,r,r,r,r,r")
+_BF16_PAIR = gl.constexpr(BF16_PAIR)
+_FP16_PAIR = gl.constexpr(FP16_PAIR)
+_PAIR_OPERANDS = gl.constexpr(PAIR_OPERANDS)
+_PREFETCH = gl.constexpr(PREFETCH)
+_PREFETCH_OPERANDS = gl.constexpr(PREFETCH_OPERANDS)
 
 # Names that Gluon has changed since Triton 3.6.
 _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -114,8 +116,8 @@ def _fetch_early(codes, length, EARLY: gl.constexpr):
     LINES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     pointers = codes + gl.minimum(gl.arange(0, EARLY // 128, LINES) * 64, length - 1)
     gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
+        _PREFETCH,
+        _PREFETCH_OPERANDS,
         [pointers.to(gl.int64)],
         dtype=gl.int32,
         is_pure=False,

@@ -1,21 +1,12 @@
 /* The threads of columns.h; the loops are in columns_tile.c. */
 #include "columns.h"
 
-#include <string.h>
-
+#include "levels.h"
 #include "pool.h"
-#include "quantize.h"
 
 #define QM_API __attribute__((visibility("default")))
 
-static const QmColumnsLevel *level(void) {
-#ifdef QM_X86_LEVELS
-    const char *name = qm_level();
-    if (strcmp(name, "avx512") == 0) return &qm_columns_avx512;
-    if (strcmp(name, "avx2") == 0) return &qm_columns_avx2;
-#endif
-    return &qm_columns_baseline;
-}
+static const QmColumnsLevel *level(void) { return QM_IN_USE(qm_columns); }
 
 static void compensate_tile(void *job, int64_t index, int worker) {
     (void)worker;

@@ -5,9 +5,8 @@
 #include <math.h>
 
 #include "floats.h"
+#include "levels.h"
 
-#define QM_JOIN_(a, b) a##b
-#define QM_JOIN(a, b) QM_JOIN_(a, b)
 #define TILE QM_TILE_ROWS
 #define EACH(l) for (int l = 0; l < TILE; l++)
 

@@ -1,9 +1,7 @@
 /* Decoded rows times activations, in float32. Compiled once for each instruction set (QM_LEVEL). */
 #include "ggml_lanes.h"
 #include "ggml_rows.h"
-
-#define QM_JOIN_(a, b) a##b
-#define QM_JOIN(a, b) QM_JOIN_(a, b)
+#include "levels.h"
 
 QM_INLINE V load(const float *from) {
     V value;

@@ -6,9 +6,7 @@
 
 #include "ggml_decode.h"
 #include "ggml_encode.h"
-
-#define QM_JOIN_(a, b) a##b
-#define QM_JOIN(a, b) QM_JOIN_(a, b)
+#include "levels.h"
 
 const int QM_JOIN(qm_ggml_lanes_, QM_LEVEL) = QM_LANES;
 

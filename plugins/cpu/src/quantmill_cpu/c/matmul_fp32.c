@@ -2,13 +2,11 @@
  * multiplied by broadcast activations. Compiled once for each instruction set (QM_LEVEL).
  */
 #include "matmul_driver.h"
+#include "levels.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-
-#define QM_JOIN_(a, b) a##b
-#define QM_JOIN(a, b) QM_JOIN_(a, b)
 
 #if defined(__AVX512F__)
 #define LANES 16

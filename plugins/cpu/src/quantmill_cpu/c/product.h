@@ -12,23 +12,26 @@
 int qm_product(int64_t k, int64_t m, int64_t n, const float *a, int64_t apart, int64_t beside,
                const float *b, float *c, int threads);
 
-typedef struct {
-    int64_t k, m, n;
-    int64_t apart, beside; /* rows and columns of a */
-    const float *a, *b;
-    float *c;
-    float *space; /* of each thread */
-    int64_t space_size; /* elements */
-} QmProduct;
-
 #define QM_PRODUCT_DEPTH 192 /* of k at a time */
 #define QM_PRODUCT_STRIP 192 /* columns of a piece of the work: a multiple of every level's tile */
+
+typedef struct QmProduct QmProduct;
 
 /* Internal: one strip of columns of c, for each instruction set. */
 typedef struct {
     int rows; /* of a tile: copies of `a` are padded to a multiple */
     void (*strip)(const QmProduct *job, int64_t index, int worker);
 } QmProductLevel;
+
+struct QmProduct {
+    const QmProductLevel *level;
+    int64_t k, m, n;
+    int64_t apart, beside; /* rows and columns of a */
+    const float *a, *b;
+    float *c;
+    float *space; /* of each thread */
+    int64_t space_size; /* elements */
+};
 
 extern const QmProductLevel qm_product_baseline;
 #ifdef QM_X86_LEVELS

@@ -1,12 +1,11 @@
 /* The loops of product.h. Plain C over vectors of the compiler's; compiled once for each instruction
  * set, with QM_LEVEL as its name. A tile of c stays in registers over a part of k; copies of a's and
  * b's parts lie in the second-level cache in the order in which tiles read them. */
-#include <string.h>
-
 #include "product.h"
 
-#define QM_JOIN_(a, b) a##b
-#define QM_JOIN(a, b) QM_JOIN_(a, b)
+#include <string.h>
+
+#include "levels.h"
 
 /* Rows of a tile, lanes of a vector, and vectors of a row: the sums fill most of the registers. */
 #if defined(__AVX512F__)
