@@ -7,9 +7,10 @@
 A fabricated Llama of 252M (random weights, 16 layers of 1024). All contenders are loaded in one
 process and take turns, ``--tokens`` each after a prompt; llama-bench runs as a program in its turn.
 Shown is the lower quartile of all tokens' times, which other work on the machine disturbs least.
-``compiled`` is a static cache and one graph for a token, with transformers' attention in single
-operations (``set_attn_implementation("eager")``), which the compiler fuses, where PyTorch's own
-works head by head through MKL; ``unguarded`` the same with
+``compiled`` is a static cache and one graph for a token, called from C++ (the compiler's option
+``cpp_wrapper``), with transformers' attention in single operations
+(``set_attn_implementation("eager")``), which the compiler fuses, where PyTorch's own works head by
+head through MKL; ``unguarded`` the same with
 ``torch.compiler.skip_guard_on_all_nn_modules_unsafe``, for models that nobody changes any more.
 The output head stays bf16 everywhere but in llama.cpp's file (Q6_K) and in the rows called
 ``+head``, where ``--head`` quantizes it.
@@ -97,8 +98,10 @@ def compiled(model: nn.Module, most: int, guarded: bool = True) -> Decode:
 
     # What is compiled is kept with the code, and guards on modules tell models apart.
     step_of.__code__ = step_of.__code__.replace()
-    skip = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    graph = torch.compile(step_of, fullgraph=True, dynamic=False, options=None if guarded else skip)
+    options: dict[str, Any] = {"cpp_wrapper": True}
+    if not guarded:
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    graph = torch.compile(step_of, fullgraph=True, dynamic=False, options=options)
 
     def decode(count: int) -> list[float]:
         cache.reset()
