@@ -302,7 +302,10 @@ def _too_old(kernel: Kernel, device: str) -> str | None:
         return None
     import torch
 
-    have, least = torch.cuda.get_device_capability(device), max(wanted)
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        return f"torch sees no {device} device here"
+    have, least = torch.cuda.get_device_capability(index), max(wanted)
     if have >= least:
         return None
     return f"needs compute capability {least[0]}.{least[1]}, here it is {have[0]}.{have[1]}"

@@ -154,12 +154,15 @@ def test_compute_capability_counts_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
         requirements=(Requirement("", compute_capability=(9, 0)),),
     )
     plain = kernel("plain", device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     name, reasons = choose([hopper, plain], device="cuda:0")
     assert name == "plain"
     assert reasons["hopper"] == "needs compute capability 9.0, here it is 8.6"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert choose([hopper, plain], device="cuda:0")[0] == "hopper"
+    name, reasons = choose([hopper, plain], device="cuda:1")
+    assert name == "plain" and reasons["hopper"] == "torch sees no cuda:1 device here"
 
 
 def test_a_prepared_weight_is_computed_in_its_layout() -> None:

@@ -132,7 +132,7 @@ def test_the_kernel_sums_what_it_should_emulated(
     split = (-(-known.chunks // part), part)
     live = SimpleNamespace(codes=tensors["codes"], scale=tensors["pairs"])
     with emulated(sys.modules):
-        from quantmill_triton.hopper import matmul_streamed
+        from quantmill_triton.hopper import matmul_streamed, streamed_launch
 
         for rows, bias, factor in ((9, False, 1.0), (16, True, 0.5)):
             x = torch.randn((rows, 2560), generator=generator).to(dtype)
@@ -141,8 +141,9 @@ def test_the_kernel_sums_what_it_should_emulated(
             work = torch.full((split[0], rows, 200), float("nan"))
             locks = torch.zeros(4, dtype=torch.int32)
             config = streamed(bn, stages=3)
+            launch = streamed_launch(known, factor, config, split[0], bias)
             results = (out, work, locks)
-            matmul_streamed(x, live, added, known, factor, config, split, results)  # type: ignore[arg-type]
+            matmul_streamed(launch, x, live, added, known, config, part, results)  # type: ignore[arg-type]
             expected = x.double() @ form.dequantize(torch.float32).double().t() * factor
             if added is not None:
                 expected += added.double()

@@ -6,12 +6,14 @@ An operator of PyTorch with a fake implementation, so that compilers see one nod
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.library import register_fake
 
 from quantmill_triton.available import interpreted
+from quantmill_triton.launches import Launch, on_its_device
 from quantmill_triton.ops import LIBRARY
 
 __all__ = ["activations"]
@@ -54,35 +56,46 @@ def _empty(x: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _activations(x: Tensor, size: int, bound: float, rows: int) -> tuple[Tensor, Tensor]:
-    from quantmill_triton.activation_kernels import blocks_kernel, rows_kernel
-
     if x.stride(1) != 1:
         x = x.contiguous()
     tokens, columns = x.shape
     codes, scale = _empty(x, size, rows)
     if not codes.numel():
         return codes, scale
-    if not size:
-        if rows > tokens:
-            codes[tokens:], scale[tokens:] = 0, 1
-        block = min(_ROW, 1 << max(7, (columns - 1).bit_length()))
-        if tokens:
-            rows_kernel[(tokens,)](
-                x, codes, scale, columns, x.stride(0), min(bound, 3e38),
-                LEAST=_LEAST, TOP=_TOP, BLOCK=block, WHOLE=columns <= block,
-                num_warps=8 if block >= 4096 else 4,
-            )  # fmt: skip
+    tensors = (x, codes, scale)
+    if size:
+        launch = _blocks(rows, columns, size, x.device)
+        launch(tensors, (tokens, columns, rows, x.stride(0)))
         return codes, scale
-    count = max(1, min(_PIECE, 1 << (columns - 1).bit_length()) // size)
-    blocks_kernel[(rows, -(-columns // (count * size)))](
-        x, codes, scale, tokens, columns, rows, x.stride(0),
-        LEAST=_LEAST, TOP=_TOP, SIZE=size, COUNT=count, num_warps=4,
-    )  # fmt: skip
+    if rows > tokens:
+        codes[tokens:], scale[tokens:] = 0, 1
+    if tokens:
+        _rows(tokens, columns, x.device)(tensors, (columns, x.stride(0), min(bound, 3e38)))
     return codes, scale
 
 
+@lru_cache(maxsize=4096)
+def _rows(tokens: int, columns: int, _: torch.device) -> Launch:
+    from quantmill_triton.activation_kernels import rows_kernel
+
+    block = min(_ROW, 1 << max(7, (columns - 1).bit_length()))
+    constants = {"LEAST": _LEAST, "TOP": _TOP, "BLOCK": block, "WHOLE": columns <= block}
+    options = {"num_warps": 8 if block >= 4096 else 4}
+    return Launch(rows_kernel, (tokens, 1, 1), constants, options)
+
+
+@lru_cache(maxsize=4096)
+def _blocks(rows: int, columns: int, size: int, _: torch.device) -> Launch:
+    from quantmill_triton.activation_kernels import blocks_kernel
+
+    count = max(1, min(_PIECE, 1 << (columns - 1).bit_length()) // size)
+    constants = {"LEAST": _LEAST, "TOP": _TOP, "SIZE": size, "COUNT": count}
+    grid = (rows, -(-columns // (count * size)), 1)
+    return Launch(blocks_kernel, grid, constants, {"num_warps": 4})
+
+
 for _key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
-    LIBRARY.impl("activations", _activations, _key)
+    LIBRARY.impl("activations", on_its_device(_activations), _key)
 
 
 @register_fake("quantmill_triton::activations", lib=LIBRARY)

@@ -9,6 +9,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from quantmill_triton.facts import ROWS, Facts
 from quantmill_triton.hopper_kernel import PAIRS, TILES, streamed_kernel
+from quantmill_triton.launches import Launch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,37 +17,53 @@ if TYPE_CHECKING:
     from quantmill_triton.configs import Config
     from quantmill_triton.launch import Weight
 
-__all__ = ["matmul_streamed"]
+__all__ = ["matmul_streamed", "streamed_launch"]
 
 _REGISTERS = 128
 """Registers of a thread when the kernel starts: two programs fit a processor, and the warps that
 multiply take over most of those of the warps that do not."""
 
 
+def streamed_launch(
+    facts: Facts, factor: float, config: Config, parts: int, biased: bool
+) -> Launch:
+    """How the kernel is launched for such weights."""
+    constants = {
+        "BLOCKS": config.bn // ROWS,
+        "BM": config.bm,
+        "STAGES": config.stages,
+        "HALF": facts.scales == 2,
+        "BIAS": biased,
+        "FACTOR": factor,
+        "SPLIT": parts > 1,
+        "EARLY": config.early,
+    }
+    options = {"launch_pdl": config.early >= 0, "num_warps": config.warps, "maxnreg": _REGISTERS}
+    return Launch(streamed_kernel, (-(-facts.rows // config.bn), parts, 1), constants, options)
+
+
 def matmul_streamed(
+    launch: Launch,
     x: Tensor,
     weight: Weight,
     bias: Tensor | None,
     facts: Facts,
-    factor: float,
     config: Config,
-    split: tuple[int, int],
+    part: int,
     results: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Fill ``out`` of ``results``, which are also the work space and the locks of a split matmul.
 
     ``x`` bfloat16 or float16 ``[rows, columns]``, up to ``config.bm`` rows, its columns sorted as
     the weight's; 4 bits in groups of 128, whole chunks of columns, a zero beside each scale.
+    ``part`` chunks are a program's.
     """
-    out, work, locks = results
-    parts, part = split
     # The copy engine wants rows that begin at 16 bytes.
     if x.data_ptr() % 16 or x.stride(0) % 8:
         x = x.clone(memory_format=torch.contiguous_format)
-    blocks = config.bn // ROWS
     codes, pairs = weight.codes, weight.scale
-    width = facts.width
-    streamed_kernel[(-(-facts.rows // config.bn), parts)](
+    width, chunks = facts.width, facts.chunks
+    descriptors = (
         TensorDescriptor(
             x,
             [facts.columns // width, x.shape[0], width],
@@ -56,30 +73,12 @@ def matmul_streamed(
         ),
         TensorDescriptor(
             codes,
-            [codes.shape[0], facts.chunks * ROWS, width],
-            [facts.chunks * ROWS * width, width, 1],
-            [blocks, ROWS, width],
+            [codes.shape[0], chunks * ROWS, width],
+            [chunks * ROWS * width, width, 1],
+            [config.bn // ROWS, ROWS, width],
             TILES,
         ),
         TensorDescriptor(pairs, list(pairs.shape), [pairs.shape[1], 1], [2, config.bn], PAIRS),
-        codes,
-        codes if bias is None else bias,
-        out,
-        work,
-        locks,
-        x.shape[0],
-        facts.rows,
-        facts.chunks,
-        part,
-        BLOCKS=blocks,
-        BM=config.bm,
-        STAGES=config.stages,
-        HALF=facts.scales == 2,
-        BIAS=bias is not None,
-        FACTOR=factor,
-        SPLIT=parts > 1,
-        EARLY=config.early,
-        launch_pdl=config.early >= 0,
-        num_warps=config.warps,
-        maxnreg=_REGISTERS,
     )
+    tensors = (codes, codes if bias is None else bias, *results)
+    launch(tensors, (x.shape[0], facts.rows, chunks, part), descriptors)

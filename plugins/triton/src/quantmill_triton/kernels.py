@@ -224,6 +224,9 @@ def matmul_kernel(
     if PAIRED and FAST:
         # Tensors of one element, not scalars: the compiler moves loads, not splats, to operands.
         first_entry = lut + tl.zeros([1, 1], dtype=tl.int32)
+        if dtype == tl.float16:
+            first_entry += 8
+            table += 1
         l0 = tl.load(first_entry)
         l1 = tl.load(first_entry + 1)
         l2 = tl.load(first_entry + 2)

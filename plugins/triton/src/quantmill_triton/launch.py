@@ -13,6 +13,7 @@ from quantmill_triton.configs import FUSED_ROWS, Config, choose, split_of
 from quantmill_triton.expand import dequantize_kernel
 from quantmill_triton.facts import ROWS, Facts
 from quantmill_triton.kernels import matmul_kernel
+from quantmill_triton.launches import Launch
 
 __all__ = ["BUFFER_BYTES", "Weight", "dequantize", "matmul", "matmul_fused", "matmul_grouped"]
 
@@ -91,6 +92,7 @@ class _Locks:
         return held
 
     def _fresh(self, count: int) -> Tensor:
+        count = -(-count // 4) * 4  # Each region begins at 16 bytes, as Triton likes addresses.
         if self._pool is None or self._used + count > self._pool.numel():
             return torch.zeros(count, dtype=torch.int32, device=self._device)
         start, self._used = self._used, self._used + count
@@ -164,104 +166,132 @@ def matmul_fused(
 
     ``grouped`` are the ends of each matrix' rows, and tiles of rows that are enough for all.
     """
+    ends, tiles = (x, 0) if grouped is None else grouped
+    count = 0 if grouped is None else ends.numel()
     rows = x.shape[0]
-    machine = _machine(x.device)
-    streams = machine.processors if machine.streams and grouped is None else 0
-    config = config or choose(facts, rows, machine.shared, streams)
-    parts, part = split or split_of(facts, rows, config, machine.processors)
-    gather = weight.order is not None and (grouped is not None or rows <= _GATHER_ROWS)
-    if weight.order is not None and not gather:
+    plan = _plan(facts, factor, rows, x.device, bias is not None, config, split, count, tiles)
+    if weight.order is not None and not plan.gather:
         x = x.index_select(1, weight.order)
     if x.stride(1) != 1:
         x = x.contiguous()
     if grouped is None:
-        ends, count, tiles = x, 0, -(-rows // config.bm)
         out = x.new_empty((rows, facts.rows))
-        scale_stride, steps = weight.scale.shape[1], [0, 0, 0, 0]
+        steps: tuple[int, ...] = _NO_STEPS
     else:
-        ends, tiles = grouped
-        count = ends.numel()
         out = x.new_zeros((rows, facts.rows))  # No program writes rows that belong to no matrix.
-        scale_stride = weight.scale.shape[2]
         tensors = (weight.codes, weight.high, weight.scale, weight.offset)
-        steps = [0 if item is None else item.stride(0) for item in tensors]
-    fast = _fast(facts, machine)
-    prescale = config.prescale or facts.offset in (2, 3) or (facts.values == 1 and not fast)
-    grid = (-(-facts.rows // config.bn), parts, tiles)
-    # Which rows an expert has is known only when the kernel before has ended.
-    early = config.early if machine.early and grouped is None else -1
+        steps = tuple(0 if item is None else item.stride(0) for item in tensors)
     work, locks = out, out
-    if parts > 1:
-        work = x.new_empty((parts, rows, facts.rows), dtype=torch.float32)
-        locks = _locks(x.device).take(grid[0] * grid[2])
-    if config.streamed:
+    if plan.split[0] > 1:
+        work = x.new_empty((plan.split[0], rows, facts.rows), dtype=torch.float32)
+        locks = _locks(x.device).take(plan.locks)
+    if plan.config.streamed:
         from quantmill_triton.hopper import matmul_streamed
 
-        matmul_streamed(x, weight, bias, facts, factor, config, (parts, part), (out, work, locks))
+        part, results = plan.split[1], (out, work, locks)
+        matmul_streamed(plan.launch, x, weight, bias, facts, plan.config, part, results)
         return out
-    codes = weight.codes
-    table = weight.table
-    if facts.paired and fast:
-        assert weight.unit is not None
-        table = weight.unit[int(x.dtype == torch.float16) :]
-        assert weight.lut is not None
-        lut = weight.lut[int(x.dtype == torch.float16)]
-    else:
-        lut = codes
-    matmul_kernel[grid](
-        x,
-        codes,
-        codes if weight.high is None else weight.high,
-        weight.scale,
-        codes if weight.offset is None else weight.offset,
-        codes if table is None else table,
-        lut,
-        codes if weight.order is None else weight.order,
-        codes if bias is None else bias,
-        out,
-        work,
-        locks,
-        ends,
-        rows,
-        facts.rows,
-        facts.columns,
-        x.stride(0),
-        facts.chunks,
-        part,
-        facts.groups,
-        scale_stride,
-        count,
-        *steps,
-        BITS=facts.bits,
-        HIGH_BITS=facts.high_bits,
-        WIDTH=facts.width,
-        SLICES=facts.slices,
-        GROUP=facts.group,
-        TALL=facts.tall,
-        FLUSH=facts.flush,
-        VALUES=facts.values,
-        OFFSET=facts.offset,
-        MIDDLE=facts.middle,
-        PAIRED=bool(facts.paired),
-        SCALES=facts.scales,
-        GATHER=gather,
-        EVEN=facts.columns % facts.chunk == 0 and facts.chunks % (parts * config.teams) == 0,
-        BIAS=bias is not None,
-        PRESCALE=prescale,
-        FAST=fast,
-        WIDE=interpreted(),
-        SPLIT=parts > 1,
-        BM=config.bm,
-        TEAMS=config.teams,
-        BN=config.bn,
-        MATRICES=0 if count == 0 else 1 << (count - 1).bit_length(),
-        FACTOR=factor,
-        EARLY=early,
-        **({"launch_pdl": True} if early >= 0 else {}),
-        num_warps=config.warps,
-        num_stages=config.stages,
+    codes, high, scale, offset, table, lut, unit, order = weight
+    if plan.bytewise:
+        table = unit
+    plan.launch(
+        (
+            x,
+            codes,
+            codes if high is None else high,
+            scale,
+            codes if offset is None else offset,
+            codes if table is None else table,
+            codes if lut is None else lut,
+            codes if order is None else order,
+            codes if bias is None else bias,
+            out,
+            work,
+            locks,
+            ends,
+        ),
+        (rows, *plan.sizes[:2], x.stride(0), *plan.sizes[2:], scale.shape[-1], count, *steps),
     )
     return out
+
+
+_NO_STEPS = (0, 0, 0, 0)
+
+
+class _Plan(NamedTuple):
+    """What is the same for all launches with as many rows of weights with the same facts."""
+
+    config: Config
+    split: tuple[int, int]
+    gather: bool
+    """Whether the kernel gathers columns itself."""
+    bytewise: bool
+    """Whether entries of tables are put together from their bytes."""
+    locks: int
+    sizes: tuple[int, ...]
+    """Rows and columns of the weight, its chunks, those of a part, its groups."""
+    launch: Launch
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    facts: Facts,
+    factor: float,
+    rows: int,
+    device: torch.device,
+    biased: bool,
+    config: Config | None,
+    split: tuple[int, int] | None,
+    count: int,
+    tiles: int,
+) -> _Plan:
+    """``count`` matrices, or 0, with ``tiles`` of rows in all."""
+    machine = _machine(device)
+    streams = machine.processors if machine.streams and not count else 0
+    config = config or choose(facts, rows, machine.shared, streams)
+    parts, part = split or split_of(facts, rows, config, machine.processors)
+    gather = bool(facts.ordered) and (count > 0 or rows <= _GATHER_ROWS)
+    fast = _fast(facts, machine)
+    grid = (-(-facts.rows // config.bn), parts, tiles or -(-rows // config.bm))
+    constants = {
+        "BITS": facts.bits,
+        "HIGH_BITS": facts.high_bits,
+        "WIDTH": facts.width,
+        "SLICES": facts.slices,
+        "GROUP": facts.group,
+        "TALL": facts.tall,
+        "FLUSH": facts.flush,
+        "VALUES": facts.values,
+        "OFFSET": facts.offset,
+        "MIDDLE": facts.middle,
+        "PAIRED": bool(facts.paired),
+        "SCALES": facts.scales,
+        "GATHER": gather,
+        "EVEN": facts.columns % facts.chunk == 0 and facts.chunks % (parts * config.teams) == 0,
+        "BIAS": biased,
+        "PRESCALE": config.prescale or facts.offset in (2, 3) or (facts.values == 1 and not fast),
+        "FAST": fast,
+        "WIDE": interpreted(),
+        "SPLIT": parts > 1,
+        "BM": config.bm,
+        "TEAMS": config.teams,
+        "BN": config.bn,
+        "MATRICES": 0 if count == 0 else 1 << (count - 1).bit_length(),
+        "FACTOR": factor,
+        # Which rows an expert has is known only when the kernel before has ended.
+        "EARLY": config.early if machine.early and not count else -1,
+    }
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if constants["EARLY"] >= 0:
+        options["launch_pdl"] = True
+    launch = Launch(matmul_kernel, grid, constants, options)
+    if config.streamed:
+        from quantmill_triton.hopper import streamed_launch
+
+        launch = streamed_launch(facts, factor, config, parts, biased)
+    sizes = (facts.rows, facts.columns, facts.chunks, part, facts.groups)
+    bytewise = bool(facts.paired) and fast
+    return _Plan(config, (parts, part), gather, bytewise, grid[0] * grid[2], sizes, launch)
 
 
 def dequantize(weight: Weight, facts: Facts, factor: float, dtype: torch.dtype) -> Tensor:

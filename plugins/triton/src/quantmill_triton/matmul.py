@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
     from quantmill.kernels import Prepared
 
-__all__ = ["bind_grouped", "grouped_matmul", "matmul"]
+__all__ = ["bind", "bind_grouped", "grouped_matmul", "matmul"]
 
 
 def matmul(x: Tensor, form: Prepared, bias: Tensor | None = None) -> Tensor:
@@ -32,11 +31,46 @@ def matmul(x: Tensor, form: Prepared, bias: Tensor | None = None) -> Tensor:
         ``[..., out]`` in the dtype of ``x``. Sums are float32. Weights are rounded to that dtype
         once, or not at all: see :mod:`quantmill_triton.kernels`.
     """
-    if is_plain(form.tensors):
-        return form.restore().matmul(x, bias)
-    tensors, facts, factor = arguments(form.tensors, form.skeleton)
-    result: Tensor = torch.ops.quantmill_triton.matmul(x, *tensors, bias, facts, factor)
-    return result
+    return bind(form)(x, bias)
+
+
+class _Bound:
+    """A matmul of one weight: everything that is the same for all calls is at hand."""
+
+    __slots__ = ("_factor", "_facts", "_live", "_tensors")
+
+    def __init__(self, live: Prepared) -> None:
+        self._live = live
+        self._tensors, self._facts, self._factor = arguments(live.tensors, live.skeleton)
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        result: Tensor = torch.ops.quantmill_triton.matmul.default(
+            x, *self._tensors, bias, self._facts, self._factor
+        )
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bind, (self._live,)
+
+
+def bind(live: Prepared) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """:func:`matmul` for one weight: ``fn(x, bias)``."""
+    return live.restore().matmul if is_plain(live.tensors) else _Bound(live)
+
+
+class _Grouped(_Bound):
+    """A matmul of many weights, their tensors stacked."""
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        result: Tensor = torch.ops.quantmill_triton.grouped_matmul.default(
+            x, ends, *self._tensors, bias, self._facts, self._factor
+        )
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bind_grouped, (self._live,)
 
 
 def bind_grouped(
@@ -49,7 +83,7 @@ def bind_grouped(
     tables = [weights.tensors[name] for name in ("table", "lut", "unit") if name in weights.tensors]
     if not all(torch.equal(item, item[:1].expand_as(item)) for item in tables):
         return None
-    return partial(_run, weights)
+    return _Grouped(weights)
 
 
 def grouped_matmul(x: Tensor, ends: Tensor, weights: Prepared, bias: Tensor | None) -> Tensor:
@@ -71,11 +105,3 @@ def grouped_matmul(x: Tensor, ends: Tensor, weights: Prepared, bias: Tensor | No
     if bound is None:
         raise ValueError("these weights have no layout in common")
     return bound(x, ends, bias)
-
-
-def _run(weights: Prepared, x: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:
-    tensors, facts, factor = arguments(weights.tensors, weights.skeleton)
-    result: Tensor = torch.ops.quantmill_triton.grouped_matmul(
-        x, ends, *tensors, bias, facts, factor
-    )
-    return result

@@ -9,6 +9,7 @@ from torch.library import Library, register_fake
 from quantmill_triton.available import interpreted
 from quantmill_triton.facts import Facts
 from quantmill_triton.launch import Weight, dequantize, matmul, matmul_grouped
+from quantmill_triton.launches import on_its_device
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,8 @@ def _matmul(
 ) -> Tensor:
     known = Facts(*facts)
     weight = Weight(codes, high, scale, offset, table, lut, unit, order)
+    if x.ndim == 2:
+        return matmul(x, weight, bias, known, factor)
     out = matmul(x.reshape(-1, known.columns), weight, bias, known, factor)
     return out.reshape(*x.shape[:-1], known.rows)
 
@@ -90,9 +93,9 @@ def _dequantize(
 
 _KEYS = ("CUDA", "CPU") if interpreted() else ("CUDA",)
 for _key in _KEYS:
-    LIBRARY.impl("matmul", _matmul, _key)
-    LIBRARY.impl("grouped_matmul", _grouped_matmul, _key)
-    LIBRARY.impl("dequantize", _dequantize, _key)
+    LIBRARY.impl("matmul", on_its_device(_matmul), _key)
+    LIBRARY.impl("grouped_matmul", on_its_device(_grouped_matmul), _key)
+    LIBRARY.impl("dequantize", on_its_device(_dequantize), _key)
 
 
 @register_fake("quantmill_triton::matmul", lib=LIBRARY)

@@ -38,6 +38,7 @@ def _family(
             layout="triton",
             prepare="quantmill_triton.layout:prepare",
             restore="quantmill_triton.layout:restore",
+            bind="quantmill_triton.matmul:bind" if operation == "matmul" else None,
         )
         for operation in ("matmul", "dequantize")
     ]
