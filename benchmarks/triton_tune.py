@@ -23,11 +23,14 @@ import torch
 
 from quantmill_triton import launch
 from quantmill_triton.available import gluon_known
-from quantmill_triton.configs import Config, split_of
+from quantmill_triton.configs import Config, _shared_bytes, split_of
 from quantmill_triton.facts import Facts
 from quantmill_triton.launch import Weight
 from quantmill_triton.layout import _lookup
 from quantmill_triton.packing import words_shape
+
+SHARED = 227 << 10
+"""Bytes of a Hopper GPU's shared memory that a program may have."""
 
 KINDS = {
     # bits, group, values, scales, offset, middle, paired
@@ -131,11 +134,16 @@ def candidates(kind: str, rows: int, early: list[int]) -> list[Config]:
         for stages in (3, 4)
         for ahead in early
     ]
-    if kind == "int4" and rows <= 16 and gluon_known():
+    if kind == "int4" and gluon_known():
+        bm = min(64, max(8, 1 << (rows - 1).bit_length()))
+        tiles = [(64, 4, 3, 2), (64, 4, 4, 2), (128, 4, 3, 2), (128, 4, 4, 2)]
+        if bm == 32:
+            tiles = [(64, 4, 4, 2), (128, 4, 3, 2), (128, 8, 5, 1)]
+        elif bm == 64:
+            tiles = [(64, 4, 5, 1), (128, 8, 3, 1), (128, 8, 4, 1)]
         made += [
-            Config(8 if rows <= 8 else 16, bn, 4, stages, 2, early=ahead, streamed=True)
-            for bn in (64, 128)
-            for stages in (3, 4)
+            Config(bm, bn, warps, stages, resident, early=ahead, streamed=True)
+            for bn, warps, stages, resident in tiles
             for ahead in early
         ]
     return made
@@ -198,6 +206,8 @@ def main() -> int:
                     expected = x.float() @ full.t()
                     best = []
                     for config in candidates(kind, rows, args.early):
+                        if not config.streamed and _shared_bytes(config, facts) > SHARED:
+                            continue
                         tiles = -(-out // config.bn) * -(-rows // config.bm)
                         chosen = split_of(facts, rows, config, 132)[0]
                         for parts in sorted({chosen, 1, 2, 3, 4, 6, 8}):

@@ -15,7 +15,7 @@ from quantmill.forms import Affine, Group
 from quantmill.kernels import Prepared
 from quantmill.registrations import resolve
 from quantmill_triton import available
-from quantmill_triton.configs import Config, choose, split_of
+from quantmill_triton.configs import FUSED_ROWS, Config, choose, split_of
 from quantmill_triton.facts import Facts
 
 H200 = (227 << 10, 132)
@@ -55,16 +55,29 @@ def facts(rows: int, columns: int, **other: int) -> Facts:
 
 @pytest.mark.parametrize(
     ("shape", "bn", "parts"),
-    [((8192, 8192), 64, 2), ((28672, 8192), 128, 1), ((8192, 28672), 64, 2)],
+    [((8192, 8192), 64, 2), ((28672, 8192), 128, 1), ((8192, 28672), 64, 2), ((4096, 4096), 64, 4)],
     ids=str,
 )
 def test_tiles_are_those_that_were_measured(shape: tuple[int, int], bn: int, parts: int) -> None:
     shared, processors = H200
-    for rows in (9, 16):
+    for rows, bm in ((1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32)):
         config = choose(facts(*shape), rows, shared, processors)
         assert config.streamed
-        assert config.bn == bn
+        assert (config.bm, config.bn) == (bm, bn)
         assert split_of(facts(*shape), rows, config, processors)[0] == parts
+
+
+@pytest.mark.parametrize(
+    ("shape", "bn", "parts"),
+    [((8192, 8192), 64, 1), ((28672, 8192), 128, 1), ((8192, 28672), 64, 1), ((4096, 4096), 64, 2)],
+    ids=str,
+)
+def test_more_rows_have_tiles_of_64(shape: tuple[int, int], bn: int, parts: int) -> None:
+    shared, processors = H200
+    config = choose(facts(*shape), 64, shared, processors)
+    assert (config.streamed, config.bm, config.bn) == (True, 64, bn)
+    assert split_of(facts(*shape), 64, config, processors)[0] == parts
+    assert choose(facts(*shape), FUSED_ROWS, shared, processors).streamed
 
 
 @pytest.mark.parametrize(
@@ -75,7 +88,7 @@ def test_tiles_are_those_that_were_measured(shape: tuple[int, int], bn: int, par
         {"scales": 0},
         {"offset": 3},
         {"columns": 8192 + 128, "groups": 65},
-        {"rows": 4096},
+        {"rows": 256},
         {"values": 1, "paired": 1, "offset": 0},
     ],
     ids=str,
@@ -85,11 +98,8 @@ def test_other_weights_keep_the_other_kernel(other: dict[str, int]) -> None:
     assert not choose(facts(8192, 8192)._replace(**other), 16, shared, processors).streamed
 
 
-def test_other_devices_and_rows_keep_the_other_kernel() -> None:
-    shared, processors = H200
-    assert not choose(facts(8192, 8192), 16, shared).streamed
-    for rows in (1, 8, 17, 64, 300):
-        assert not choose(facts(8192, 8192), rows, shared, processors).streamed
+def test_other_devices_keep_the_other_kernel() -> None:
+    assert not choose(facts(8192, 8192), 16, H200[0]).streamed
 
 
 @pytest.mark.parametrize(
@@ -134,14 +144,14 @@ def test_the_kernel_sums_what_it_should_emulated(
     with emulated(sys.modules):
         from quantmill_triton.hopper import matmul_streamed, streamed_launch
 
-        for rows, bias, factor in ((9, False, 1.0), (16, True, 0.5)):
+        for rows, bias, factor in ((9, False, 1.0), (16, True, 0.5), (40, True, 1.0)):
             x = torch.randn((rows, 2560), generator=generator).to(dtype)
             added = torch.randn(200, generator=generator).to(dtype) if bias else None
             out = torch.full((rows, 200), float("nan"), dtype=dtype)
             work = torch.full((split[0], rows, 200), float("nan"))
-            locks = torch.zeros(4, dtype=torch.int32)
+            locks = torch.zeros(12, dtype=torch.int32)
             config = streamed(bn, stages=3)
-            launch = streamed_launch(known, factor, config, split[0], bias)
+            launch = streamed_launch(known, factor, config, -(-rows // 16), split[0], bias)
             results = (out, work, locks)
             matmul_streamed(launch, x, live, added, known, config, part, results)  # type: ignore[arg-type]
             expected = x.double() @ form.dequantize(torch.float32).double().t() * factor
@@ -194,10 +204,32 @@ def test_sums_are_the_forms(
     weight = torch.randn((300, 2048), generator=generator)
     form = Affine.quantize(weight, 4, Group(128), scale_dtype=scale_dtype).to("cuda")
     bias = torch.randn(300, generator=generator).to("cuda", dtype)
-    for rows in (1, 9, 16):
+    for rows in (1, 9, 16, 40):
         x = torch.randn((rows, 2048), generator=generator).to("cuda", dtype)
         check(form, x, streamed(bn), parts)
         check(form, x, streamed(bn, early=-1), parts, bias, 0.5)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (8, 128, 4, 4, 2),
+        (32, 128, 4, 3, 2),
+        (32, 64, 4, 4, 2),
+        (64, 128, 8, 4, 1),
+        (64, 64, 4, 5, 1),
+    ],
+    ids=str,
+)
+def test_tiles_of_any_rows_give_the_same(tiles: tuple[int, ...]) -> None:
+    form = Affine.quantize(torch.randn((300, 2048)), 4, Group(128), scale_dtype=torch.bfloat16)
+    config = Config(*tiles, early=8192, streamed=True)
+    for rows in (1, tiles[0], 2 * tiles[0] + 1, 200):
+        x = torch.randn((rows, 2048), device="cuda", dtype=torch.bfloat16)
+        for parts in (1, 2):
+            check(form.to("cuda"), x, config, parts)
 
 
 @pytest.mark.gpu

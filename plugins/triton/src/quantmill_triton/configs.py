@@ -53,10 +53,24 @@ _TABLE: tuple[tuple[int, Config], ...] = (
 # long as all programs are resident at once, each with whole rows of the weight; and up to 16.
 _EARLY = 8192
 _FEW = Config(8, 32, 4, 4, 2, 4, early=_EARLY)
-# Of these the one that leaves the fewest processors idle. Wide tiles read activations less often,
-# narrow ones need fewer parts.
-_STREAMED = tuple(Config(16, bn, 4, 4, 2, early=_EARLY, streamed=True) for bn in (128, 64))
-_STREAMED_WEIGHT = 1 << 26
+
+
+def _streamed(bm: int, *tiles: tuple[int, int, int, int]) -> tuple[Config, ...]:
+    return tuple(
+        Config(bm, bn, warps, stages, resident, early=_EARLY, streamed=True)
+        for bn, warps, stages, resident in tiles
+    )
+
+
+_STREAMED: tuple[tuple[int, tuple[Config, ...]], ...] = (
+    (8, _streamed(8, (128, 4, 4, 2), (64, 4, 4, 2))),
+    (16, _streamed(16, (128, 4, 4, 2), (64, 4, 4, 2))),
+    (32, _streamed(32, (128, 4, 3, 2), (64, 4, 4, 2))),
+    (FUSED_ROWS, _streamed(64, (128, 8, 4, 1), (64, 4, 5, 1))),
+)
+"""By rows: of two, the one that leaves the fewest processors idle. Wide tiles read activations less
+often, narrow ones need fewer parts."""
+_STREAMED_WEIGHT = 1 << 22
 """Elements of a weight from which on the kernel for Hopper was measured."""
 
 
@@ -66,8 +80,15 @@ def choose(facts: Facts, rows: int, shared: int, streams: int = 0) -> Config:
 
     ``streams``: processors of a device that runs the kernel for Hopper, or 0.
     """
-    if streams and 8 < rows <= 16 and _streamable(facts):
-        return max(_STREAMED, key=lambda config: _best_parts(facts, rows, config, streams)[0])
+    if streams and _streamable(facts):
+        known = next((known for most, known in _STREAMED if rows <= most), _STREAMED[-1][1])
+
+        def worth(config: Config) -> float:
+            # With several tiles of activations, narrow ones of the weight read them too often.
+            narrow = config.bn == 64 and rows > config.bm
+            return _best_parts(facts, rows, config, streams)[0] * (0.87 if narrow else 1)
+
+        return max(known, key=worth)
     config = next((config for most, config in _TABLE if rows <= most), _TABLE[-1][1])
     if facts.bits == 4 and facts.offset == 1 and not facts.ordered:
         if rows <= _FEW.bm and 4096 <= facts.rows <= 8192 and facts.chunks <= 32:
@@ -103,8 +124,8 @@ def _shared_bytes(config: Config, facts: Facts) -> int:
 def split_of(facts: Facts, rows: int, config: Config, processors: int) -> tuple[int, int]:
     """Parts that a row's chunks are divided in, and chunks of a part.
 
-    As many as fill the processors, whole rounds if possible; each part has at least 512 columns,
-    or the sums written and read again would weigh as much as its codes.
+    As many as fill the processors, whole rounds if possible. Each part has so many columns at least
+    that the sums written and read again weigh less than its codes.
     """
     part = -(-facts.chunks // _best_parts(facts, rows, config, processors)[1])
     return -(-facts.chunks // part), part
@@ -114,13 +135,19 @@ def _best_parts(facts: Facts, rows: int, config: Config, processors: int) -> tup
     """How much of the processors' time is used at best, and with how many parts."""
     tiles = -(-facts.rows // config.bn) * -(-rows // config.bm)
     places = processors * config.resident
-    least = max(1, -(-512 // facts.chunk)) * config.teams
+    # Sums of more rows weigh more.
+    columns = 1024 if config.streamed and config.bm > 8 else 512
+    least = max(1, -(-columns // facts.chunk)) * config.teams
     best, most = (0.0, 1), max(1, min(16, facts.chunks // least))
     for parts in range(1, most + 1):
         programs = tiles * parts
-        # A round of programs lasts as long as a part, and each part more costs some of the time.
-        cost = 0.06 if config.streamed else 0.03
-        used = programs / (-(-programs // places) * places) - cost * parts
+        used = programs / (-(-programs // places) * places)
+        # A round of programs lasts as long as a part, and each part more costs some of the time:
+        # for its start, and its sums, written and read, beside the 17 bytes of 32 codes.
+        if config.streamed:
+            used /= 1 + (0.06 + 15 * config.bm / facts.columns) * parts
+        else:
+            used -= 0.03 * parts
         if used > best[0]:
             best = (used, parts)
     return best

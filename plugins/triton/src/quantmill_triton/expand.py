@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantmill_triton.decode import codes_of, floats, paired_codes, scales_of, zeros_of
+from quantmill_triton.decode import codes_of, floats, scales_of, zeros_of
 
 __all__ = ["dequantize_kernel"]
 
@@ -64,6 +64,13 @@ def dequantize_kernel(
         rows_at = rn
     else:
         rows_at = tl.minimum(rn, lanes - 1) // TALL
+    if PAIRED:
+        # Words of even columns have two slices of both neighbours, those of odd ones the other two.
+        words = tl.load(start + rs[None, :]).to(tl.int32)
+        first, second = tl.split(tl.reshape(words, [64, WIDTH // 2, 2]))
+        # Looked up in shared memory: a load from the table for each element takes three times as
+        # long.
+        entries = tl.load(table + tl.arange(0, 16))
     to = out + (rn - row).to(tl.int64)[:, None] * columns
     for j in tl.static_range(SLICES):
         group = 0
@@ -76,10 +83,12 @@ def dequantize_kernel(
         elif OFFSET > 1:
             less = tl.load(zero + group * scale_stride + rows_at).to(tl.float32)
         if PAIRED:
-            found = paired_codes(start, rs, j)
+            both = (second if j >= 2 else first) >> (8 * (j & 1))
+            found = tl.reshape(tl.join(both & 15, (both >> 4) & 15), [64 * WIDTH])
+            weight = tl.reshape(tl.gather(entries, found, 0), [64, WIDTH])
         else:
             found = codes_of(start + rs[None, :], upper, j, BITS, HIGH_BITS, WIDTH)
-        weight = floats(found, less, table, VALUES, OFFSET, MIDDLE)
+            weight = floats(found, less, table, VALUES, OFFSET, MIDDLE)
         weight *= scales_of(now, SCALES, OFFSET == 1)[:, None]
         if FACTOR != 1:
             weight *= FACTOR

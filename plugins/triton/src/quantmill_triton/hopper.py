@@ -19,27 +19,35 @@ if TYPE_CHECKING:
 
 __all__ = ["matmul_streamed", "streamed_launch"]
 
-_REGISTERS = 128
-"""Registers of a thread when the kernel starts: two programs fit a processor, and the warps that
-multiply take over most of those of the warps that do not."""
+_REGISTERS = 1 << 16
+"""Of a processor."""
 
 
 def streamed_launch(
-    facts: Facts, factor: float, config: Config, parts: int, biased: bool
+    facts: Facts, factor: float, config: Config, tiles: int, parts: int, biased: bool
 ) -> Launch:
-    """How the kernel is launched for such weights."""
+    """How the kernel is launched for such weights and so many tiles of activations."""
     constants = {
         "BLOCKS": config.bn // ROWS,
         "BM": config.bm,
         "STAGES": config.stages,
         "HALF": facts.scales == 2,
+        "WARPS": config.warps,
         "BIAS": biased,
         "FACTOR": factor,
         "SPLIT": parts > 1,
         "EARLY": config.early,
     }
-    options = {"launch_pdl": config.early >= 0, "num_warps": config.warps, "maxnreg": _REGISTERS}
-    return Launch(streamed_kernel, (-(-facts.rows // config.bn), parts, 1), constants, options)
+    # When the kernel starts all threads have as many, and the resident programs fit a processor;
+    # the warps that multiply then take over most of those of the four that do not.
+    registers = _REGISTERS // (32 * (config.warps + 4) * config.resident) // 8 * 8
+    options = {
+        "launch_pdl": config.early >= 0,
+        "num_warps": config.warps,
+        "maxnreg": min(registers, 255 // 8 * 8),
+    }
+    grid = (-(-facts.rows // config.bn) * tiles, parts, 1)
+    return Launch(streamed_kernel, grid, constants, options)
 
 
 def matmul_streamed(
@@ -54,9 +62,9 @@ def matmul_streamed(
 ) -> None:
     """Fill ``out`` of ``results``, which are also the work space and the locks of a split matmul.
 
-    ``x`` bfloat16 or float16 ``[rows, columns]``, up to ``config.bm`` rows, its columns sorted as
-    the weight's; 4 bits in groups of 128, whole chunks of columns, a zero beside each scale.
-    ``part`` chunks are a program's.
+    ``x`` bfloat16 or float16 ``[rows, columns]``, its columns sorted as the weight's; 4 bits in
+    groups of 128, whole chunks of columns, a zero beside each scale. ``part`` chunks are a
+    program's.
     """
     # The copy engine wants rows that begin at 16 bytes.
     if x.data_ptr() % 16 or x.stride(0) % 8:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from quantmill_triton.available import gluon_known, interpreted
 from quantmill_triton.configs import FUSED_ROWS, Config, choose, split_of
@@ -81,7 +82,8 @@ class _Locks:
             return torch.zeros(count, dtype=torch.int32, device=self._device)
         if torch.cuda.is_current_stream_capturing():
             return self._fresh(count)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        # As Triton itself asks; PyTorch's own way makes an object for it.
+        stream = driver.active.get_current_stream(self._device.index)
         held = self._streams.get(stream)
         if held is None or held.numel() < count:
             if self._pool is None:
@@ -170,7 +172,7 @@ def matmul_fused(
     count = 0 if grouped is None else ends.numel()
     rows = x.shape[0]
     plan = _plan(facts, factor, rows, x.device, bias is not None, config, split, count, tiles)
-    if weight.order is not None and not plan.gather:
+    if weight.order is not None and not plan.gathers:
         x = x.index_select(1, weight.order)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -223,8 +225,8 @@ class _Plan(NamedTuple):
 
     config: Config
     split: tuple[int, int]
-    gather: bool
-    """Whether the kernel gathers columns itself."""
+    gathers: bool
+    """Whether the kernel itself gathers columns that are sorted by group."""
     bytewise: bool
     """Whether entries of tables are put together from their bytes."""
     locks: int
@@ -250,7 +252,7 @@ def _plan(
     streams = machine.processors if machine.streams and not count else 0
     config = config or choose(facts, rows, machine.shared, streams)
     parts, part = split or split_of(facts, rows, config, machine.processors)
-    gather = bool(facts.ordered) and (count > 0 or rows <= _GATHER_ROWS)
+    gathers = count > 0 or (rows <= _GATHER_ROWS and not config.streamed)
     fast = _fast(facts, machine)
     grid = (-(-facts.rows // config.bn), parts, tiles or -(-rows // config.bm))
     constants = {
@@ -266,7 +268,7 @@ def _plan(
         "MIDDLE": facts.middle,
         "PAIRED": bool(facts.paired),
         "SCALES": facts.scales,
-        "GATHER": gather,
+        "GATHER": bool(facts.ordered) and gathers,
         "EVEN": facts.columns % facts.chunk == 0 and facts.chunks % (parts * config.teams) == 0,
         "BIAS": biased,
         "PRESCALE": config.prescale or facts.offset in (2, 3) or (facts.values == 1 and not fast),
@@ -288,10 +290,10 @@ def _plan(
     if config.streamed:
         from quantmill_triton.hopper import streamed_launch
 
-        launch = streamed_launch(facts, factor, config, parts, biased)
+        launch = streamed_launch(facts, factor, config, grid[2], parts, biased)
     sizes = (facts.rows, facts.columns, facts.chunks, part, facts.groups)
     bytewise = bool(facts.paired) and fast
-    return _Plan(config, (parts, part), gather, bytewise, grid[0] * grid[2], sizes, launch)
+    return _Plan(config, (parts, part), gathers, bytewise, grid[0] * grid[2], sizes, launch)
 
 
 def dequantize(weight: Weight, facts: Facts, factor: float, dtype: torch.dtype) -> Tensor:
