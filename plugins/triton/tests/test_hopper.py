@@ -140,7 +140,7 @@ def test_the_kernel_sums_what_it_should_emulated(
     assert known is not None
     part = -(-known.chunks // parts)
     split = (-(-known.chunks // part), part)
-    live = SimpleNamespace(codes=tensors["codes"], scale=tensors["pairs"])
+    live = SimpleNamespace(codes=tensors["codes"], scale=tensors["pairs"], descriptors={})
     with emulated(sys.modules):
         from quantmill_triton.hopper import matmul_streamed, streamed_launch
 

@@ -288,6 +288,31 @@ def test_the_compiler_sees_one_operator(device: str) -> None:
     torch.testing.assert_close(compiled(x), expected)
 
 
+def test_a_mode_sees_the_operator(device: str) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from quantmill_triton.matmul import bind
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    form = affine(4, Group(64), (70, 256)).to(device)
+    matmul = bind(Prepared.of(kernel_for("matmul", form), form))
+    x = torch.randn((2, 3, 256), device=device, dtype=torch.float16)
+    plain = matmul(x, None)
+    with Watch():
+        watched = matmul(x, None)
+    assert seen == [torch.ops.quantmill_triton.matmul.default]
+    assert torch.equal(plain, watched)
+    assert torch.equal(matmul(x.requires_grad_(), None), plain)
+
+
 def test_the_operators_are_sound(device: str) -> None:
     from quantmill_triton.calls import arguments
 

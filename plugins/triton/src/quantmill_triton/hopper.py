@@ -69,24 +69,30 @@ def matmul_streamed(
     # The copy engine wants rows that begin at 16 bytes.
     if x.data_ptr() % 16 or x.stride(0) % 8:
         x = x.clone(memory_format=torch.contiguous_format)
-    codes, pairs = weight.codes, weight.scale
-    width, chunks = facts.width, facts.chunks
-    descriptors = (
-        TensorDescriptor(
-            x,
-            [facts.columns // width, x.shape[0], width],
-            [width, x.stride(0), 1],
-            [facts.slices, config.bm, width],
-            TILES,
-        ),
-        TensorDescriptor(
-            codes,
-            [codes.shape[0], chunks * ROWS, width],
-            [chunks * ROWS * width, width, 1],
-            [config.bn // ROWS, ROWS, width],
-            TILES,
-        ),
-        TensorDescriptor(pairs, list(pairs.shape), [pairs.shape[1], 1], [2, config.bn], PAIRS),
-    )
+    width = facts.width
+    columns = [facts.columns // width, x.shape[0], width]
+    block = [facts.slices, config.bm, width]
+    activations = TensorDescriptor(x, columns, [width, x.stride(0), 1], block, TILES)
+    kept = weight.descriptors
+    described = None if kept is None else kept.get(config.bn)
+    if described is None:
+        described = _described(weight, facts, config.bn)
+        if kept is not None:
+            kept[config.bn] = described
+    codes, chunks = weight.codes, facts.chunks
     tensors = (codes, codes if bias is None else bias, *results)
-    launch(tensors, (x.shape[0], facts.rows, chunks, part), descriptors)
+    launch(tensors, (x.shape[0], facts.rows, chunks, part), (activations, *described))
+
+
+def _described(
+    weight: Weight, facts: Facts, rows: int
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Codes and pairs, for tiles of so many rows."""
+    codes, pairs = weight.codes, weight.scale
+    length, width = facts.chunks * ROWS, facts.width
+    shape, strides = [codes.shape[0], length, width], [length * width, width, 1]
+    block = [rows // ROWS, ROWS, width]
+    return (
+        TensorDescriptor(codes, shape, strides, block, TILES),
+        TensorDescriptor(pairs, list(pairs.shape), [pairs.shape[1], 1], [2, rows], PAIRS),
+    )

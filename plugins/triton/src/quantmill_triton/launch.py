@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Weight(NamedTuple):
     lut: Tensor | None
     unit: Tensor | None
     order: Tensor | None
+    descriptors: dict[int, tuple[Any, Any]] | None = None
+    """What the copy engine is told of codes and scales, by the rows of a tile: kept here where the
+    weight is kept."""
 
 
 class _Machine(NamedTuple):
@@ -193,7 +196,7 @@ def matmul_fused(
         part, results = plan.split[1], (out, work, locks)
         matmul_streamed(plan.launch, x, weight, bias, facts, plan.config, part, results)
         return out
-    codes, high, scale, offset, table, lut, unit, order = weight
+    codes, high, scale, offset, table, lut, unit, order = weight[:8]
     if plan.bytewise:
         table = unit
     plan.launch(

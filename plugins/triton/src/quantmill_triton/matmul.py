@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-import quantmill_triton.ops  # noqa: F401 defines the operators
 from quantmill_triton.calls import arguments
+from quantmill_triton.facts import Facts
+from quantmill_triton.launch import Weight
 from quantmill_triton.layout import is_plain
+from quantmill_triton.ops import product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,17 +40,32 @@ def matmul(x: Tensor, form: Prepared, bias: Tensor | None = None) -> Tensor:
 class _Bound:
     """A matmul of one weight: everything that is the same for all calls is at hand."""
 
-    __slots__ = ("_factor", "_facts", "_live", "_tensors")
+    __slots__ = ("_device", "_factor", "_facts", "_live", "_numbers", "_weight")
 
     def __init__(self, live: Prepared) -> None:
         self._live = live
-        self._tensors, self._facts, self._factor = arguments(live.tensors, live.skeleton)
+        tensors, self._numbers, self._factor = arguments(live.tensors, live.skeleton)
+        self._weight = Weight(*tensors)._replace(descriptors={})  # type: ignore[arg-type]
+        self._facts = Facts(*self._numbers)
+        self._device = self._weight.codes.device.type
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        result: Tensor = torch.ops.quantmill_triton.matmul.default(
-            x, *self._tensors, bias, self._facts, self._factor
+        if torch.compiler.is_compiling() or not self._simple(x):
+            result: Tensor = torch.ops.quantmill_triton.matmul.default(
+                x, *self._weight[:8], bias, self._numbers, self._factor
+            )
+            return result
+        return product(x, self._weight, bias, self._facts, self._factor)
+
+    def _simple(self, x: Tensor) -> bool:
+        """Whether nobody would see the operator: PyTorch takes as long to call it as the kernel
+        does to start."""
+        return (
+            type(x) is torch.Tensor
+            and x.device.type == self._device
+            and not x.requires_grad
+            and not is_in_torch_dispatch_mode()
         )
-        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         return bind, (self._live,)
@@ -65,7 +83,7 @@ class _Grouped(_Bound):
 
     def __call__(self, x: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         result: Tensor = torch.ops.quantmill_triton.grouped_matmul.default(
-            x, ends, *self._tensors, bias, self._facts, self._factor
+            x, ends, *self._weight[:8], bias, self._numbers, self._factor
         )
         return result
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["LIBRARY"]
+__all__ = ["LIBRARY", "product"]
 
 _WEIGHT = (
     "Tensor codes, Tensor? high, Tensor scale, Tensor? offset, Tensor? table, Tensor? lut,"
@@ -45,12 +45,17 @@ def _matmul(
     facts: list[int],
     factor: float,
 ) -> Tensor:
-    known = Facts(*facts)
     weight = Weight(codes, high, scale, offset, table, lut, unit, order)
+    return product(x, weight, bias, Facts(*facts), factor)
+
+
+@on_its_device
+def product(x: Tensor, weight: Weight, bias: Tensor | None, facts: Facts, factor: float) -> Tensor:
+    """What the operator ``matmul`` computes, for ``x`` ``[..., columns]``."""
     if x.ndim == 2:
-        return matmul(x, weight, bias, known, factor)
-    out = matmul(x.reshape(-1, known.columns), weight, bias, known, factor)
-    return out.reshape(*x.shape[:-1], known.rows)
+        return matmul(x, weight, bias, facts, factor)
+    out = matmul(x.reshape(-1, facts.columns), weight, bias, facts, factor)
+    return out.reshape(*x.shape[:-1], facts.rows)
 
 
 def _grouped_matmul(
@@ -93,7 +98,7 @@ def _dequantize(
 
 _KEYS = ("CUDA", "CPU") if interpreted() else ("CUDA",)
 for _key in _KEYS:
-    LIBRARY.impl("matmul", on_its_device(_matmul), _key)
+    LIBRARY.impl("matmul", _matmul, _key)
     LIBRARY.impl("grouped_matmul", on_its_device(_grouped_matmul), _key)
     LIBRARY.impl("dequantize", on_its_device(_dequantize), _key)
 
