@@ -105,6 +105,31 @@ class _Reference:
         return _plain(self.live).matmul(x, bias)
 
 
+Expander = Callable[[Form | Prepared, torch.dtype], Tensor]
+"""``fn(live, dtype)``: the float weight."""
+
+
+def _expander_of(
+    kernels: KernelRegistry, live: Form | Prepared, device: str, dtype: torch.dtype
+) -> Expander | None:
+    """A kernel that dequantizes what lies in memory, or None."""
+    skeleton = live.skeleton if isinstance(live, Prepared) else live
+    choice = kernels.choose(
+        "dequantize",
+        skeleton.kind,
+        skeleton.traits(),
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        layout=live.kernel.layout if isinstance(live, Prepared) else "",
+    )
+    return None if choice is None else choice.load()
+
+
+def _device_of(live: Form | Prepared) -> torch.device:
+    tensors = live.tensors if isinstance(live, Prepared) else live.tensors()
+    return next(iter(tensors.values())).device
+
+
 def _plain(live: Form | Prepared) -> Form:
     return live.restore() if isinstance(live, Prepared) else live
 
@@ -115,20 +140,15 @@ def _through_floats(
     """Where nothing multiplies with a form: a kernel that dequantizes it, if there is one."""
     if isinstance(live, Prepared):
         return None
-    name = str(dtype).removeprefix("torch.")
-    choice = kernels.choose(
-        "dequantize", live.kind, live.traits(), device=device, dtype=name, layout=""
-    )
-    if choice is None:
-        return None
-    return _Floats(choice.load(), live)
+    expander = _expander_of(kernels, live, device, dtype)
+    return None if expander is None else _Floats(expander, live)
 
 
 @dataclass(frozen=True, slots=True)
 class _Floats:
     """A matmul by a kernel that dequantizes."""
 
-    dequantize: Callable[[Form, torch.dtype], Tensor]
+    dequantize: Expander
     form: Form
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -165,12 +185,19 @@ class FormLinear(nn.Module):
 
     def adopt(self, live: Form | Prepared) -> None:
         """Compute with this from now on: the same weight, wherever its tensors lie."""
-        tensors = live.tensors if isinstance(live, Prepared) else live.tensors()
-        device = next(iter(tensors.values())).device.type
+        device = _device_of(live).type
         self._live = live
         self._products = {
             dtype: _product_of(self._kernels, live, device, dtype) for dtype in DTYPES
         }
+        self._expanders = {
+            dtype: _expander_of(self._kernels, live, device, dtype) for dtype in DTYPES
+        }
+
+    def keep(self, form: Form) -> None:
+        """Hold the form as it is, for a module that computes with it in a way of its own: what it
+        leaves to this class is the reference's."""
+        self._live, self._products, self._expanders = form, {}, {}
 
     @property
     def live(self) -> Form | Prepared:
@@ -210,9 +237,7 @@ class FormLinear(nn.Module):
     def weight(self) -> Tensor:
         """The float weight ``[out, in]``, made where a value of it is used; shape, dtype and device
         cost nothing."""
-        live = self._live
-        tensors = live.tensors if isinstance(live, Prepared) else live.tensors()
-        device = next(iter(tensors.values())).device
+        device = _device_of(self._live)
         shape, dtype = (self.out_features, self.in_features), getattr(torch, self._dtype)
         return FormWeight.of(lambda: self.form, shape, device, dtype)
 
@@ -228,11 +253,16 @@ class FormLinear(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x @ W.T + bias`` by the kernel for so many rows; differentiable in ``x``."""
         if x.requires_grad and torch.is_grad_enabled():
-            # Kernels compute no gradients: the reference does, and keeps no float weight.
+            # Kernels compute no gradients.
             result: Tensor = _Differentiable.apply(x, self)  # type: ignore[no-untyped-call]
             return result if bias is None else result + bias
         kernel = self._products.get(x.dtype)
         return self.plain().matmul(x, bias) if kernel is None else kernel(x, bias)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The float weight ``[out, in]``, by a kernel where there is one."""
+        kernel = self._expanders.get(dtype)
+        return self.plain().dequantize(dtype) if kernel is None else kernel(self._live, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FormLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -265,12 +295,12 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: FormLinear) -> Tensor:
         ctx.module = module
-        return module.plain().matmul(x)
+        return module.product(x)  # Nobody asks for gradients in here.
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        return grad @ ctx.module.plain().dequantize(grad.dtype), None
+        return grad @ ctx.module.dequantized(grad.dtype), None
 
 
 class FormLinearFactory(LinearFactory[Any]):
@@ -310,7 +340,11 @@ class FormLinearFactory(LinearFactory[Any]):
         return super().forward_bytes(form, dtype) if kernel is None else 0
 
     def backward_bytes(self, form: Form, dtype: torch.dtype) -> int:
+        live = live_of(self.kernels, form, self.device, self.dtype)
+        weight = super().backward_bytes(form, dtype)
+        if _expander_of(self.kernels, live, self.device, dtype) is not None:
+            return weight
         # The reference computes in float32: codes and their products with the scales.
         rows, columns = form.shape[-2:]
-        rounded = 0 if dtype == torch.float32 else super().backward_bytes(form, dtype)
+        rounded = 0 if dtype == torch.float32 else weight
         return rounded + 2 * 4 * int(rows * columns)

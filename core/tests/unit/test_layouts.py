@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,13 +122,13 @@ def test_the_live_bytes_are_planned_and_real(
     assert factory.resident_bytes(form.to("meta")) == linear.live_bytes == 60 + 24 + 12
 
 
-def test_gradients_reach_the_input_through_the_reference(linear: FormLinear, form: Affine) -> None:
+def test_gradients_reach_the_input(linear: FormLinear, form: Affine) -> None:
     x = torch.randn(3, 10, requires_grad=True)
     linear(x).sum().backward()
     expected = form.dequantize(torch.float32).sum(0).expand(3, 10)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, expected)
-    assert CALLS == []
+    assert CALLS == ["3 rows"]  # by the kernel; the weight is dequantized for the way back
 
 
 def test_a_disabled_kernel_prepares_nothing(form: Affine, registry: KernelRegistry) -> None:
@@ -138,3 +139,29 @@ def test_a_disabled_kernel_prepares_nothing(form: Affine, registry: KernelRegist
     none = KernelRegistry(registry.kernels, disable=["one-row", "some-rows"])
     plain = FormLinear(form, None, PlainCodec(None), none, "float32")
     assert plain.live_bytes == form.nbytes
+
+
+def test_a_kernel_of_the_layout_dequantizes_for_the_way_back(
+    form: Affine, registry: KernelRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def floats(live: Prepared, dtype: torch.dtype) -> Tensor:
+        CALLS.append(f"floats of {live.kernel.layout}")
+        return live.restore().dequantize(dtype)
+
+    monkeypatch.setattr(sys.modules["layout_kernels"], "floats", floats, raising=False)
+    expander = replace(
+        registry.kernels[0],
+        name="floats",
+        operation="dequantize",
+        implementation="layout_kernels:floats",
+        max_rows=None,
+    )
+    kernels = KernelRegistry([*registry.kernels, expander])
+    linear = FormLinear(form, None, PlainCodec(None), kernels, "float32")
+    x = torch.randn(2, 10, requires_grad=True)
+    linear(x).sum().backward()
+    assert CALLS == ["2 rows", "floats of columns"]
+    assert torch.equal(linear.dequantized(torch.float32), form.dequantize(torch.float32))
+    linear.keep(form)
+    assert torch.equal(linear.dequantized(torch.float32), form.dequantize(torch.float32))
+    assert len(CALLS) == 3

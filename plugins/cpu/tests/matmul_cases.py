@@ -72,6 +72,7 @@ def mistake(forms: Any) -> None:
 def main(library: str, cases: str) -> None:
     torch.set_num_threads(2)
     native._FILE = Path(library)
+    from quantmill_cpu.dequantize import dequantize
     from quantmill_cpu.matmul import matmul
 
     forms = load_forms()
@@ -86,6 +87,7 @@ def main(library: str, cases: str) -> None:
             assert forms.same(live.restore(), form)
             for turn in range(3):
                 dtype = DTYPES[(index + turn) % 3]
+                assert forms.expanded(dequantize(live, dtype), form), f"{level} {form}"
                 batch = BATCHES[(index + 3 * turn + number) % len(BATCHES)]
                 x = torch.randn(batch, form.shape[1], dtype=dtype)
                 bias = unaligned(torch.randn(form.shape[0], dtype=dtype)) if turn else None

@@ -225,6 +225,20 @@ def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> f
     return float(max(0.0, wrong.item()) / size)
 
 
+def expanded(found: Tensor, form: Form) -> bool:
+    """Whether these are the form's values in the tensor's dtype, up to float32's precision; to the
+    bit where they are differences of whole numbers, scaled."""
+    wanted = form.dequantize(found.dtype)
+    if isinstance(form, Affine) and form.offset_kind != "minimum" and form.factor == 1.0:
+        scale = form.scale if isinstance(form.scale, Tensor) else None
+        if scale is not None and not isinstance(form.offset, Form):
+            return bool(torch.equal(found, wanted))
+    size = 1e-5 * float(wanted.double().nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(
+        found.double(), wanted.double(), rtol=2 * NARROW[found.dtype], atol=size, equal_nan=True
+    )
+
+
 def same(left: Form, right: Form) -> bool:
     """Whether all tensors are equal bit for bit, with dtype and shape."""
     ours, theirs = left.tensors(), right.tensors()

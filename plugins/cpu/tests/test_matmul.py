@@ -21,6 +21,7 @@ from torch import Tensor
 from quantmill.forms import Channel, Codebook, Codes, Flat, Form, Group, PerTensor
 from quantmill_cpu import native
 from quantmill_cpu.codes import pack_codes, unpack_codes
+from quantmill_cpu.dequantize import dequantize
 from quantmill_cpu.layout import misfit
 from quantmill_cpu.matmul import _product, matmul
 from quantmill_cpu.operators import implement, torch_library
@@ -70,6 +71,8 @@ def check(form: Form, batches: tuple[int, ...] = (1, 3, 20), levels: list[str] =
     most = MOST if weight.numel() >= 500 else 2 * MOST
     for level in levels:
         native.use_matmul_level(level)
+        for dtype in DTYPES:
+            assert forms.expanded(dequantize(live, dtype), form), f"{level}, {dtype}"
         for batch in batches:
             for dtype in DTYPES:
                 x, bias = draw(batch, form.shape[1], dtype), draw(1, form.shape[0], dtype)[0]

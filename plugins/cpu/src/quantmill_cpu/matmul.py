@@ -16,10 +16,19 @@ from quantmill.kernels import Prepared
 from quantmill_cpu.layout import prepare, restore
 from quantmill_cpu.operators import NATIVE, OPERATORS, torch_library
 
-__all__ = ["bind", "bind_grouped", "grouped_matmul", "matmul", "prepare", "restore"]
+__all__ = [
+    "DTYPES",
+    "FAILURES",
+    "bind",
+    "bind_grouped",
+    "grouped_matmul",
+    "matmul",
+    "prepare",
+    "restore",
+]
 
-_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FAILURES: Final = {
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FAILURES: Final = {
     -1: MemoryError("no memory for the activations of a matmul"),
     -2: ValueError("a weight must lie at a multiple of 64 bytes"),
 }
@@ -43,12 +52,12 @@ def _product(
         torch.get_num_threads(),
     )
     if failed:
-        raise _FAILURES[failed]
+        raise FAILURES[failed]
     return y
 
 
 def _kind_of(x: Tensor, columns: int) -> int:
-    kind = _DTYPES.get(x.dtype)
+    kind = DTYPES.get(x.dtype)
     if kind is None or x.shape[-1] != columns or not x.is_cpu:
         raise ValueError(
             f"x must be float32, bfloat16 or float16 [..., {columns}] on the CPU,"
@@ -87,7 +96,7 @@ def _call_grouped(
         torch.get_num_threads(),
     )
     if failed:
-        raise _FAILURES[failed]
+        raise FAILURES[failed]
     return y
 
 
@@ -128,7 +137,7 @@ class _Bound:
         self._rows, self._columns = live.skeleton.shape
         self._weight = live.tensors["weight"]
         if not torch.compiler.is_compiling() and self._weight.data_ptr() % 64:
-            raise _FAILURES[-2]
+            raise FAILURES[-2]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = self._rows, self._columns

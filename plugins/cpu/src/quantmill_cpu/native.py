@@ -23,7 +23,7 @@ __all__ = [
     "use_matmul_level",
 ]
 
-ABI_VERSION = 15
+ABI_VERSION = 16
 _FILE = Path(__file__).with_name("_native.so")
 _VARIABLE = "QUANTMILL_CPU_ISA"
 
@@ -74,6 +74,7 @@ def library() -> ctypes.CDLL:
             small,
             [pointer, size, size, *[pointer] * 4, small, size, small],
         ),
+        "qm_dequantize": (small, [pointer, pointer, small, small]),
         "qm_weight_finish": (None, [pointer]),
         "qm_large_pages": (None, [pointer, size]),
         "qm_borrow_threads": (None, [pointer]),

@@ -22,7 +22,7 @@ _COLUMNS = (*range(16, 257, 16), 320, 384, 512, 768, 1024, 2048, 4096, 8192)
 
 
 def _matmuls(name: str, form: str, **constraints: tuple[Any, ...]) -> list[Kernel]:
-    """The products of one weight and of many, on the same layout."""
+    """The products of one weight and of many on the same layout, and the weight as floats."""
     one = Kernel(
         name=f"cpu-matmul-{name}",
         operation="matmul",
@@ -47,7 +47,15 @@ def _matmuls(name: str, form: str, **constraints: tuple[Any, ...]) -> list[Kerne
         restore=None,
         bind="quantmill_cpu.matmul:bind_grouped",
     )
-    return [one, many]
+    floats = replace(
+        one,
+        name=f"cpu-dequantize-{name}",
+        operation="dequantize",
+        implementation="quantmill_cpu.dequantize:dequantize",
+        dtypes=("bfloat16", "float16", "float32"),
+        bind=None,
+    )
+    return [one, many, floats]
 
 
 _WITHOUT_FORM = ("Q8_K", "TQ1_0", *(name for name, item in TYPES.items() if item.points))

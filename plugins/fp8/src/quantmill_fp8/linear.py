@@ -56,7 +56,7 @@ class FP8Linear(FormLinear):
         """Whether it computes in 8 bits."""
         if self.native:
             # The product reads the weight as it is: no kernel's layout is made of it.
-            self._live, self._products = plain, {}
+            self.keep(plain)
             rounding = rounding_kernel(self._kernels, plain, self._dtype)
             self.eight_bit = Product(plain, self.bound, rounding)
         else:

@@ -60,7 +60,7 @@ class TorchaoLinear(FormLinear):
         super()._hold(_with(form, dict.fromkeys(self._kept)))
         device = next(iter(form.tensors().values())).device
         if device.type == "cuda" and self.inputs and form.layout.tensor in _NATIVE:
-            self._live, self._products = self.plain(), {}
+            self.keep(self.plain())
             if torch.cuda.get_device_capability(device) >= (8, 9):
                 self._native = to_tensor(self.form)
 

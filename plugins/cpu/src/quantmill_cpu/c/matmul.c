@@ -340,3 +340,41 @@ QM_API int qm_matmul_grouped(const void *weights, int64_t each, int64_t count, c
     memset((char *)y + start * out, 0, (size_t)((batch - start) * out));
     return 0;
 }
+
+/* ---- Weights as floats ------------------------------------------------------------------------- */
+
+static const QmWay *float_way(void) {
+#ifdef QM_X86_LEVELS
+    const int level = level_used();
+    if (level >= AVX512) return &qm_fp32_avx512;
+    if (level == AVX2) return &qm_fp32_avx2;
+#endif
+    return &qm_fp32_baseline;
+}
+
+static void expand_pair(void *argument, int64_t pair, int worker) {
+    const All *all = argument;
+    all->works->way->expand(&all->works->job, pair,
+                            all->workspace + (size_t)worker * all->workspace_bytes);
+}
+
+QM_API int qm_dequantize(const void *weight, void *out, int dtype, int threads) {
+    if ((uintptr_t)weight % 64) return -2;
+    Work work = {.way = float_way()};
+    QmJob *job = &work.job;
+    qm_weight_of(job, weight);
+    job->dtype = dtype;
+    job->y = out;
+    work.way->settle(job);
+    job->zeros_needed = 1;
+    QmWorkspace unused;
+    All all = {.works = &work, .workspace_bytes = qm_workspace(job, NULL, &unused)};
+    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
+    if (threads < 1 || job->rows * job->columns < SMALL) threads = 1;
+    const size_t bytes = (size_t)threads * all.workspace_bytes;
+    all.workspace = scratch_take(bytes);
+    if (!all.workspace) return -1;
+    qm_parallel(expand_pair, &all, (job->panels + 1) / 2, threads);
+    scratch_give(all.workspace, bytes);
+    return 0;
+}

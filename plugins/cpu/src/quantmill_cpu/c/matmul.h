@@ -95,6 +95,10 @@ int qm_matmul_grouped(const void *weights, int64_t each, int64_t count, const in
                       const void *x, const void *bias, void *y, int dtype, int64_t batch,
                       int threads);
 
+/* The weight as floats of `dtype`, [rows, columns], columns in their own order; computed in float32
+ * as above, and rounded once. Returns as qm_matmul. */
+int qm_dequantize(const void *weight, void *out, int dtype, int threads);
+
 /* Instruction sets that matmul has code for here, ascending. The best one within the level that
  * qm_use_level chose is used, unless another is asked for: */
 const char *qm_matmul_levels(void);

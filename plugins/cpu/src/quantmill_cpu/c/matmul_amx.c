@@ -221,4 +221,4 @@ static void run(const QmJob *job, int64_t pair, char *workspace) {
     _tile_release();
 }
 
-const QmWay qm_bf16_amx = {2, settle, qm_bf16_split, TILE_ROWS, qm_bf16_load, run};
+const QmWay qm_bf16_amx = {2, settle, qm_bf16_split, TILE_ROWS, qm_bf16_load, run, NULL};

@@ -93,4 +93,4 @@ static void run(const QmJob *job, int64_t pair, char *workspace) {
     else qm_run_pair(job, pair, &w, 1);
 }
 
-const QmWay qm_bf16_avx512 = {2, settle, qm_bf16_split, 1, qm_bf16_load, run};
+const QmWay qm_bf16_avx512 = {2, settle, qm_bf16_split, 1, qm_bf16_load, run, NULL};

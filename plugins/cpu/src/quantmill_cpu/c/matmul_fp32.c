@@ -211,4 +211,82 @@ static void run(const QmJob *job, int64_t pair, char *workspace) {
     qm_run_pair(job, pair, &w, 1);
 }
 
-const QmWay QM_JOIN(qm_fp32_, QM_LEVEL) = {4, settle, split, 1, load_rows, run};
+/* ---- Weights as floats ------------------------------------------------------------------------- */
+
+/* Decoded columns of half a pair, all of one group, to what they mean. */
+static void scale_columns(const QmJob *job, const QmWorkspace *w, int64_t group, int half,
+                          int64_t columns) {
+    const int64_t at = group * QM_PAIR + half * QM_PANEL;
+    float *to = (float *)w->decoded + half * QM_PANEL;
+    for (int row = 0; row < QM_PANEL; row += LANES) {
+        const Floats zero = load(w->zero + at + row), by = load(w->scale + at + row);
+        Floats plus = all(job->plus);
+        if (job->offset_kind == QM_OFFSET_MINIMUM) plus += load(w->minimum + at + row);
+        for (int64_t k = 0; k < columns; k++) {
+            float *lanes = to + k * QM_PAIR + row;
+            store(lanes, (load(lanes) + zero) * by + plus);
+        }
+    }
+}
+
+/* 16 decoded columns of one row side by side. */
+QM_INLINE void across(const float *from, float *out) {
+#if defined(__AVX512F__)
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm512_set1_epi32(QM_PAIR));
+    _mm512_storeu_ps(out, _mm512_i32gather_ps(places, from, 4));
+#else
+    for (int k = 0; k < QM_UNIT; k++) out[k] = from[k * QM_PAIR];
+#endif
+}
+
+/* Decoded units of a panel into its rows of the result, at the columns that they came from. Row by
+ * row: rows may lie so far apart that the first cache holds few of them at once. */
+static void write_units(const QmJob *job, const float *from, int64_t count, int64_t row,
+                        int64_t column) {
+    const int64_t rows = qm_least(QM_PANEL, job->rows - row);
+    const int64_t last = qm_least(column + count * QM_UNIT, job->columns);
+    const size_t size = job->dtype == QM_F32 ? 4 : 2;
+    float values[QM_UNIT];
+    uint8_t narrow[4 * QM_UNIT];
+    for (int64_t r = 0; r < rows; r++) {
+        uint8_t *to = job->y + (size_t)((row + r) * job->columns) * size;
+        const float *unit = from + r;
+        for (int64_t k = column; k < last; k += QM_UNIT, unit += QM_UNIT * QM_PAIR) {
+            const int64_t some = qm_least(QM_UNIT, last - k);
+            across(unit, values);
+            if (!job->order) {
+                qm_narrow(values, job->dtype, some, to + (size_t)k * size);
+                continue;
+            }
+            qm_narrow(values, job->dtype, some, narrow);
+            for (int64_t i = 0; i < some; i++)
+                memcpy(to + (size_t)job->order[k + i] * size, narrow + (size_t)i * size, size);
+        }
+    }
+}
+
+static void expand(const QmJob *job, int64_t pair, char *workspace) {
+    QmWorkspace w;
+    qm_workspace(job, workspace, &w);
+    const int64_t units = (job->columns + QM_UNIT - 1) / QM_UNIT;
+    for (int half = 0; half < 2 && pair * 2 + half < job->panels; half++) {
+        const int64_t panel = pair * 2 + half;
+        const uint8_t *codes = job->codes + panel * job->panel_bytes;
+        qm_panel_values(job, panel, &w, half * QM_PANEL);
+        for (int64_t g = 0; g < job->groups; g++) {
+            const int64_t first = g * job->group_units;
+            const int64_t last = qm_least(first + job->group_units, units);
+            for (int64_t unit = first; unit < last; unit += QM_SEGMENT) {
+                const int64_t count = qm_least(QM_SEGMENT, last - unit);
+                qm_decode_units(job, codes, unit, count, half, w.decoded);
+                scale_columns(job, &w, g, half, count * QM_UNIT);
+                write_units(job, (float *)w.decoded + half * QM_PANEL, count, panel * QM_PANEL,
+                            unit * QM_UNIT);
+            }
+        }
+    }
+}
+
+const QmWay QM_JOIN(qm_fp32_, QM_LEVEL) = {4, settle, split, 1, load_rows, run, expand};

@@ -65,6 +65,7 @@ QM_INLINE int64_t qm_seconds(const QmJob *job, const QmValues *v, int64_t panel,
 typedef float QmFloats __attribute__((vector_size(64)));
 typedef int32_t QmInts __attribute__((vector_size(64)));
 typedef uint32_t QmWords32 __attribute__((vector_size(64)));
+typedef uint16_t QmShorts __attribute__((vector_size(32)));
 
 QM_INLINE QmFloats qm_load_floats(const float *from) {
     QmFloats lanes;
@@ -350,11 +351,19 @@ QM_INLINE void qm_narrow(const float *values, int dtype, int64_t count, uint8_t 
         memcpy(to, values, (size_t)count * 4);
         return;
     }
+    if (dtype == QM_BF16) {
+        /* qm_bfloat_bits, of vectors. */
+        QmWords32 words;
+        memcpy(&words, values, 64);
+        const QmWords32 rounded = (words + 0x7fffu + (words >> 16 & 1u)) >> 16;
+        const QmWords32 nan = (QmWords32)((words & 0x7fffffffu) > 0x7f800000u);
+        const QmShorts shorts =
+            __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), QmShorts);
+        memcpy(to, &shorts, count == 16 ? 32 : (size_t)count * 2);
+        return;
+    }
     memcpy(bits, values, 64);
-    if (dtype == QM_BF16)
-        for (int i = 0; i < 16; i++) bits[i] = qm_bfloat_bits(bits[i]);
-    else
-        for (int i = 0; i < 16; i++) bits[i] = qm_half_bits(bits[i]);
+    for (int i = 0; i < 16; i++) bits[i] = qm_half_bits(bits[i]);
     for (int i = 0; i < 16; i++) narrow[i] = (uint16_t)bits[i];
     if (count == 16) memcpy(to, narrow, 32);
     else memcpy(to, narrow, (size_t)count * 2);

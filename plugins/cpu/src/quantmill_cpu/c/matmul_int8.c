@@ -393,4 +393,4 @@ static void run(const QmJob *job, int64_t pair, char *workspace) {
     }
 }
 
-const QmWay qm_int8_avx512 = {2, settle, split, 1, load_rows, run};
+const QmWay qm_int8_avx512 = {2, settle, split, 1, load_rows, run, NULL};

@@ -111,6 +111,8 @@ typedef struct {
     void (*load)(const QmJob *job, int64_t first, int64_t last, char *workspace);
     /* Rows 32 * pair to 32 * pair + 31 of W against all activations. */
     void (*run)(const QmJob *job, int64_t pair, char *workspace);
+    /* The same rows of W as floats of `dtype`, into y [rows, columns]. NULL where only others can. */
+    void (*expand)(const QmJob *job, int64_t pair, char *workspace);
 } QmWay;
 
 extern const QmWay qm_fp32_baseline;

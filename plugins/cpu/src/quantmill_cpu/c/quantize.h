@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define QM_ABI_VERSION 15
+#define QM_ABI_VERSION 16
 
 enum { QM_F32 = 0, QM_BF16 = 1, QM_F16 = 2 };
 enum { QM_TO_INT8 = 0, QM_TO_E4M3 = 1, QM_TO_E5M2 = 2, QM_TO_E2M1 = 3 };
