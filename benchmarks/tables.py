@@ -42,6 +42,7 @@ LIBRARIES = (
     "optimum-quanto",
     "compressed-tensors",
     "gguf",
+    "peft",
 )
 """Peers that are looked for in the environment that runs us, by distribution."""
 
@@ -165,6 +166,17 @@ KERNELS = (
         beside={"transformers": (), "bitsandbytes": (), "llama.cpp": ("--llama", "{llama}")},
         needs=("transformers", "bitsandbytes"),
         ratios={"of_bitsandbytes": HIGHER},
+    ),
+    Step(
+        "Training adapters on CPU",
+        "A step of LoRA (PEFT) on all linears of a Llama of 252M, 256 tokens; `of_bitsandbytes` is"
+        " its time, the fastest of the rounds, by that with bitsandbytes' NF4.",
+        "train.py",
+        ("{work}", "--json", "{json}"),
+        quick=("--rounds", "1", "--tokens", "16", "--methods", "quanto-int4"),
+        beside={"transformers": (), "bitsandbytes": (), "peft": ()},
+        needs=("transformers", "bitsandbytes", "peft"),
+        ratios={"of_bitsandbytes": LOWER},
     ),
     Step(
         "ggml's types, decoding",
