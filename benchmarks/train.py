@@ -1,11 +1,12 @@
-"""Training adapters on CPU: seconds of a step beside the peers.
+"""Training adapters: seconds of a step beside the peers, on the CPU or a GPU.
 
     python benchmarks/train.py WORK [--methods bnb-nf4 quanto-int4 ...] [--tokens 256] [--json OUT]
+    python benchmarks/train.py WORK --device cuda --size 1.1b --tokens 2048
 
-A step is the forward and backward pass of one sequence through a fabricated Llama of 252M with
-LoRA of rank 16 on every linear of its blocks (PEFT's, for all alike). All contenders are loaded in
-one process and take turns; shown is the fastest of the rounds, and its ratio to that of
-transformers with bitsandbytes' NF4. ``bnb-nf4`` here is the same format, computed by us.
+A step is the forward and backward pass of one sequence through a fabricated Llama with LoRA of rank
+16 on every linear of its blocks (PEFT's, for all alike). All contenders are loaded in one process
+and take turns; shown is the fastest of the rounds, and its ratio to that of transformers with
+bitsandbytes' NF4. ``bnb-nf4`` here is the same format, computed by us.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fabricate import fabricate
+from fabricate import SIZES, fabricate
 from torch import nn
 
 TARGETS = r".*layers\.\d+\..*_proj"
@@ -39,6 +40,8 @@ def adapted(model: Any) -> nn.Module:
 def step(model: nn.Module, tokens: torch.Tensor) -> float:
     start = time.perf_counter()
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
     spent = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     return spent
@@ -51,6 +54,8 @@ def main() -> None:
         "--methods", nargs="+", default=["bnb-nf4", "quanto-int4", "quanto-int8", "fp8-block"]
     )
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--size", choices=sorted(SIZES), default="252m")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -60,20 +65,25 @@ def main() -> None:
     import quantmill
 
     transformers.utils.logging.disable_progress_bar()
-    source = fabricate(options.work / "llama-252m", "252m")
+    source = fabricate(options.work / f"llama-{options.size}", options.size)
+    place = {"device_map": {"": options.device}}
 
     def peer(**more: Any) -> nn.Module:
-        return adapted(AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **more))
+        more |= {"dtype": torch.bfloat16, **place}
+        return adapted(AutoModelForCausalLM.from_pretrained(source, **more))
 
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     models = {"transformers bf16": peer(), "bitsandbytes NF4": peer(quantization_config=nf4)}
     for method in options.methods:
-        models[f"quantmill {method}"] = adapted(quantmill.load(source, method))
+        models[f"quantmill {method}"] = adapted(
+            quantmill.load(source, method, device=options.device)
+        )
     tokens = torch.randint(
         3, 30000, (1, options.tokens), generator=torch.Generator().manual_seed(0)
     )
+    tokens = tokens.to(options.device)
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(options.rounds + 1):
         for name, model in models.items():

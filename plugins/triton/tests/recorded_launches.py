@@ -114,6 +114,7 @@ def main() -> None:
         "strided": affine(torch.zeros(4, 8200, dtype=bf16)[:, :8192]),
         "unaligned": affine(torch.zeros(4 * 8200, dtype=bf16)[1:-7].view(4, -1)[:, :8192]),
         "table": paired(rows[:4].to(fp16)),
+        "whole": affine(torch.zeros(600, 8192, dtype=bf16)),
         "activations": lambda: _activations(rows.to(bf16), 0, 10.0, 16),
         "blocks": lambda: _activations(rows.to(bf16), 128, 10.0, 16),
     }

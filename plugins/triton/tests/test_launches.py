@@ -30,7 +30,7 @@ def test_a_launch_made_again_gives_the_driver_the_same(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 7 + gluon_known()
+    assert len(found) == 8 + gluon_known()
     for name, (first, again) in found.items():
         assert first == again, name
         assert len(first) > 12, name

@@ -123,20 +123,20 @@ def matmul(x: Tensor, weight: Weight, bias: Tensor | None, facts: Facts, factor:
     """``x @ W.T + bias`` for ``x`` ``[rows, columns]``: fused for halves and few rows."""
     if x.dtype in _HALVES and 0 < x.shape[0] <= FUSED_ROWS:
         return matmul_fused(x, weight, bias, facts, factor)
-    out = x.new_empty((x.shape[0], facts.rows))
-    if out.numel() == 0:
-        return out
+    if x.shape[0] == 0:
+        return x.new_empty((0, facts.rows))
     if weight.order is not None:
         x = x.index_select(1, weight.order)
     # Whole tiles of rows, so that each piece begins with a tile.
-    step = BUFFER_BYTES // (facts.columns * x.element_size()) // ROWS * ROWS
-    for start in range(0, facts.rows, max(ROWS, step)):
-        stop = min(facts.rows, start + max(ROWS, step))
+    step = max(ROWS, BUFFER_BYTES // (facts.columns * x.element_size()) // ROWS * ROWS)
+    if step >= facts.rows:
+        whole = _dequantize(weight, facts, factor, x.dtype, 0, facts.rows, ordered=True)
+        return torch.nn.functional.linear(x, whole, bias)
+    out = x.new_empty((x.shape[0], facts.rows))
+    for start in range(0, facts.rows, step):
+        stop = min(facts.rows, start + step)
         part = _dequantize(weight, facts, factor, x.dtype, start, stop, ordered=True)
-        if stop - start == facts.rows:
-            torch.mm(x, part.t(), out=out)
-        else:
-            torch.mm(x, part.t(), out=out[:, start:stop])
+        torch.mm(x, part.t(), out=out[:, start:stop])
     return out if bias is None else out.add_(bias)
 
 
@@ -315,36 +315,39 @@ def _dequantize(
     ordered: bool,
 ) -> Tensor:
     """Rows ``start`` (a multiple of 64) to ``stop``; ``ordered`` leaves columns as sorted."""
-    codes = weight.codes
+    codes, high, scale, offset, table, _, _, order = weight[:8]
     out = torch.empty((stop - start, facts.columns), dtype=dtype, device=codes.device)
-    grid = (facts.chunks, -(-(stop - start) // ROWS))
-    dequantize_kernel[grid](
-        codes,
-        codes if weight.high is None else weight.high,
-        weight.scale,
-        codes if weight.offset is None else weight.offset,
-        codes if weight.table is None else weight.table,
-        codes if weight.order is None else weight.order,
-        out,
-        start,
-        stop,
-        facts.columns,
-        facts.chunks,
-        facts.groups,
-        weight.scale.shape[1],
-        BITS=facts.bits,
-        HIGH_BITS=facts.high_bits,
-        WIDTH=facts.width,
-        SLICES=facts.slices,
-        GROUP=facts.group,
-        TALL=facts.tall,
-        VALUES=facts.values,
-        OFFSET=facts.offset,
-        MIDDLE=facts.middle,
-        PAIRED=bool(facts.paired),
-        SCALES=facts.scales,
-        GATHER=weight.order is not None and not ordered,
-        FACTOR=factor,
-        enable_fp_fusion=False,
+    _expansion(facts, factor, stop - start, ordered, codes.device)(
+        (
+            codes,
+            codes if high is None else high,
+            scale,
+            codes if offset is None else offset,
+            codes if table is None else table,
+            codes if order is None else order,
+            out,
+        ),
+        (start, stop, facts.columns, facts.chunks, facts.groups, scale.shape[1]),
     )
     return out
+
+
+@lru_cache(maxsize=4096)
+def _expansion(facts: Facts, factor: float, rows: int, ordered: bool, _: torch.device) -> Launch:
+    constants = {
+        "BITS": facts.bits,
+        "HIGH_BITS": facts.high_bits,
+        "WIDTH": facts.width,
+        "SLICES": facts.slices,
+        "GROUP": facts.group,
+        "TALL": facts.tall,
+        "VALUES": facts.values,
+        "OFFSET": facts.offset,
+        "MIDDLE": facts.middle,
+        "PAIRED": bool(facts.paired),
+        "SCALES": facts.scales,
+        "GATHER": bool(facts.ordered) and not ordered,
+        "FACTOR": factor,
+    }
+    grid = (facts.chunks, -(-rows // ROWS), 1)
+    return Launch(dequantize_kernel, grid, constants, {"enable_fp_fusion": False})
