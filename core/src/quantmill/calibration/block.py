@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantmill.calibration.call_order import order_of_calls
 from quantmill.calibration.mixture import in_order_of_experts, shrunk
 from quantmill.calibration.moments import Moments, lanes_of
 from quantmill.calibration.staged import run_staged
@@ -353,37 +354,11 @@ class Block:
         orders, structure = self._share.orders, (parts, tuple(by_name))
         if structure not in orders:
             # Blocks of the same modules run these in the same order.
-            orders[structure] = self.agree(lambda: self._call_order(by_name))
+            orders[structure] = self.agree(
+                lambda: order_of_calls(self.model, by_name, self.run_first)
+            )
         groups = [[by_name[name] for name in group] for group in orders[structure]]
         return in_order_of_experts(groups, self.targets)
-
-    def _call_order(self, targets: Mapping[str, Target]) -> list[list[str]]:
-        order: list[tuple[int, list[str]]] = []
-
-        def hook(name: str) -> Any:
-            def seen(module: nn.Module, args: tuple[Any, ...]) -> None:
-                key = id(args[0]) if args[0]._base is None else id(args[0]._base)
-                alive.append(args[0])
-                for other, members in order:
-                    if other == key:
-                        members.append(name)
-                        return
-                order.append((key, [name]))
-
-            return seen
-
-        alive: list[Tensor] = []  # an id is only good while its object lives
-        with ExitStack() as stack:
-            for name, target in targets.items():
-                module = self.model.get_submodule(target.name)
-                handle = module.register_forward_pre_hook(hook(name))
-                stack.callback(handle.remove)
-                if not target.module.parts:
-                    stack.enter_context(_idle(module, target.out_features))
-            self.run_first()
-        found = [list(dict.fromkeys(members)) for _, members in order]
-        reached = {name for members in found for name in members}
-        return found + [[name] for name in targets if name not in reached]
 
     def _join(self, group: Sequence[Target], moments: Moments) -> None:
         """Bring the processes' sums together; refuse NaN and infinity."""
@@ -400,20 +375,6 @@ class Block:
         if group[0].module.parts:
             self.tokens.update(dict.fromkeys((item.name for item in group), moments.tokens))
             moments.square = shrunk(moments.square, moments.tokens)
-
-
-@contextmanager
-def _idle(linear: nn.Module, out_features: int) -> Iterator[None]:
-    """Let a linear give zeros for a while: who calls it, and when, doesn't depend on what it
-    gives."""
-    before = vars(linear).get("forward")
-    linear.forward = lambda x, *_, **__: x.new_zeros(*x.shape[:-1], out_features)
-    try:
-        yield
-    finally:
-        del linear.forward
-        if before is not None:
-            linear.forward = before
 
 
 class _Enough(Exception):

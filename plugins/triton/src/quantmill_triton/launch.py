@@ -238,6 +238,23 @@ class _Plan(NamedTuple):
     launch: Launch
 
 
+def _of_layout(facts: Facts) -> dict[str, Any]:
+    """The constants with which kernels read a weight."""
+    return {
+        "BITS": facts.bits,
+        "HIGH_BITS": facts.high_bits,
+        "WIDTH": facts.width,
+        "SLICES": facts.slices,
+        "GROUP": facts.group,
+        "TALL": facts.tall,
+        "VALUES": facts.values,
+        "OFFSET": facts.offset,
+        "MIDDLE": facts.middle,
+        "PAIRED": bool(facts.paired),
+        "SCALES": facts.scales,
+    }
+
+
 @lru_cache(maxsize=4096)
 def _plan(
     facts: Facts,
@@ -259,18 +276,8 @@ def _plan(
     fast = _fast(facts, machine)
     grid = (-(-facts.rows // config.bn), parts, tiles or -(-rows // config.bm))
     constants = {
-        "BITS": facts.bits,
-        "HIGH_BITS": facts.high_bits,
-        "WIDTH": facts.width,
-        "SLICES": facts.slices,
-        "GROUP": facts.group,
-        "TALL": facts.tall,
+        **_of_layout(facts),
         "FLUSH": facts.flush,
-        "VALUES": facts.values,
-        "OFFSET": facts.offset,
-        "MIDDLE": facts.middle,
-        "PAIRED": bool(facts.paired),
-        "SCALES": facts.scales,
         "GATHER": bool(facts.ordered) and gathers,
         "EVEN": facts.columns % facts.chunk == 0 and facts.chunks % (parts * config.teams) == 0,
         "BIAS": biased,
@@ -335,17 +342,7 @@ def _dequantize(
 @lru_cache(maxsize=4096)
 def _expansion(facts: Facts, factor: float, rows: int, ordered: bool, _: torch.device) -> Launch:
     constants = {
-        "BITS": facts.bits,
-        "HIGH_BITS": facts.high_bits,
-        "WIDTH": facts.width,
-        "SLICES": facts.slices,
-        "GROUP": facts.group,
-        "TALL": facts.tall,
-        "VALUES": facts.values,
-        "OFFSET": facts.offset,
-        "MIDDLE": facts.middle,
-        "PAIRED": bool(facts.paired),
-        "SCALES": facts.scales,
+        **_of_layout(facts),
         "GATHER": bool(facts.ordered) and not ordered,
         "FACTOR": factor,
     }
