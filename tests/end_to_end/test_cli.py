@@ -209,7 +209,7 @@ def test_inspect(cli: Cli, nf4: Path) -> None:
     assert data["totals"]["bytes"] == sum(data["totals"]["bytes_by_dtype"].values())
 
 
-def test_kernels_explain(cli: Cli, nf4: Path) -> None:
+def test_kernels_explain(cli: Cli, nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "model.layers.0.self_attn.q_proj"
     code, out, _ = cli("kernels", "--explain", NOVELLA, "bnb-nf4-dq", name, "--json")
     data = json.loads(out)
@@ -217,6 +217,8 @@ def test_kernels_explain(cli: Cli, nf4: Path) -> None:
     assert code == 0 and data["linear"] == "quantmill_bnb.linear:BnbLinearFactory"
     assert chosen["quantize", "weight"] == "cpu-quantize-codebook4"
     assert chosen["quantize", "weight.scale"] == "cpu-quantize-codebook8"
+    assert chosen["dequantize", "weight"] == "cpu-dequantize-codebook"
+    monkeypatch.setenv("QUANTMILL_DISABLE_KERNELS", "cpu-dequantize-codebook")
     code, out, _ = cli("kernels", "--explain", nf4, name)
     assert code == 0 and "none: the form's plain torch reference" in out
 

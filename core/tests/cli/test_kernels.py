@@ -179,7 +179,9 @@ def test_explain_a_module(cli: Cli, folder: Path) -> None:
     quantize = data["operations"][2]["not_chosen"]
     assert quantize["bnb-quantize-4bit-cuda"] == "is for cuda"
     text = cli("kernels", "--explain", folder, "bnb-nf4-dq", MODULE)
-    assert text.code == 0 and "plain torch reference" in text.out and "is for cuda" in text.out
+    assert text.code == 0 and "is for cuda" in text.out
+    lacking = any(item["kernel"] is None for item in data["operations"])
+    assert ("plain torch reference" in text.out) == lacking
 
 
 def test_explain_a_quantized_checkpoint(cli: Cli, folder: Path) -> None:
