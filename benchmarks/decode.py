@@ -200,6 +200,15 @@ def gguf_file(source: Path, out: Path, quantize: Path) -> Path:
     return out
 
 
+def nf4() -> Any:
+    """bitsandbytes' NF4, as transformers is asked for it."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("work", type=Path)
@@ -217,7 +226,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     import transformers
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     import quantmill
 
@@ -236,13 +245,7 @@ def main() -> None:
     if wanted("transformers"):
         models["transformers bf16"] = peer()
     if wanted("bitsandbytes"):
-        models["bitsandbytes NF4"] = peer(
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-        )
+        models["bitsandbytes NF4"] = peer(quantization_config=nf4())
     if wanted("quantmill"):
         models["quantmill"] = quantmill.load(source, options.method).eval()
         if options.head:

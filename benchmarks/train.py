@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode import nf4
 from fabricate import SIZES, fabricate
 from torch import nn
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     import transformers
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     import quantmill
 
@@ -72,10 +73,7 @@ def main() -> None:
         more |= {"dtype": torch.bfloat16, **place}
         return adapted(AutoModelForCausalLM.from_pretrained(source, **more))
 
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    models = {"transformers bf16": peer(), "bitsandbytes NF4": peer(quantization_config=nf4)}
+    models = {"transformers bf16": peer(), "bitsandbytes NF4": peer(quantization_config=nf4())}
     for method in options.methods:
         models[f"quantmill {method}"] = adapted(
             quantmill.load(source, method, device=options.device)

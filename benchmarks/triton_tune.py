@@ -23,14 +23,11 @@ import torch
 
 from quantmill_triton import launch
 from quantmill_triton.available import gluon_known
-from quantmill_triton.configs import Config, _shared_bytes, split_of
+from quantmill_triton.configs import Config, shared_bytes, split_of
 from quantmill_triton.facts import Facts
 from quantmill_triton.launch import Weight
 from quantmill_triton.layout import _lookup
 from quantmill_triton.packing import words_shape
-
-SHARED = 227 << 10
-"""Bytes of a Hopper GPU's shared memory that a program may have."""
 
 KINDS = {
     # bits, group, values, scales, offset, middle, paired
@@ -204,9 +201,9 @@ def main() -> int:
                 for rows in args.rows:
                     x = torch.randn((rows, columns), device="cuda").to(dtype)
                     expected = x.float() @ full.t()
-                    best = []
+                    best, most = [], launch._machine(x.device).shared
                     for config in candidates(kind, rows, args.early):
-                        if not config.streamed and _shared_bytes(config, facts) > SHARED:
+                        if not config.streamed and shared_bytes(config, facts) > most:
                             continue
                         tiles = -(-out // config.bn) * -(-rows // config.bm)
                         chosen = split_of(facts, rows, config, 132)[0]

@@ -83,6 +83,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantmill.devices import cuda_there
 from quantmill.findings import QuantmillError, declare
 from quantmill.registrations import Kernel, resolve
 from quantmill.requirements import missing_requirements
@@ -302,10 +303,9 @@ def _too_old(kernel: Kernel, device: str) -> str | None:
         return None
     import torch
 
-    index = torch.device(device).index or 0
-    if index >= torch.cuda.device_count():
+    if not cuda_there(device):
         return f"torch sees no {device} device here"
-    have, least = torch.cuda.get_device_capability(index), max(wanted)
+    have, least = torch.cuda.get_device_capability(device), max(wanted)
     if have >= least:
         return None
     return f"needs compute capability {least[0]}.{least[1]}, here it is {have[0]}.{have[1]}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantmill.backend import Codec, LinearFactory
 from quantmill.embedding import FormEmbedding, FormWeight
 from quantmill.forms import Form
-from quantmill.kernels import KernelRegistry, Prepared
+from quantmill.kernels import Choice, KernelRegistry, Prepared
 from quantmill.targeting.types import Target
 
 __all__ = ["DTYPES", "FormLinear", "FormLinearFactory", "live_of"]
@@ -52,25 +52,15 @@ def _product_of(
     Chosen and imported once per weight: a forward pass only looks it up, and a compiler has nothing
     to trace and to guard but the kernel.
     """
-    skeleton = live.skeleton if isinstance(live, Prepared) else live
-    layout = live.kernel.layout if isinstance(live, Prepared) else ""
-    traits = skeleton.traits()
+    kind = _skeleton_of(live).kind
     limits = {
         kernel.max_rows
         for kernel in kernels.kernels
-        if kernel.operation == "matmul" and kernel.form == skeleton.kind and kernel.max_rows
+        if kernel.operation == "matmul" and kernel.form == kind and kernel.max_rows
     }
     ways: list[tuple[int, Product]] = []
     for rows in (*sorted(limits), sys.maxsize):
-        choice = kernels.choose(
-            "matmul",
-            skeleton.kind,
-            traits,
-            device=device,
-            dtype=str(dtype).removeprefix("torch."),
-            rows=rows,
-            layout=layout,
-        )
+        choice = _choice(kernels, "matmul", live, device, dtype, rows)
         bound = (
             _through_floats(kernels, live, device, dtype) if choice is None else choice.bind(live)
         )
@@ -113,16 +103,33 @@ def _expander_of(
     kernels: KernelRegistry, live: Form | Prepared, device: str, dtype: torch.dtype
 ) -> Expander | None:
     """A kernel that dequantizes what lies in memory, or None."""
-    skeleton = live.skeleton if isinstance(live, Prepared) else live
-    choice = kernels.choose(
-        "dequantize",
+    choice = _choice(kernels, "dequantize", live, device, dtype)
+    return None if choice is None else choice.load()
+
+
+def _choice(
+    kernels: KernelRegistry,
+    operation: str,
+    live: Form | Prepared,
+    device: str,
+    dtype: torch.dtype,
+    rows: int | None = None,
+) -> Choice | None:
+    """The kernel of an operation for what lies in memory, as it lies there."""
+    skeleton = _skeleton_of(live)
+    return kernels.choose(
+        operation,
         skeleton.kind,
         skeleton.traits(),
         device=device,
         dtype=str(dtype).removeprefix("torch."),
+        rows=rows,
         layout=live.kernel.layout if isinstance(live, Prepared) else "",
     )
-    return None if choice is None else choice.load()
+
+
+def _skeleton_of(live: Form | Prepared) -> Form:
+    return live.skeleton if isinstance(live, Prepared) else live
 
 
 def _device_of(live: Form | Prepared) -> torch.device:
@@ -284,7 +291,7 @@ class FormLinear(nn.Module):
 
     def extra_repr(self) -> str:
         live = self._live
-        skeleton = live.skeleton if isinstance(live, Prepared) else live
+        skeleton = _skeleton_of(live)
         layout = f", layout={live.kernel.layout}" if isinstance(live, Prepared) else ""
         return f"in={self.in_features}, out={self.out_features}, form={skeleton.kind}{layout}"
 
@@ -327,16 +334,7 @@ class FormLinearFactory(LinearFactory[Any]):
 
     def forward_bytes(self, form: Form, dtype: torch.dtype) -> int:
         live = live_of(self.kernels, form, self.device, self.dtype)
-        skeleton = live.skeleton if isinstance(live, Prepared) else live
-        kernel = self.kernels.choose(
-            "matmul",
-            skeleton.kind,
-            skeleton.traits(),
-            device=self.device,
-            dtype=str(dtype).removeprefix("torch."),
-            rows=sys.maxsize,
-            layout=live.kernel.layout if isinstance(live, Prepared) else "",
-        )
+        kernel = _choice(self.kernels, "matmul", live, self.device, dtype, sys.maxsize)
         return super().forward_bytes(form, dtype) if kernel is None else 0
 
     def backward_bytes(self, form: Form, dtype: torch.dtype) -> int:

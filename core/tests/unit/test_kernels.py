@@ -154,6 +154,7 @@ def test_compute_capability_counts_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
         requirements=(Requirement("", compute_capability=(9, 0)),),
     )
     plain = kernel("plain", device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     name, reasons = choose([hopper, plain], device="cuda:0")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quantmill.architecture import TOKENIZERS
 from quantmill.checkpoint.containers import container_of
+from quantmill.devices import cuda_there
 from quantmill.findings import Finding, QuantmillError, Severity, declare
 from quantmill.hook_calls import accuse
 from quantmill.job import Job, Selection
@@ -77,8 +78,8 @@ def _device(job: Job) -> Iterator[Finding]:
 
     kind = job.device.partition(":")[0]
     known = kind in ("cpu", "meta")
-    if kind == "cuda" and torch.cuda.is_available():
-        known = (torch.device(job.device).index or 0) < torch.cuda.device_count()
+    if kind == "cuda":
+        known = cuda_there(job.device)
     if kind not in ("cpu", "meta", "cuda"):
         known = hasattr(torch, kind) and getattr(torch, kind).is_available()
     if not known:
@@ -182,8 +183,7 @@ def available_memory(device: str) -> int | None:
     if device.startswith("cuda"):
         import torch
 
-        index = torch.device(device).index or 0
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        if not cuda_there(device):
             return None
         return int(torch.cuda.mem_get_info(device)[0])
     try:

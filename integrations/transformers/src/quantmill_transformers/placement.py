@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.integrations.accelerate import _get_device_map, check_and_set_device_map
 
+from quantmill.devices import cuda_there
 from quantmill.findings import Finding, FindingsError, QuantmillError, declare
 from quantmill.job import Job
 from quantmill.targeting.types import ParameterInfo
@@ -96,7 +97,7 @@ def _problem(device: str) -> str:
         return ""
     if kind != "cuda" or not (index or "0").isdecimal():
         return f"{device!r} is no device"
-    if not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count():
+    if not cuda_there(f"cuda:{int(index or 0)}"):
         return f"torch sees no {device} here"
     return ""
 

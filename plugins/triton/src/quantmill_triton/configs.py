@@ -6,12 +6,15 @@ runs. ``benchmarks/triton_tune.py`` measures candidates for this table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from quantmill_triton.facts import Facts
 
-__all__ = ["FUSED_ROWS", "Config", "choose", "split_of"]
+__all__ = ["FUSED_ROWS", "Config", "choose", "shared_bytes", "split_of"]
+
+_T = TypeVar("_T")
 
 
 class Config(NamedTuple):
@@ -81,7 +84,7 @@ def choose(facts: Facts, rows: int, shared: int, streams: int = 0) -> Config:
     ``streams``: processors of a device that runs the kernel for Hopper, or 0.
     """
     if streams and _streamable(facts):
-        known = next((known for most, known in _STREAMED if rows <= most), _STREAMED[-1][1])
+        known = _of_rows(_STREAMED, rows)
 
         def worth(config: Config) -> float:
             # With several tiles of activations, narrow ones of the weight read them too often.
@@ -89,15 +92,20 @@ def choose(facts: Facts, rows: int, shared: int, streams: int = 0) -> Config:
             return _best_parts(facts, rows, config, streams)[0] * (0.87 if narrow else 1)
 
         return max(known, key=worth)
-    config = next((config for most, config in _TABLE if rows <= most), _TABLE[-1][1])
+    config = _of_rows(_TABLE, rows)
     if facts.bits == 4 and facts.offset == 1 and not facts.ordered:
         if rows <= _FEW.bm and 4096 <= facts.rows <= 8192 and facts.chunks <= 32:
             config = _FEW
         elif config.bm == 16 and facts.rows >= 8192:
             config = config._replace(early=_EARLY)
-    while config.stages > 1 and _shared_bytes(config, facts) > shared:
+    while config.stages > 1 and shared_bytes(config, facts) > shared:
         config = config._replace(stages=config.stages - 1)
     return config
+
+
+def _of_rows(table: Sequence[tuple[int, _T]], rows: int) -> _T:
+    """The entry for so many rows: the first one's whose most are as many, or the last one's."""
+    return next((entry for most, entry in table if rows <= most), table[-1][1])
 
 
 def _streamable(facts: Facts) -> bool:
@@ -112,7 +120,8 @@ def _streamable(facts: Facts) -> bool:
     )
 
 
-def _shared_bytes(config: Config, facts: Facts) -> int:
+def shared_bytes(config: Config, facts: Facts) -> int:
+    """Bytes of shared memory that a program of the kernel for all devices takes."""
     words = facts.width * facts.slices * (facts.bits + facts.high_bits) // 16
     pairs = 8 * config.bn * facts.chunk // facts.flush
     ahead = max(1, config.stages - 1) * (2 * config.bn * words + pairs)

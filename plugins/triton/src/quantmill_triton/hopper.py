@@ -21,6 +21,8 @@ __all__ = ["matmul_streamed", "streamed_launch"]
 
 _REGISTERS = 1 << 16
 """Of a processor."""
+_MOST_REGISTERS = 248
+"""Of a thread: the most of those that come in eights."""
 
 
 def streamed_launch(
@@ -44,7 +46,7 @@ def streamed_launch(
     options = {
         "launch_pdl": config.early >= 0,
         "num_warps": config.warps,
-        "maxnreg": min(registers, 255 // 8 * 8),
+        "maxnreg": min(registers, _MOST_REGISTERS),
     }
     grid = (-(-facts.rows // config.bn) * tiles, parts, 1)
     return Launch(streamed_kernel, grid, constants, options)

@@ -43,6 +43,16 @@ class Weight(NamedTuple):
     """What the copy engine is told of codes and scales, by the rows of a tile: kept here where the
     weight is kept."""
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of the layout, as operators take them."""
+        return self[:8]
+
+    @property
+    def filled(self) -> list[Tensor]:
+        """The same, with codes in place of those that the weight lacks: no kernel reads them."""
+        return [self.codes if item is None else item for item in self.tensors]
+
 
 class _Machine(NamedTuple):
     processors: int
@@ -196,19 +206,19 @@ def matmul_fused(
         part, results = plan.split[1], (out, work, locks)
         matmul_streamed(plan.launch, x, weight, bias, facts, plan.config, part, results)
         return out
-    codes, high, scale, offset, table, lut, unit, order = weight[:8]
+    codes, high, scale, offset, table, lut, unit, order = weight.filled
     if plan.bytewise:
         table = unit
     plan.launch(
         (
             x,
             codes,
-            codes if high is None else high,
+            high,
             scale,
-            codes if offset is None else offset,
-            codes if table is None else table,
-            codes if lut is None else lut,
-            codes if order is None else order,
+            offset,
+            table,
+            lut,
+            order,
             codes if bias is None else bias,
             out,
             work,
@@ -322,18 +332,10 @@ def _dequantize(
     ordered: bool,
 ) -> Tensor:
     """Rows ``start`` (a multiple of 64) to ``stop``; ``ordered`` leaves columns as sorted."""
-    codes, high, scale, offset, table, _, _, order = weight[:8]
+    codes, high, scale, offset, table, _, _, order = weight.filled
     out = torch.empty((stop - start, facts.columns), dtype=dtype, device=codes.device)
     _expansion(facts, factor, stop - start, ordered, codes.device)(
-        (
-            codes,
-            codes if high is None else high,
-            scale,
-            codes if offset is None else offset,
-            codes if table is None else table,
-            codes if order is None else order,
-            out,
-        ),
+        (codes, high, scale, offset, table, order, out),
         (start, stop, facts.columns, facts.chunks, facts.groups, scale.shape[1]),
     )
     return out

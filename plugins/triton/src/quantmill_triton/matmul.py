@@ -52,7 +52,7 @@ class _Bound:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() or not self._simple(x):
             result: Tensor = torch.ops.quantmill_triton.matmul.default(
-                x, *self._weight[:8], bias, self._numbers, self._factor
+                x, *self._weight.tensors, bias, self._numbers, self._factor
             )
             return result
         return product(x, self._weight, bias, self._facts, self._factor)
@@ -83,7 +83,7 @@ class _Grouped(_Bound):
 
     def __call__(self, x: Tensor, ends: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         result: Tensor = torch.ops.quantmill_triton.grouped_matmul.default(
-            x, ends, *self._weight[:8], bias, self._numbers, self._factor
+            x, ends, *self._weight.tensors, bias, self._numbers, self._factor
         )
         return result
 

@@ -91,6 +91,16 @@ QM_API int qm_matmul_use_level(const char *name) {
     return 0;
 }
 
+/* The one that computes in float32. */
+static const QmWay *float_way(int level) {
+#ifdef QM_X86_LEVELS
+    if (level >= AVX512) return &qm_fp32_avx512;
+    if (level == AVX2) return &qm_fp32_avx2;
+#endif
+    (void)level;
+    return &qm_fp32_baseline;
+}
+
 /* Whole numbers of one byte are the fastest for few rows, where the machine has dot products of
  * bytes; tiles for many rows. In bf16 a weight of one byte or two is one product, as fast as the two
  * of bytes or faster, and exact in activations of bf16; those of another dtype become two rows. */
@@ -107,7 +117,7 @@ static const QmWay *choose_way(const QmJob *job, int64_t batch) {
         /* Codes of 8 bits are used as they are, or cost most to decode to bf16. */
         if (batch > (whole && job->bits == 8 ? QM_FEW : 2) && job->bf16_fits) return &qm_bf16_amx;
         if (!whole && job->bf16_fits) return &qm_bf16_avx512;
-        return whole ? &qm_int8_avx512 : &qm_fp32_avx512;
+        return whole ? &qm_int8_avx512 : float_way(level);
 #endif
 #ifdef QM_AVX512BF16
     case BF16:
@@ -115,16 +125,12 @@ static const QmWay *choose_way(const QmJob *job, int64_t batch) {
             !(job->bf16_fits && batch > 2 * QM_FEW && job->dtype == QM_BF16))
             return &qm_int8_avx512;
         if (job->bf16_fits) return &qm_bf16_avx512;
-        return whole ? &qm_int8_avx512 : &qm_fp32_avx512;
+        return whole ? &qm_int8_avx512 : float_way(level);
 #endif
 #ifdef QM_AVX512VNNI
-    case VNNI: return whole ? &qm_int8_avx512 : &qm_fp32_avx512;
+    case VNNI: return whole ? &qm_int8_avx512 : float_way(level);
 #endif
-#ifdef QM_X86_LEVELS
-    case AVX512: return &qm_fp32_avx512;
-    case AVX2: return &qm_fp32_avx2;
-#endif
-    default: return &qm_fp32_baseline;
+    default: return float_way(level);
     }
 }
 
@@ -261,6 +267,12 @@ static void prepare(Work *work, const void *weight, const void *x, const void *b
 
 static size_t bytes_of(const Work *w) { return w->act_bytes + w->sum_bytes + 3 * w->step_bytes; }
 
+/* Of so many threads at most, those that are worth waking for so many products. */
+static int threads_for(int64_t products, int most) {
+    if (most < 1 || products < SMALL) return 1;
+    return most > QM_POOL_MOST ? QM_POOL_MOST : most;
+}
+
 /* Jobs with weights of one shape. */
 static int run_all(Work *works, int64_t count, int threads) {
     const QmJob *first = &works[0].job;
@@ -275,9 +287,7 @@ static int run_all(Work *works, int64_t count, int threads) {
         rows += works[i].job.batch;
         bytes += bytes_of(&works[i]);
     }
-    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
-    if (threads < 1 || first->rows * first->columns * rows < SMALL) threads = 1;
-    all.threads = threads;
+    all.threads = threads = threads_for(first->rows * first->columns * rows, threads);
     bytes += (size_t)threads * all.workspace_bytes;
     char *memory = scratch_take(bytes), *at = memory;
     if (!memory) return -1;
@@ -343,15 +353,6 @@ QM_API int qm_matmul_grouped(const void *weights, int64_t each, int64_t count, c
 
 /* ---- Weights as floats ------------------------------------------------------------------------- */
 
-static const QmWay *float_way(void) {
-#ifdef QM_X86_LEVELS
-    const int level = level_used();
-    if (level >= AVX512) return &qm_fp32_avx512;
-    if (level == AVX2) return &qm_fp32_avx2;
-#endif
-    return &qm_fp32_baseline;
-}
-
 static void expand_pair(void *argument, int64_t pair, int worker) {
     const All *all = argument;
     all->works->way->expand(&all->works->job, pair,
@@ -360,7 +361,7 @@ static void expand_pair(void *argument, int64_t pair, int worker) {
 
 QM_API int qm_dequantize(const void *weight, void *out, int dtype, int threads) {
     if ((uintptr_t)weight % 64) return -2;
-    Work work = {.way = float_way()};
+    Work work = {.way = float_way(level_used())};
     QmJob *job = &work.job;
     qm_weight_of(job, weight);
     job->dtype = dtype;
@@ -369,8 +370,7 @@ QM_API int qm_dequantize(const void *weight, void *out, int dtype, int threads) 
     job->zeros_needed = 1;
     QmWorkspace unused;
     All all = {.works = &work, .workspace_bytes = qm_workspace(job, NULL, &unused)};
-    if (threads > QM_POOL_MOST) threads = QM_POOL_MOST;
-    if (threads < 1 || job->rows * job->columns < SMALL) threads = 1;
+    threads = threads_for(job->rows * job->columns, threads);
     const size_t bytes = (size_t)threads * all.workspace_bytes;
     all.workspace = scratch_take(bytes);
     if (!all.workspace) return -1;
